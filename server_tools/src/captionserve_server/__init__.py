@@ -1,0 +1,1 @@
+"""captionserve's server side: export, Triton models, gateway and command line."""

@@ -1,0 +1,1 @@
+"""The `captionserve` command: parsing and printing only."""
