@@ -1,0 +1,61 @@
+"""Names of the exported graphs' inputs and outputs, shared by export, runtime and slots.
+
+Letters used for dims, here and wherever the graphs' arrays are documented:
+
+    B captions    K most rows of any caption    R rows (live beams of all captions)
+    L layers      H heads                       D width of a head
+    S image tokens                              P remembered entries per caption    C candidates
+    E encoder width
+
+Rows are what the decoder computes: one per live beam, packed without gaps. Attention over what a
+caption's beams share wants them in a [B, K] grid instead; CELL_ROW and ROW_CELL map between the two.
+"""
+
+from __future__ import annotations
+
+PIXELS = "PIXELS"
+"""uint8 [B, 3, height, width], 0 to 255."""
+ENCODER_STATES = "ENCODER_STATES"
+"""float32 [B, S, E]."""
+
+TOKENS = "tokens"
+"""int64 [R], the newest token of each row."""
+POSITIONS = "positions"
+"""int64 [R], the position of that token; 0 is the decoder start token."""
+CELL_ROW = "cell_row"
+"""int64 [B, K], the row in each cell of the grid; cells beyond a caption's rows repeat any row."""
+ROW_CELL = "row_cell"
+"""int64 [R], the flat cell (caption x K + beam) of each row."""
+ENTRY_BIAS = "entry_bias"
+"""float32 [B, 1, K, P], 0 where a beam descends from the entry, else a large negative number."""
+CANDIDATE_RANKS = "candidate_ranks"
+"""int64 [C]; only its length counts, it says how many candidates to return per row."""
+CANDIDATE_LOGPROBS = "candidate_logprobs"
+"""float32 [R, C], descending."""
+CANDIDATE_TOKENS = "candidate_tokens"
+"""int64 [R, C]."""
+NEW_KEYS = "new_keys"
+"""float32 [L, R, H, D], this step's self-attention keys."""
+NEW_VALUES = "new_values"
+"""float32 [L, R, H, D]."""
+
+
+def cross_names(layers: int) -> list[str]:
+    """Names of the cross-attention arrays, float32 [B, H, S, D]: each layer's keys, then values."""
+    return [f"cross_{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
+
+
+def self_names(layers: int) -> list[str]:
+    """Names of the remembered self-attention arrays, float32 [B, H, P, D]: keys, then values."""
+    return [f"self_{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
+
+
+def step_input_names(layers: int) -> list[str]:
+    """All inputs of the step graph, in order."""
+    head = [TOKENS, POSITIONS, CELL_ROW, ROW_CELL, ENTRY_BIAS, CANDIDATE_RANKS]
+    return head + cross_names(layers) + self_names(layers)
+
+
+def step_output_names() -> list[str]:
+    """All outputs of the step graph, in order."""
+    return [CANDIDATE_LOGPROBS, CANDIDATE_TOKENS, NEW_KEYS, NEW_VALUES]

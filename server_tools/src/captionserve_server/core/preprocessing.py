@@ -1,0 +1,259 @@
+"""From an encoded image file to the encoder's pixels, as the checkpoint's image processor does it.
+
+Everything is Pillow and numpy; the order of operations and the defaults are those of transformers'
+PIL image processors. What transformers leaves to the caller (orientation, transparency, 16-bit
+samples) is settled here so that a caption describes what a person sees. Rescaling and normalisation
+are not done here: they are part of the encoder graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from captionserve_server.core.errors import (
+    ImageCorruptError,
+    ImageTooManyPixelsError,
+    UnsupportedImageFormatError,
+)
+
+# An allow-list: Pillow's other readers run Ghostscript (EPS) or parse what no photo needs.
+ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
+# The first bytes of those formats, to tell a damaged image from something that is no image.
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"P4", b"P5", b"P6")
+# Decoding holds 3 to 4 bytes per pixel; 50 megapixels, a large phone's photo, is 200 MB.
+MAX_PIXELS = 50_000_000
+_UINT16_TO_UINT8 = 255.0 / 65535.0
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessorConfig:
+    """What a checkpoint's image processor does, after its defaults have been filled in.
+
+    Attributes:
+        do_resize: whether the image is resized.
+        height: height in pixels after resizing; None when the short edge decides.
+        width: width in pixels after resizing; None when the short edge decides.
+        shortest_edge: length in pixels of the short edge after resizing, the aspect kept.
+        resample: Pillow's number of the resampling filter.
+        do_center_crop: whether the middle is cut out after resizing.
+        crop_height: height in pixels of that cut.
+        crop_width: width in pixels of that cut.
+        do_rescale: whether the encoder graph multiplies pixels by rescale_factor.
+        rescale_factor: usually 1 / 255.
+        do_normalize: whether the encoder graph subtracts image_mean and divides by image_std.
+        image_mean: per channel, red first.
+        image_std: per channel, red first.
+    """
+
+    do_resize: bool = True
+    height: int | None = 224
+    width: int | None = 224
+    shortest_edge: int | None = None
+    resample: int = Image.Resampling.BILINEAR
+    do_center_crop: bool = False
+    crop_height: int = 224
+    crop_width: int = 224
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PreprocessorConfig:
+        """Read what `dataclasses.asdict` wrote."""
+        tuples = {name: tuple(values[name]) for name in ("image_mean", "image_std")}
+        return cls(**{**values, **tuples})
+
+    def output_size(self) -> tuple[int, int] | None:
+        """(height, width) of every result; None when it follows the image."""
+        if self.do_center_crop:
+            return self.crop_height, self.crop_width
+        if self.do_resize and self.height is not None and self.width is not None:
+            return self.height, self.width
+        return None
+
+
+# transformers' class defaults, by what preprocessor_config.json calls the processor.
+_VIT = PreprocessorConfig()
+_DEIT = PreprocessorConfig(
+    height=256, width=256, resample=Image.Resampling.BICUBIC, do_center_crop=True
+)
+_DEFAULTS_BY_TYPE = {
+    "ViTImageProcessor": _VIT,
+    "ViTImageProcessorFast": _VIT,
+    "ViTImageProcessorPil": _VIT,
+    "ViTFeatureExtractor": _VIT,
+    "DeiTImageProcessor": _DEIT,
+    "DeiTImageProcessorFast": _DEIT,
+    "DeiTImageProcessorPil": _DEIT,
+    "DeiTFeatureExtractor": _DEIT,
+}
+SUPPORTED_PROCESSORS = tuple(_DEFAULTS_BY_TYPE)
+
+
+def read_preprocessor_config(values: Mapping[str, Any]) -> PreprocessorConfig:
+    """Fill a preprocessor_config.json in with its processor's defaults.
+
+    Args:
+        values: the file's content.
+
+    Raises:
+        ValueError: if the processor or one of its settings is not supported; names both.
+    """
+    kind = values.get("image_processor_type") or values.get("feature_extractor_type")
+    if kind not in _DEFAULTS_BY_TYPE:
+        raise ValueError(
+            f"image processor {kind!r} is not supported; supported are "
+            f"{', '.join(SUPPORTED_PROCESSORS)}"
+        )
+    defaults = _DEFAULTS_BY_TYPE[kind]
+    given = {
+        field.name: values[field.name]
+        for field in dataclasses.fields(PreprocessorConfig)
+        if values.get(field.name) is not None and field.name not in {"height", "width"}
+    }
+    for name in ("image_mean", "image_std"):
+        if name in given:
+            given[name] = _per_channel(given[name])
+    if values.get("size") is not None:
+        given |= _resize_target(values["size"])
+    if values.get("crop_size") is not None:
+        crop = _resize_target(values["crop_size"])
+        if crop["height"] is None:
+            raise ValueError("crop_size must be given as height and width")
+        given |= {"crop_height": crop["height"], "crop_width": crop["width"]}
+    return dataclasses.replace(defaults, **given)
+
+
+def _per_channel(value: Any) -> tuple[float, ...]:
+    return (float(value),) * 3 if isinstance(value, (int, float)) else tuple(map(float, value))
+
+
+def _resize_target(size: Any) -> dict[str, int | None]:
+    """The three ways a size is written: a number, [height, width], or a dict."""
+    if isinstance(size, int):
+        return {"height": size, "width": size, "shortest_edge": None}
+    if isinstance(size, (list, tuple)):
+        height, width = size
+        return {"height": int(height), "width": int(width), "shortest_edge": None}
+    if set(size) == {"height", "width"}:
+        return {"height": size["height"], "width": size["width"], "shortest_edge": None}
+    if set(size) == {"shortest_edge"}:
+        return {"height": None, "width": None, "shortest_edge": size["shortest_edge"]}
+    raise ValueError(f"image size {size!r} is not supported; use height and width or shortest_edge")
+
+
+def preprocess(encoded: bytes, config: PreprocessorConfig) -> Pixels:
+    """Decode an image file and prepare it for the encoder.
+
+    Args:
+        encoded: a JPEG, PNG, WebP, BMP, GIF or PPM file.
+        config: the checkpoint's image processor.
+
+    Returns:
+        uint8 [3, height, width], RGB, 0 to 255.
+
+    Raises:
+        ImageCorruptError: empty, truncated or damaged bytes.
+        UnsupportedImageFormatError: bytes of another kind.
+        ImageTooManyPixelsError: decided from the header, before anything is decoded.
+    """
+    return to_pixels(decode_image(encoded), config)
+
+
+def decode_image(encoded: bytes) -> Image.Image:
+    """Decode an image file to an upright RGB picture; errors as `preprocess` raises them."""
+    image = _open(encoded)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageTooManyPixelsError(
+            f"the image has {width * height} pixels, at most {MAX_PIXELS} are accepted"
+        )
+    try:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Damaged files raise anything: OSError, SyntaxError, struct.error.
+        raise ImageCorruptError("the image is damaged or incomplete") from error
+
+
+def _open(encoded: bytes) -> Image.Image:
+    if not encoded:
+        raise ImageCorruptError("the image is empty")
+    try:
+        with warnings.catch_warnings():
+            # Our own limit, read from the header below, is lower than Pillow's.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(encoded), formats=ACCEPTED_FORMATS)
+    except UnidentifiedImageError as error:
+        if encoded.startswith(_SIGNATURES):
+            raise ImageCorruptError("the image is damaged or incomplete") from error
+        names = ", ".join(ACCEPTED_FORMATS)
+        raise UnsupportedImageFormatError(f"not an image of an accepted format: {names}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageTooManyPixelsError(
+            f"the image has more than {MAX_PIXELS} pixels, which is the most accepted"
+        ) from error
+    except Exception as error:  # A damaged header raises anything, like a damaged body.
+        raise ImageCorruptError("the image is damaged or incomplete") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB: 16-bit samples rescaled, transparency composited on white."""
+    if image.mode.startswith("I"):
+        samples = np.asarray(image, dtype=np.float64).clip(0, 65535)
+        return Image.fromarray((samples * _UINT16_TO_UINT8).round().astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        picture = image.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image, config: PreprocessorConfig) -> Pixels:
+    """Resize and crop an RGB picture; uint8 [3, height, width]."""
+    if config.do_resize:
+        height, width = _resized_size(image, config)
+        image = image.resize((width, height), resample=Image.Resampling(config.resample))
+    pixels = np.moveaxis(np.asarray(image), -1, 0)
+    if config.do_center_crop:
+        pixels = _center_crop(pixels, config.crop_height, config.crop_width)
+    return np.ascontiguousarray(pixels)
+
+
+def _resized_size(image: Image.Image, config: PreprocessorConfig) -> tuple[int, int]:
+    if config.height is not None and config.width is not None:
+        return config.height, config.width
+    assert config.shortest_edge is not None
+    short, long = sorted(image.size)
+    new_long = int(config.shortest_edge * long / short)
+    if config.shortest_edge * new_long > MAX_PIXELS:
+        raise ImageTooManyPixelsError(
+            f"resizing the image, {image.width} x {image.height}, to a short edge of "
+            f"{config.shortest_edge} gives more than {MAX_PIXELS} pixels"
+        )
+    if image.width <= image.height:
+        return new_long, config.shortest_edge
+    return config.shortest_edge, new_long
+
+
+def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Cut [3, height, width] out of the middle; what lies outside the picture is black."""
+    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
+    cropped = np.zeros((3, height, width), dtype=np.uint8)
+    rows = slice(max(top, 0), min(top + height, pixels.shape[1]))
+    columns = slice(max(left, 0), min(left + width, pixels.shape[2]))
+    cropped[
+        :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
+    ] = pixels[:, rows, columns]
+    return cropped

@@ -1,0 +1,220 @@
+"""Reading a Hugging Face checkpoint, and refusing by name what cannot be exported."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    VisionEncoderDecoderConfig,
+    VisionEncoderDecoderModel,
+)
+
+from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.errors import InvalidOptionsError
+from captionserve_server.core.geometry import DecoderGeometry
+from captionserve_server.core.options import MAX_MAX_LENGTH, DecodingOptions, EarlyStopping
+from captionserve_server.core.preprocessing import PreprocessorConfig, read_preprocessor_config
+from captionserve_server.core.search import SpecialTokens
+
+SUPPORTED_ENCODERS = ("vit", "deit")
+SUPPORTED_DECODERS = ("gpt2",)
+# Tried where the checkpoint is a hub id; a local folder has them or not.
+_CONFIG_FILE = "config.json"
+_PREPROCESSOR_FILE = "preprocessor_config.json"
+
+
+class UnsupportedCheckpointError(ValueError):
+    """The checkpoint cannot be exported; the message names what it is and what is supported."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A captioner ready to be exported.
+
+    Attributes:
+        model: the whole model, in float32 and evaluation mode.
+        tokenizer: its fast tokenizer.
+        preprocessor: its image processor's settings.
+        bundle: what serving must know beside the graphs.
+    """
+
+    model: VisionEncoderDecoderModel
+    tokenizer: PreTrainedTokenizerFast
+    preprocessor: PreprocessorConfig
+    bundle: Bundle
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the encoder takes."""
+        return encoder_image_size(self.model.config.encoder)
+
+
+def load_checkpoint(name: str) -> Checkpoint:
+    """Load a checkpoint's weights, tokenizer and settings.
+
+    Args:
+        name: a local folder in Hugging Face layout, or a hub id.
+
+    Raises:
+        UnsupportedCheckpointError: if its architecture, weights or image processor cannot be served.
+    """
+    config = _load_config(name)
+    _check_architecture(config)
+    preprocessor = _load_preprocessor(name)
+    _check_image_size(config, preprocessor)
+    model = _load_model(name, config)
+    tokenizer = _load_tokenizer(name)
+    return Checkpoint(model, tokenizer, preprocessor, _bundle(model))
+
+
+def encoder_image_size(encoder: Any) -> tuple[int, int]:
+    """(height, width) of a ViT configuration's image_size, a number or a pair."""
+    size = encoder.image_size
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _find_file(name: str, filename: str) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder / filename
+    from huggingface_hub import hf_hub_download  # A local folder must not need the network.
+
+    return Path(hf_hub_download(name, filename))
+
+
+def _load_config(name: str) -> VisionEncoderDecoderConfig:
+    path = _find_file(name, _CONFIG_FILE)
+    if not path.is_file():
+        raise UnsupportedCheckpointError(
+            "this is no checkpoint in Hugging Face layout: it has no config.json"
+        )
+    model_type = json.loads(path.read_text()).get("model_type")
+    if model_type != "vision-encoder-decoder":
+        raise UnsupportedCheckpointError(
+            f"model type {model_type!r} is not supported; supported is 'vision-encoder-decoder'"
+        )
+    return VisionEncoderDecoderConfig.from_json_file(path)
+
+
+def _check_architecture(config: VisionEncoderDecoderConfig) -> None:
+    encoder, decoder = config.encoder.model_type, config.decoder.model_type
+    if encoder not in SUPPORTED_ENCODERS or decoder not in SUPPORTED_DECODERS:
+        raise UnsupportedCheckpointError(
+            f"encoder {encoder!r} with decoder {decoder!r} is not supported; supported are "
+            f"encoders {', '.join(SUPPORTED_ENCODERS)} with decoder {', '.join(SUPPORTED_DECODERS)}"
+        )
+    if not config.decoder.add_cross_attention:
+        raise UnsupportedCheckpointError("the decoder has no cross-attention to look at the image")
+    if config.encoder.num_channels != 3:
+        raise UnsupportedCheckpointError(
+            f"the encoder takes {config.encoder.num_channels} channels; supported are 3 (RGB)"
+        )
+
+
+def _load_preprocessor(name: str) -> PreprocessorConfig:
+    path = _find_file(name, _PREPROCESSOR_FILE)
+    if not path.is_file():
+        raise UnsupportedCheckpointError("the checkpoint has no preprocessor_config.json")
+    try:
+        return read_preprocessor_config(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UnsupportedCheckpointError(str(error)) from error
+
+
+def _check_image_size(config: VisionEncoderDecoderConfig, preprocessor: PreprocessorConfig) -> None:
+    wanted, given = encoder_image_size(config.encoder), preprocessor.output_size()
+    if wanted != given:
+        raise UnsupportedCheckpointError(
+            f"the image processor makes images of {given}, the encoder takes {wanted}"
+        )
+
+
+def _load_model(name: str, config: VisionEncoderDecoderConfig) -> VisionEncoderDecoderModel:
+    model, report = VisionEncoderDecoderModel.from_pretrained(
+        name, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True
+    )
+    missing = sorted(key for key in report["missing_keys"] if ".pooler." not in key)
+    if missing or report["mismatched_keys"]:
+        raise UnsupportedCheckpointError(
+            "the weights are incomplete: "
+            + ", ".join([*missing, *map(str, report["mismatched_keys"])][:5])
+        )
+    return model.eval()
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnsupportedCheckpointError("the checkpoint has no tokenizer.json or GPT-2 vocabulary")
+    return tokenizer
+
+
+def _bundle(model: VisionEncoderDecoderModel) -> Bundle:
+    decoder = model.config.decoder
+    generation = model.generation_config
+    height, width = encoder_image_size(model.config.encoder)
+    return Bundle(
+        geometry=DecoderGeometry(
+            layers=decoder.n_layer,
+            heads=decoder.n_head,
+            head_dim=decoder.n_embd // decoder.n_head,
+            image_tokens=_image_tokens(model.encoder, height, width),
+            encoder_width=model.config.encoder.hidden_size,
+            vocabulary_size=decoder.vocab_size,
+            max_positions=decoder.n_positions,
+        ),
+        special=_special_tokens(generation),
+        defaults=_default_options(generation, decoder.n_positions),
+    )
+
+
+def _image_tokens(encoder: nn.Module, height: int, width: int) -> int:
+    with torch.no_grad():
+        states = encoder(torch.zeros(1, 3, height, width)).last_hidden_state
+    return int(states.shape[1])
+
+
+def _special_tokens(generation: GenerationConfig) -> SpecialTokens:
+    start = generation.decoder_start_token_id
+    start = generation.bos_token_id if start is None else start
+    end = generation.eos_token_id
+    if start is None or end is None:
+        raise UnsupportedCheckpointError(
+            "the checkpoint names no decoder_start_token_id (or bos_token_id) or no eos_token_id"
+        )
+    return SpecialTokens(start=int(start), end=tuple(end) if isinstance(end, list) else (int(end),))
+
+
+def _default_options(generation: GenerationConfig, max_positions: int) -> DecodingOptions:
+    """The checkpoint's own generation defaults, where it has them."""
+    given: dict[str, Any] = {
+        name: getattr(generation, name)
+        for name in ("num_beams", "length_penalty", "num_return_sequences")
+        if getattr(generation, name, None) is not None
+    }
+    early_stopping = getattr(generation, "early_stopping", None)
+    if early_stopping is not None:
+        given["early_stopping"] = early_stopping_name(early_stopping)
+    length = generation.max_length or DecodingOptions.max_length
+    if generation.max_new_tokens is not None:
+        length = generation.max_new_tokens + 1
+    given["max_length"] = min(length, max_positions, MAX_MAX_LENGTH)
+    try:
+        return DecodingOptions(**given)
+    except InvalidOptionsError as error:
+        raise UnsupportedCheckpointError(f"its generation defaults: {error.message}") from error
+
+
+def early_stopping_name(value: bool | str) -> EarlyStopping:
+    """transformers' early_stopping as ours is written."""
+    if value == "never":
+        return "never"
+    return "true" if value else "false"

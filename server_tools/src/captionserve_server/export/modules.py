@@ -1,0 +1,191 @@
+"""The three graphs as PyTorch modules over the checkpoint's own layers.
+
+Dims are named as in core/graph_tensors.py. Each module computes what transformers'
+VisionEncoderDecoderModel computes, cut where serving needs it cut:
+
+- EncoderModule: pixels to states, rescale and normalisation included.
+- PrefillModule: states to every layer's cross-attention keys and values, once per image.
+- StepModule: one token for every row. Remembered keys and values come in and are never copied:
+  attention over [remembered | new] is two products whose scores meet in one softmax.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from captionserve_server.core.preprocessing import PreprocessorConfig
+
+
+class EncoderModule(nn.Module):
+    """uint8 pixels to encoder states."""
+
+    def __init__(self, encoder: nn.Module, preprocessor: PreprocessorConfig) -> None:
+        """Keep the encoder and the constants of its image processor."""
+        super().__init__()
+        self.encoder = encoder
+        scale = preprocessor.rescale_factor if preprocessor.do_rescale else 1.0
+        mean = preprocessor.image_mean if preprocessor.do_normalize else (0.0, 0.0, 0.0)
+        std = preprocessor.image_std if preprocessor.do_normalize else (1.0, 1.0, 1.0)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, height, width] to float32 [B, S, E]."""
+        normalised = (pixels.to(torch.float32) * self.scale - self.mean) / self.std
+        states: Tensor = self.encoder(normalised).last_hidden_state
+        return states
+
+
+class PrefillModule(nn.Module):
+    """Encoder states to the cross-attention keys and values of all layers."""
+
+    def __init__(self, decoder: nn.Module, projection: nn.Module | None) -> None:
+        """Keep the decoder's cross-attention projections and enc_to_dec_proj where there is one."""
+        super().__init__()
+        self.projection = projection if projection is not None else nn.Identity()
+        blocks: Any = decoder.transformer.h
+        self.attentions = nn.ModuleList(block.crossattention for block in blocks)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        """float32 [B, S, E] to 2 L arrays float32 [B, H, S, D]."""
+        projected = self.projection(states)
+        outputs: list[Tensor] = []
+        for attention in self.attentions:
+            keys, values = _conv1d(attention.c_attn, projected).chunk(2, dim=-1)
+            outputs += [_split_heads(keys, attention), _split_heads(values, attention)]
+        return tuple(outputs)
+
+
+class StepModule(nn.Module):
+    """One decoding step for every row, with the best candidates of each."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        """Keep the decoder's layers; they stay shared with the checkpoint."""
+        super().__init__()
+        transformer: Any = decoder.transformer
+        self.token_embedding = transformer.wte
+        self.position_embedding = transformer.wpe
+        self.blocks = transformer.h
+        self.final_norm = transformer.ln_f
+        self.head: Any = decoder.lm_head
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cell_row: Tensor,
+        row_cell: Tensor,
+        entry_bias: Tensor,
+        candidate_ranks: Tensor,
+        cross: list[Tensor],
+        remembered: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One step; shapes as in core/graph_tensors.py.
+
+        Returns:
+            candidate log-probabilities [R, C], candidate tokens [R, C], new keys [L, R, H, D] and
+            new values [L, R, H, D].
+        """
+        hidden = self.token_embedding(tokens) + self.position_embedding(positions)
+        new_keys: list[Tensor] = []
+        new_values: list[Tensor] = []
+        for layer, block in enumerate(self.blocks):
+            memory = remembered[2 * layer], remembered[2 * layer + 1]
+            attended, keys, values = _self_attention(
+                block.attn, block.ln_1(hidden), memory, cell_row, row_cell, entry_bias
+            )
+            hidden = hidden + attended
+            image = cross[2 * layer], cross[2 * layer + 1]
+            hidden = hidden + _cross_attention(
+                block.crossattention, block.ln_cross_attn(hidden), image, cell_row, row_cell
+            )
+            hidden = hidden + _mlp(block.mlp, block.ln_2(hidden))
+            new_keys.append(keys)
+            new_values.append(values)
+        logits = self.head(self.final_norm(hidden))
+        best, best_tokens = torch.topk(logits, candidate_ranks.shape[0], dim=-1)
+        logprobs = best - torch.logsumexp(logits, dim=-1, keepdim=True)
+        return logprobs, best_tokens, torch.stack(new_keys), torch.stack(new_values)
+
+
+def _conv1d(layer: Any, inputs: Tensor) -> Tensor:
+    """transformers' Conv1D: a linear layer whose weight is stored [in, out]."""
+    return torch.matmul(inputs, layer.weight) + layer.bias
+
+
+def _split_heads(states: Tensor, attention: Any) -> Tensor:
+    """[B, N, H * D] to [B, H, N, D]."""
+    heads: int = attention.num_heads
+    return states.unflatten(-1, (heads, attention.head_dim)).transpose(1, 2)
+
+
+def _to_grid(rows: Tensor, cell_row: Tensor) -> Tensor:
+    """[R, N] to [B, K, N]; written as an embedding, which exports as one Gather."""
+    return functional.embedding(cell_row, rows)
+
+
+def _to_rows(grid: Tensor, row_cell: Tensor) -> Tensor:
+    """[B, H, K, D] to [R, H * D]."""
+    return functional.embedding(row_cell, grid.transpose(1, 2).flatten(2).flatten(0, 1))
+
+
+def _mlp(mlp: Any, hidden: Tensor) -> Tensor:
+    return _conv1d(mlp.c_proj, mlp.act(_conv1d(mlp.c_fc, hidden)))
+
+
+def _self_attention(
+    attention: Any,
+    hidden: Tensor,
+    memory: tuple[Tensor, Tensor],
+    cell_row: Tensor,
+    row_cell: Tensor,
+    entry_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row over the entries it descends from and its own new one.
+
+    Args:
+        attention: transformers' GPT2Attention.
+        hidden: [R, H * D].
+        memory: remembered keys and values, [B, H, P, D] each.
+        cell_row: [B, K].
+        row_cell: [R].
+        entry_bias: [B, 1, K, P].
+
+    Returns:
+        attended [R, H * D], new keys [R, H, D], new values [R, H, D].
+    """
+    projected = _conv1d(attention.c_attn, hidden)
+    queries, keys, values = (
+        _split_heads(part, attention) for part in _to_grid(projected, cell_row).chunk(3, dim=-1)
+    )
+    queries = queries * attention.scaling
+    past_keys, past_values = memory
+    past_scores = torch.matmul(queries, past_keys.transpose(-1, -2)) + entry_bias
+    own_scores = (queries * keys).sum(dim=-1, keepdim=True)
+    weights = torch.softmax(torch.cat((past_scores, own_scores), dim=-1), dim=-1)
+    attended = torch.matmul(weights[..., :-1], past_values) + weights[..., -1:] * values
+    _, new_keys, new_values = (
+        part.unflatten(-1, (attention.num_heads, attention.head_dim))
+        for part in projected.chunk(3, dim=-1)
+    )
+    return _conv1d(attention.c_proj, _to_rows(attended, row_cell)), new_keys, new_values
+
+
+def _cross_attention(
+    attention: Any,
+    hidden: Tensor,
+    image: tuple[Tensor, Tensor],
+    cell_row: Tensor,
+    row_cell: Tensor,
+) -> Tensor:
+    """Each row over its image's states; an image's beams share keys and values, [B, H, S, D]."""
+    queries = _split_heads(_to_grid(_conv1d(attention.q_attn, hidden), cell_row), attention)
+    keys, values = image
+    scores = torch.matmul(queries * attention.scaling, keys.transpose(-1, -2))
+    attended = torch.matmul(torch.softmax(scores, dim=-1), values)
+    return _conv1d(attention.c_proj, _to_rows(attended, row_cell))

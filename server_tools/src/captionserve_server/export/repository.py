@@ -1,0 +1,133 @@
+"""Putting a checked export together as a complete Triton model repository."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+from captionserve_server.core import bundle as files
+from captionserve_server.core import tensors
+from captionserve_server.export.checkpoint import Checkpoint, load_checkpoint
+from captionserve_server.export.onnx_export import export_encoder, export_prefill, export_step
+from captionserve_server.export.verify import Verification, verify_export
+
+Progress = Callable[[str], None]
+"""Called with what begins now."""
+
+# The static configuration warms the reference checkpoint's 224 x 224 up; see vision_encoder.
+_WARMUP_DIMS = re.compile(r"dims: \[ ?3, 224, 224 ?\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        repository: the model repository.
+        version: the version folder written in each model.
+        bytes_on_disk: size of that version over all models.
+        verification: how far the graphs are from PyTorch.
+    """
+
+    repository: Path
+    version: int
+    bytes_on_disk: int
+    verification: Verification
+
+
+def export_checkpoint(
+    checkpoint_name: str, output: Path, *, version: int = 1, progress: Progress = lambda _: None
+) -> ExportReport:
+    """Export a checkpoint into a Triton model repository and check it against PyTorch.
+
+    Nothing appears in `output` before every graph has been checked. Versions that are there already
+    stay, so that a repository can hold several side by side.
+
+    Args:
+        checkpoint_name: a local folder in Hugging Face layout, or a hub id.
+        output: the model repository to write or to add to.
+        version: the version number in all four models.
+        progress: told what begins.
+
+    Raises:
+        UnsupportedCheckpointError: if the checkpoint cannot be exported.
+        GraphMismatchError: if a graph differs from PyTorch.
+        FileExistsError: if the version is there already.
+    """
+    if (output / tensors.CAPTIONER.name / str(version)).exists():
+        raise FileExistsError(f"version {version} is in the model repository already")
+    progress("loading the checkpoint")
+    checkpoint = load_checkpoint(checkpoint_name)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as folder:
+        staging = Path(folder)
+        graphs = _export_graphs(checkpoint, staging, version, progress)
+        progress("comparing the graphs with PyTorch")
+        verification = verify_export(checkpoint, graphs)
+        _write_settings(checkpoint, staging, version)
+        written = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+        _publish(checkpoint, staging, output, version)
+    return ExportReport(output, version, written, verification)
+
+
+def static_repository() -> Path:
+    """The four models' configuration and code, as they are kept in the package."""
+    return Path(str(resources.files("captionserve_server") / "model_repository"))
+
+
+def _export_graphs(
+    checkpoint: Checkpoint, staging: Path, version: int, progress: Progress
+) -> dict[str, Path]:
+    jobs = (
+        (export_encoder, tensors.VISION_ENCODER, files.ENCODER_GRAPH_FILE),
+        (export_prefill, tensors.DECODER_STEP, files.PREFILL_GRAPH_FILE),
+        (export_step, tensors.DECODER_STEP, files.STEP_GRAPH_FILE),
+    )
+    graphs: dict[str, Path] = {}
+    for export, model, filename in jobs:
+        progress(f"exporting {filename} of {model.name}")
+        path = _version_folder(staging, model, version) / filename
+        export(checkpoint, path)
+        graphs[filename] = path
+    return graphs
+
+
+def _write_settings(checkpoint: Checkpoint, staging: Path, version: int) -> None:
+    captioner = _version_folder(staging, tensors.CAPTIONER, version)
+    (captioner / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
+    checkpoint.tokenizer.backend_tokenizer.save(str(captioner / files.TOKENIZER_FILE))
+    decoder = _version_folder(staging, tensors.DECODER_STEP, version)
+    (decoder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
+    preprocess = _version_folder(staging, tensors.PREPROCESS, version)
+    settings = json.dumps(dataclasses.asdict(checkpoint.preprocessor), indent=2)
+    (preprocess / files.PREPROCESSOR_FILE).write_text(settings + "\n")
+
+
+def _version_folder(repository: Path, model: tensors.ModelSpec, version: int) -> Path:
+    folder = repository / model.name / str(version)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _publish(checkpoint: Checkpoint, staging: Path, output: Path, version: int) -> None:
+    static = static_repository()
+    for model in tensors.MODELS:
+        source, target = staging / model.name / str(version), output / model.name
+        code = static / model.name / "1" / "model.py"
+        if code.exists():
+            shutil.copyfile(code, source / code.name)
+        target.mkdir(exist_ok=True)
+        source.rename(target / str(version))
+        config = (static / model.name / "config.pbtxt").read_text()
+        (target / "config.pbtxt").write_text(_with_image_size(config, checkpoint.image_size))
+
+
+def _with_image_size(config: str, size: tuple[int, int]) -> str:
+    """A model's configuration, its warm-up made for images of `size` (height, width)."""
+    return _WARMUP_DIMS.sub(f"dims: [3, {size[0]}, {size[1]}]", config)

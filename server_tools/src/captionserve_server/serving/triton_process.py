@@ -1,0 +1,192 @@
+"""One tritonserver process: started on free ports, watched until ready, ended without remains."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from captionserve_server.serving.installation import TritonInstallation, assemble_backends
+
+_LOOPBACK = "127.0.0.1"
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+_POLL_SECONDS = 0.1
+_LOG_TAIL_LINES = 15
+_PR_SET_PDEATHSIG = 1
+
+
+class TritonStartError(RuntimeError):
+    """Triton ended, or did not become ready in time; the message ends with its last errors."""
+
+
+@dataclass(frozen=True)
+class TritonAddresses:
+    """Where a Triton process listens, each as host:port."""
+
+    grpc: str
+    http: str
+    metrics: str
+
+
+class TritonProcess:
+    """A running tritonserver of our own."""
+
+    def __init__(
+        self, installation: TritonInstallation, repository: Path, *, exit_seconds: int = 30
+    ) -> None:
+        """Start the server; use `wait_ready` before relying on it.
+
+        Args:
+            installation: what to run.
+            repository: the model repository.
+            exit_seconds: how long Triton may take to end its models before it is killed.
+        """
+        self._exit_seconds = exit_seconds
+        self._folder = Path(tempfile.mkdtemp(prefix="captionserve-triton-"))
+        self._log_path = self._folder / "triton.log"
+        self._shared_memory_prefix = self._folder.name
+        backends = self._folder / "backends"
+        backends.mkdir()
+        assemble_backends(installation, backends)
+        ports = _free_ports(3)
+        self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
+        self._process = self._start(installation, repository, backends, ports)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.poll() is None
+
+    async def wait_ready(self, timeout_seconds: float) -> None:
+        """Wait until every model is loaded and warmed up.
+
+        Raises:
+            TritonStartError: if the process ends or the time is up first.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
+        async with grpc.aio.insecure_channel(self.addresses.grpc) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            while not await _is_ready(stub):
+                if not self.running:
+                    raise TritonStartError(f"Triton ended while starting\n{self._log_tail()}")
+                if asyncio.get_running_loop().time() > deadline:
+                    raise TritonStartError(
+                        f"Triton was not ready after {timeout_seconds:g} seconds\n{self._log_tail()}"
+                    )
+                await asyncio.sleep(_POLL_SECONDS)
+
+    async def wait_ended(self) -> int:
+        """Wait until the process has ended; its exit code."""
+        return await asyncio.to_thread(self._process.wait)
+
+    def stop(self) -> None:
+        """End the server and remove whatever it leaves behind."""
+        if self.running:
+            self._process.terminate()
+            # Triton itself waits exit_seconds for its models; it gets a little more to say goodbye.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(self._exit_seconds + 5)
+        # The stubs are in the process group of their own that `_start` made.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for region in _SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
+            region.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(
+        self,
+        installation: TritonInstallation,
+        repository: Path,
+        backends: Path,
+        ports: list[int],
+    ) -> subprocess.Popen[bytes]:
+        command = [
+            str(installation.binary),
+            f"--model-repository={repository}",
+            f"--backend-directory={backends}",
+            f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
+            f"--exit-timeout-secs={self._exit_seconds}",
+            f"--grpc-address={_LOOPBACK}",
+            f"--http-address={_LOOPBACK}",
+            f"--metrics-address={_LOOPBACK}",
+            f"--grpc-port={ports[0]}",
+            f"--http-port={ports[1]}",
+            f"--metrics-port={ports[2]}",
+        ]
+        with self._log_path.open("wb") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_environment(installation),
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    def _log_tail(self) -> str:
+        lines = self._log_path.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith("E")] or lines
+        return "\n".join(errors[-_LOG_TAIL_LINES:])
+
+
+async def _is_ready(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> bool:
+    try:
+        answer = await stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=1.0)
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(answer.ready)
+
+
+def _environment(installation: TritonInstallation) -> Mapping[str, str]:
+    """This process's environment, with what Triton and the stubs need to find.
+
+    The stub embeds a Python of its own. It ignores PYTHONPATH and PYTHONHOME, but looks for `python3`
+    on PATH and takes the virtual environment that it finds there, which must be this one.
+    """
+    libraries = [str(folder) for folder in installation.library_folders]
+    return os.environ | {
+        "LD_LIBRARY_PATH": _joined(*libraries, os.environ.get("LD_LIBRARY_PATH", "")),
+        "PATH": _joined(str(Path(sys.executable).parent), os.environ.get("PATH", "")),
+    }
+
+
+def _joined(*folders: str) -> str:
+    return os.pathsep.join(filter(None, folders))
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when the one that started it is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago; all are held until all are found, so that they differ."""
+    with contextlib.ExitStack() as stack:
+        return [stack.enter_context(_bound_socket()).getsockname()[1] for _ in range(count)]
+
+
+@contextlib.contextmanager
+def _bound_socket() -> Iterator[socket.socket]:
+    with socket.socket() as listener:
+        listener.bind((_LOOPBACK, 0))
+        yield listener

@@ -1,0 +1,64 @@
+"""Triton's `onnxruntime` backend on the onnxruntime wheel, for servers without the C++ one.
+
+A python-based backend: the folder `onnxruntime` of the backend directory holds a model.py that
+imports this, and the same config.pbtxt runs here and on the C++ backend. Triton's dynamic batcher
+hands several requests at once; they are joined into one run and parted again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.triton.requests import (
+    Array,
+    ModelArguments,
+    Request,
+    error_response,
+)
+
+
+class TritonPythonModel:
+    """Any batched ONNX model with fixed inputs and outputs."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the model file that the configuration names."""
+        arguments = ModelArguments(args)
+        folder = Path(arguments.repository) / str(arguments.version)
+        filename = arguments.config.get("default_model_filename") or "model.onnx"
+        threads = arguments.number("intra_op_thread_count")
+        self._graph = OnnxGraph(folder / filename, threads=threads)
+
+    def execute(self, requests: list[Request]) -> list[Any]:
+        """Run all requests as one batch; all of them fail together when the run fails."""
+        try:
+            batches = [self._inputs(request) for request in requests]
+            joined = {
+                name: np.concatenate([batch[name] for batch in batches])
+                for name in self._graph.input_names
+            }
+            outputs = self._graph.run(joined)
+        except Exception as error:  # Whatever goes wrong is these requests' answer.
+            return [error_response(error) for _ in requests]
+        sizes = [len(batch[self._graph.input_names[0]]) for batch in batches]
+        parted = [np.split(output, np.cumsum(sizes)[:-1]) for output in outputs]
+        return [self._response(list(parts)) for parts in zip(*parted, strict=True)]
+
+    def _inputs(self, request: Request) -> dict[str, Array]:
+        return {
+            name: pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+            for name in self._graph.input_names
+        }
+
+    def _response(self, parts: list[Array]) -> Any:
+        names = self._graph.output_names
+        return pb_utils.InferenceResponse(
+            output_tensors=[
+                pb_utils.Tensor(name, np.ascontiguousarray(part))
+                for name, part in zip(names, parts, strict=True)
+            ]
+        )
