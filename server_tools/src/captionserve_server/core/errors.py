@@ -2,6 +2,7 @@
 
     CaptionServeError
     ├── InvalidRequestError         the caller must change the request
+    │   ├── ImageMissingError
     │   ├── ImageCorruptError
     │   ├── UnsupportedImageFormatError
     │   ├── ImageTooManyPixelsError
@@ -56,6 +57,12 @@ class InvalidRequestError(CaptionServeError):
     """The request is wrong as it stands."""
 
     reason = "INVALID_REQUEST"
+
+
+class ImageMissingError(InvalidRequestError):
+    """The request holds no image."""
+
+    reason = "IMAGE_MISSING"
 
 
 class ImageCorruptError(InvalidRequestError):

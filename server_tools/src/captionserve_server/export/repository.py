@@ -40,6 +40,10 @@ class ExportReport:
     bytes_on_disk: int
     verification: Verification
 
+    def as_json(self) -> dict[str, object]:
+        """The report as JSON values."""
+        return {**dataclasses.asdict(self), "repository": str(self.repository)}
+
 
 def export_checkpoint(
     checkpoint_name: str, output: Path, *, version: int = 1, progress: Progress = lambda _: None

@@ -1,0 +1,41 @@
+"""Talking to the person or script at the other end: output, progress and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+# Results go to standard output, everything about the work to standard error.
+output = Console(highlight=False, soft_wrap=True)
+messages = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class ExitCode(IntEnum):
+    """What the command's exit status says. 2 is the command line parser's own, for wrong usage."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNSUPPORTED = 3
+    NOT_STARTED = 4
+    CALL_FAILED = 5
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document for a script."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def stages(first: str) -> Iterator[Progress]:
+    """A spinner that names the present stage; `update(task_ids[0], description=...)` changes it."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=messages, transient=True) as progress:
+        progress.add_task(first, total=None)
+        yield progress

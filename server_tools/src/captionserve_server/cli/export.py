@@ -1,0 +1,68 @@
+"""`captionserve export` and `captionserve make-checkpoint`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from captionserve_server.cli.console import ExitCode, messages, output, print_json, stages
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Local folder or hub id.")],
+    output_folder: Annotated[
+        Path, typer.Option("--output", help="Model repository to write or to add to.")
+    ],
+    version: Annotated[int, typer.Option(min=1, help="Version number in all four models.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Export a checkpoint into a complete Triton model repository, checked against PyTorch."""
+    # Imported here: PyTorch takes seconds to import, and serving does without it.
+    from captionserve_server.export.checkpoint import UnsupportedCheckpointError
+    from captionserve_server.export.logs import quiet_libraries
+    from captionserve_server.export.repository import export_checkpoint
+    from captionserve_server.export.verify import GraphMismatchError
+
+    quiet_libraries()
+    try:
+        with stages("loading the checkpoint") as progress:
+            report = export_checkpoint(
+                checkpoint,
+                output_folder,
+                version=version,
+                progress=lambda stage: progress.update(progress.task_ids[0], description=stage),
+            )
+    except UnsupportedCheckpointError as error:
+        messages.print(f"error: {error}", markup=False)
+        raise typer.Exit(ExitCode.UNSUPPORTED) from error
+    except GraphMismatchError as error:
+        messages.print(f"error: {error}; nothing was written", markup=False)
+        raise typer.Exit(ExitCode.FAILED) from error
+    if as_json:
+        print_json(report.as_json())
+        return
+    output.print(
+        f"exported version {report.version}, {report.bytes_on_disk / 1e6:.1f} MB; largest difference "
+        f"from PyTorch: {report.verification.logprobs:.1e} in log-probabilities, "
+        f"{report.verification.encoder_states:.1e} in encoder states"
+    )
+
+
+def make_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+) -> None:
+    """Write a random-weight checkpoint of nlpconnect/vit-gpt2-image-captioning's exact shapes.
+
+    For measuring speed and memory, which do not depend on the weights.
+    """
+    from captionserve_server.export.logs import quiet_libraries
+    from captionserve_server.export.random_checkpoint import CheckpointShape
+    from captionserve_server.export.random_checkpoint import make_checkpoint as write_checkpoint
+
+    quiet_libraries()
+    with stages("making random weights"):
+        write_checkpoint(folder, CheckpointShape(), seed=seed)
+    output.print(f"wrote a random checkpoint to {folder}")

@@ -1,0 +1,53 @@
+"""The `captionserve` command: puts the subcommands together and turns errors into sentences."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from captionserve import CaptionError
+
+from captionserve_server.cli.caption import caption
+from captionserve_server.cli.console import ExitCode, messages
+from captionserve_server.cli.demo import demo
+from captionserve_server.cli.evaluate import evaluate
+from captionserve_server.cli.export import export, make_checkpoint
+from captionserve_server.cli.serve import serve
+from captionserve_server.serving.installation import TritonNotFoundError
+from captionserve_server.serving.launch import LaunchError
+from captionserve_server.serving.service import TritonEndedError
+from captionserve_server.serving.triton_process import TritonStartError
+
+app = typer.Typer(
+    name="captionserve",
+    help="Export, serve and use image captioners.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (export, serve, caption, evaluate, make_checkpoint, demo):
+    app.command()(command)
+
+# Errors that a person can act on; anything else is ours and keeps its stack trace.
+_EXIT_CODES: dict[type[Exception], ExitCode] = {
+    TritonNotFoundError: ExitCode.NOT_STARTED,
+    TritonStartError: ExitCode.NOT_STARTED,
+    LaunchError: ExitCode.NOT_STARTED,
+    TritonEndedError: ExitCode.FAILED,
+    CaptionError: ExitCode.CALL_FAILED,
+    OSError: ExitCode.FAILED,
+}
+
+
+def main() -> None:
+    """Run the command line; the process ends with an ExitCode."""
+    try:
+        app()
+    except tuple(_EXIT_CODES) as error:
+        code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
+        messages.print(f"error: {error}", markup=False)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

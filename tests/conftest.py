@@ -1,0 +1,76 @@
+"""Fixtures that are dear to make: exported checkpoints and running services, once per session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from captionserve_server.export.logs import quiet_libraries
+from captionserve_server.serving.launch import launched_service
+from captionserve_server.serving.ready import ReadyReport
+from tests.checkpoints import RANDOM_CHECKPOINTS
+
+quiet_libraries()
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent.parent / "demo"
+CHECKPOINT_NAMES = (*RANDOM_CHECKPOINTS, DEMO)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoint name to its folder; random ones are made when first asked for."""
+    from captionserve_server.export.random_checkpoint import make_checkpoint
+
+    made: dict[str, Path] = {DEMO: DEMO_FOLDER / "checkpoint"}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            recipe = RANDOM_CHECKPOINTS[name]
+            made[name] = tmp_path_factory.mktemp("checkpoints") / name
+            make_checkpoint(
+                made[name], recipe.shape, seed=recipe.seed, safetensors=recipe.safetensors
+            )
+            settings = made[name] / "generation_config.json"
+            settings.write_text(json.dumps(json.loads(settings.read_text()) | recipe.generation))
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_repository(
+    checkpoint_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Checkpoint name to its exported model repository; exported when first asked for."""
+    from captionserve_server.export.repository import export_checkpoint
+
+    exported: dict[str, Path] = {}
+
+    def repository(name: str) -> Path:
+        if name not in exported:
+            output = tmp_path_factory.mktemp("repositories") / name
+            export_checkpoint(str(checkpoint_folder(name)), output)
+            exported[name] = output
+        return exported[name]
+
+    return repository
+
+
+@pytest.fixture(scope="session")
+def service(model_repository: Callable[[str], Path]) -> Iterator[Callable[[str], ReadyReport]]:
+    """Checkpoint name to its running service; started when first asked for, ended with the session."""
+    running: dict[str, ReadyReport] = {}
+    with ExitStack() as stack:
+
+        def start(name: str) -> ReadyReport:
+            if name not in running:
+                launched = launched_service(model_repository(name))
+                running[name] = stack.enter_context(launched)
+            return running[name]
+
+        yield start
