@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 
@@ -33,9 +33,9 @@ def print_json(value: object) -> None:
 
 
 @contextmanager
-def stages(first: str) -> Iterator[Progress]:
-    """A spinner that names the present stage; `update(task_ids[0], description=...)` changes it."""
+def stages(first: str) -> Iterator[Callable[[str], None]]:
+    """A spinner that names the present stage; call what is yielded with the next one."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=messages, transient=True) as progress:
-        progress.add_task(first, total=None)
-        yield progress
+        task = progress.add_task(first, total=None)
+        yield lambda stage: progress.update(task, description=stage)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +10,8 @@ import typer
 from captionserve import CaptionClient, GenerationOptions
 from rich.table import Table
 
-from captionserve_server.cli.console import messages, output, stages
-from captionserve_server.serving.launch import launched_service
+from captionserve_server.cli.console import output
+from captionserve_server.cli.served import served_with_progress
 
 
 def demo(
@@ -24,21 +23,8 @@ def demo(
     ] = Path("demo"),
 ) -> None:
     """Caption the demo images through gateway, Triton, encoder and decoder, and stop again."""
-    # Imported here: PyTorch takes seconds to import, and the other commands do without it.
-    from captionserve_server.export.logs import quiet_libraries
-    from captionserve_server.export.repository import export_checkpoint
-
-    quiet_libraries()
-    with tempfile.TemporaryDirectory(prefix="captionserve-demo-") as repository:
-        with stages("exporting the demo checkpoint") as progress:
-            export_checkpoint(
-                str(folder / "checkpoint"),
-                Path(repository),
-                progress=lambda stage: progress.update(progress.task_ids[0], description=stage),
-            )
-        messages.print("starting Triton and the gateway")
-        with launched_service(Path(repository)) as service:
-            output.print(_captioned(folder / "images", service.grpc))
+    with served_with_progress(str(folder / "checkpoint")) as service:
+        output.print(_captioned(folder / "images", service.grpc))
 
 
 def _captioned(images: Path, target: str) -> Table:

@@ -32,7 +32,7 @@ def export(
                 checkpoint,
                 output_folder,
                 version=version,
-                progress=lambda stage: progress.update(progress.task_ids[0], description=stage),
+                progress=progress,
             )
     except UnsupportedCheckpointError as error:
         messages.print(f"error: {error}", markup=False)
