@@ -1,0 +1,19 @@
+"""Typed Python client of the captionserve image-captioning service."""
+
+from captionserve._aio import AsyncCaptionClient
+from captionserve._client import CaptionClient
+from captionserve._errors import CaptionError
+from captionserve._images import ImageInput
+from captionserve._options import GenerationOptions
+from captionserve._results import Caption, CaptionResult, FinishReason
+
+__all__ = [
+    "AsyncCaptionClient",
+    "Caption",
+    "CaptionClient",
+    "CaptionError",
+    "CaptionResult",
+    "FinishReason",
+    "GenerationOptions",
+    "ImageInput",
+]

@@ -1,0 +1,158 @@
+"""From whatever a caller has for an image to the bytes of an image file.
+
+Nothing is decoded that need not be: files and bytes pass through untouched. Pixels are written
+without loss, as PPM (which needs no library) or PNG.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class BinaryReader(Protocol):
+    """A file object opened in binary mode; it is read from its present position."""
+
+    def read(self) -> bytes:
+        """Everything up to the end."""
+
+
+class Uint8Array(Protocol):
+    """A height x width x 3 array of uint8, RGB, such as numpy's."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height, width, 3."""
+
+    @property
+    def dtype(self) -> object:
+        """The element type; its text is "uint8"."""
+
+    def tobytes(self) -> bytes:
+        """The elements in C order."""
+
+
+class PillowImage(Protocol):
+    """A PIL.Image.Image; named by its parts so that Pillow need not be installed."""
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name of the pixel format."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width, height."""
+
+    def tobytes(self) -> bytes:
+        """The pixels, row by row."""
+
+    def save(self, fp: BinaryIO, format: str) -> None:
+        """Write an image file."""
+
+
+ImageInput = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryReader
+    | PillowImage
+    | Uint8Array
+)
+"""A path, an encoded image, a binary file object, a PIL image or a uint8 HxWx3 RGB array."""
+
+# Modes that PNG stores as they are.
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B"})
+# Modes with a lossless way to one that PNG stores; "I" holds 16-bit samples in 32 bits.
+_CONVERT_FOR_PNG = {"PA": "RGBA", "RGBa": "RGBA", "I": "I;16"}
+# Modes that no accepted format stores losslessly; the server would itself convert them like this.
+_CONVERT_TO_RGB = frozenset({"CMYK", "YCbCr", "HSV", "LAB", "RGBX"})
+
+
+def encode_image(image: ImageInput) -> bytes:
+    """Give an image the form of an encoded file.
+
+    Paths are read; bytes-like values and file objects are taken as whole image files. A uint8
+    array or an RGB PIL image becomes a binary PPM. A PIL image of another mode becomes a PNG, which
+    keeps palette, transparency and 16-bit samples; CMYK, YCbCr, HSV, LAB and RGBX images are
+    converted to RGB by Pillow. A PIL image is turned upright if its EXIF data say so, as the server
+    does with files.
+
+    Raises:
+        TypeError: if the value is none of these.
+        ValueError: if an array is not uint8 height x width x 3, or a PIL image has no pixels or a
+            mode without a fixed range.
+        OSError: if a file cannot be read, such as FileNotFoundError.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return Path(image).read_bytes()
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
+    if _has(image, "read"):
+        return _read(cast(BinaryReader, image))
+    if _has(image, "mode", "size", "save", "tobytes"):
+        return _encode_pillow(cast("Image.Image", image))
+    if _has(image, "shape", "dtype", "tobytes"):
+        return _encode_array(cast(Uint8Array, image))
+    raise TypeError(
+        "an image must be a path, bytes, a binary file object, a PIL image or a uint8 array, "
+        f"is {type(image).__name__}"
+    )
+
+
+def _has(value: object, *names: str) -> bool:
+    return all(hasattr(value, name) for name in names)
+
+
+def _read(file: BinaryReader) -> bytes:
+    data = file.read()
+    if not isinstance(data, bytes):
+        raise TypeError("an image file object must be opened in binary mode")
+    return data
+
+
+def _encode_array(array: Uint8Array) -> bytes:
+    shape = tuple(array.shape)
+    if str(array.dtype) != "uint8" or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise ValueError(
+            "an image array must be uint8 of shape (height, width, 3), "
+            f"is {array.dtype} of shape {shape}"
+        )
+    height, width, _ = shape
+    return _ppm(width, height, array.tobytes())
+
+
+def _encode_pillow(image: Image.Image) -> bytes:
+    # Pillow is there, since its image is.
+    from PIL import ImageOps
+
+    if 0 in image.size:
+        raise ValueError("an image must have pixels")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _CONVERT_TO_RGB:
+        image = image.convert("RGB")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return _ppm(image.width, image.height, image.tobytes())
+    return _png(image)
+
+
+def _png(image: Image.Image) -> bytes:
+    mode = _CONVERT_FOR_PNG.get(image.mode, image.mode)
+    if mode not in _PNG_MODES:
+        raise ValueError(f"a PIL image of mode {image.mode} must be converted to RGB first")
+    converted = image if mode == image.mode else image.convert(mode)
+    encoded = io.BytesIO()
+    # The network is fast and the caller waits: little compression is enough.
+    converted.save(encoded, format="PNG", compress_level=1)
+    return encoded.getvalue()
+
+
+def _ppm(width: int, height: int, rgb: bytes) -> bytes:
+    """A binary PPM file: a header and the raw bytes."""
+    return b"P6\n%d %d\n255\n" % (width, height) + rgb

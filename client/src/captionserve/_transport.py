@@ -1,0 +1,73 @@
+"""What both clients tell gRPC: channel options, the retry policy and deadlines."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from captionserve._images import ImageInput, encode_image
+from captionserve._options import GenerationOptions, to_proto
+from captionserve.v1 import caption_pb2
+
+DEFAULT_TIMEOUT_SECONDS = 30.0
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# A server that restarts is found again within this time; gRPC's own limit is two minutes.
+_MAX_RECONNECT_MILLISECONDS = 5_000
+
+_SERVICE_CONFIG = json.dumps(
+    {
+        # Several addresses behind one name share the calls.
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "methodConfig": [
+            {
+                "name": [{"service": "captionserve.v1.CaptionService"}],
+                # Captioning twice does no harm. Only UNAVAILABLE: retrying what is refused for
+                # overload would feed the overload.
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    "initialBackoff": "0.1s",
+                    "maxBackoff": "2s",
+                    "backoffMultiplier": 3,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ],
+        # Stops retrying while most calls fail.
+        "retryThrottling": {"maxTokens": 20, "tokenRatio": 0.5},
+    }
+)
+
+
+def channel_options() -> list[tuple[str, int | str]]:
+    """The channel's options, the same for both clients."""
+    return [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        # gRPC silently stops retrying what does not fit here; its default is less than a photo.
+        ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
+        ("grpc.service_config", _SERVICE_CONFIG),
+        ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MILLISECONDS),
+        # The target alone says where calls go, not the environment.
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+def checked_timeout(seconds: float) -> float:
+    """Give the timeout back.
+
+    Raises:
+        ValueError: if it is not a positive, finite number.
+    """
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"timeout must be a positive number of seconds, is {seconds}")
+    return seconds
+
+
+def build_request(
+    image: ImageInput, options: GenerationOptions | None
+) -> caption_pb2.CaptionRequest:
+    """Read and encode the image and put the options beside it; raises as `encode_image` does."""
+    return caption_pb2.CaptionRequest(
+        image=caption_pb2.Image(encoded=encode_image(image)),
+        options=None if options is None else to_proto(options),
+    )

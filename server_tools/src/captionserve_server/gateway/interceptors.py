@@ -1,0 +1,129 @@
+"""What surrounds every call: failures become statuses, and caption calls are counted.
+
+Without the first, gRPC would show a caller the text of whatever exception escapes a handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+
+from captionserve_server.core.errors import CaptionServeError
+from captionserve_server.gateway.metrics import GatewayMetrics
+from captionserve_server.gateway.status import rpc_status
+
+_log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+# Generic in the type stubs only.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
+Behaviour = Callable[[Any, Context], Any]
+Around = Callable[[Context], AbstractAsyncContextManager[None]]
+
+_HANDLER_KINDS: dict[str, Callable[..., Any]] = {
+    "unary_unary": grpc.unary_unary_rpc_method_handler,
+    "unary_stream": grpc.unary_stream_rpc_method_handler,
+    "stream_unary": grpc.stream_unary_rpc_method_handler,
+    "stream_stream": grpc.stream_stream_rpc_method_handler,
+}
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Maps everything that escapes a handler to a status, by the table in `status`."""
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """Put the mapping around the call's handler."""
+        handler = await continuation(handler_call_details)
+        return None if handler is None else _rewrapped(handler, _errors_mapped)
+
+
+class MetricsInterceptor(grpc.aio.ServerInterceptor):
+    """Counts the calls of one service."""
+
+    def __init__(self, service: str, metrics: GatewayMetrics) -> None:
+        """Count the calls of `service`, named with its package."""
+        self._prefix = f"/{service}/"
+        self._metrics = metrics
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """Put the counting around the call's handler."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(self._prefix):
+            return handler
+        return _rewrapped(handler, self._counted)
+
+    @asynccontextmanager
+    async def _counted(self, context: Context) -> AsyncIterator[None]:
+        with self._metrics.call() as record:
+            try:
+                yield
+            except asyncio.CancelledError:
+                record.code = _cancellation_code(context)
+                raise
+            except grpc.aio.AbortError:
+                record.code = context.code()
+                raise
+
+
+@asynccontextmanager
+async def _errors_mapped(context: Context) -> AsyncIterator[None]:
+    try:
+        yield
+    except grpc.aio.AbortError:
+        raise
+    except CaptionServeError as error:
+        await _abort(context, error)
+    except Exception:
+        _log.exception("a handler failed")
+        await _abort(context, CaptionServeError("the server failed"))
+
+
+async def _abort(context: Context, error: CaptionServeError) -> None:
+    status = rpc_status(error)
+    await context.abort(status.code, status.message, status.trailing_metadata)
+
+
+def _cancellation_code(context: Context) -> grpc.StatusCode:
+    """Tell apart why gRPC cancelled a handler: the caller gave up, or the deadline passed."""
+    if context.time_remaining() == 0:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    return grpc.StatusCode.CANCELLED
+
+
+def _rewrapped(handler: Handler, around: Around) -> Handler:
+    """The same handler with a context manager around each call."""
+    for kind, make in _HANDLER_KINDS.items():
+        behaviour = getattr(handler, kind)
+        if behaviour is not None:
+            rewrapped: Handler = make(
+                _surrounded(behaviour, around),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+            return rewrapped
+    return handler
+
+
+def _surrounded(behaviour: Behaviour, around: Around) -> Behaviour:
+    async def call(request: object, context: Context) -> object:
+        async with around(context):
+            return await behaviour(request, context)
+
+    async def stream(request: object, context: Context) -> AsyncIterator[object]:
+        async with around(context):
+            async for response in behaviour(request, context):
+                yield response
+
+    # gRPC tells the two ways of writing a streaming handler apart like this.
+    return stream if inspect.isasyncgenfunction(behaviour) else call

@@ -1,0 +1,92 @@
+"""The one table from errors to gRPC statuses, and the details that go with each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from captionserve_server.core import errors
+
+DOMAIN = "captionserve"
+# About the time in which a handful of captions is finished and room is made.
+RETRY_DELAY_SECONDS = 1
+
+CODES: Mapping[type[errors.CaptionServeError], grpc.StatusCode] = {
+    errors.CaptionServeError: grpc.StatusCode.INTERNAL,
+    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ImageMissingError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ImageCorruptError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnsupportedImageFormatError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ImageTooManyPixelsError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.InvalidOptionsError: grpc.StatusCode.INVALID_ARGUMENT,
+    # Not UNAVAILABLE: clients retry that by themselves, which feeds an overload.
+    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.CancelledError: grpc.StatusCode.CANCELLED,
+    errors.ModelUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.ModelFaultError: grpc.StatusCode.INTERNAL,
+}
+
+_IMAGE_ERRORS = (
+    errors.ImageMissingError,
+    errors.ImageCorruptError,
+    errors.UnsupportedImageFormatError,
+    errors.ImageTooManyPixelsError,
+)
+
+
+@dataclass(frozen=True)
+class RpcStatus:
+    """How a failed call ends, as gRPC wants it.
+
+    Attributes:
+        code: the status code.
+        message: the sentence for the caller.
+        trailing_metadata: google.rpc.Status with the details, and hints to retrying clients.
+    """
+
+    code: grpc.StatusCode
+    message: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+
+
+def rpc_status(error: errors.CaptionServeError) -> RpcStatus:
+    """The status that tells a caller of an error."""
+    code = CODES[type(error)]
+    status = status_pb2.Status(code=code.value[0], message=error.message)
+    for detail in _details(error):
+        status.details.add().Pack(detail)
+    metadata: list[tuple[str, str | bytes]] = [
+        ("grpc-status-details-bin", status.SerializeToString())
+    ]
+    if isinstance(error, errors.OverloadedError):
+        metadata.append(("grpc-retry-pushback-ms", str(1000 * RETRY_DELAY_SECONDS)))
+    return RpcStatus(code, error.message, tuple(metadata))
+
+
+def _details(error: errors.CaptionServeError) -> list[Message]:
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    violations = _field_violations(error)
+    if violations:
+        bad_request = error_details_pb2.BadRequest()
+        for field, description in violations.items():
+            bad_request.field_violations.add(field=field, description=description)
+        details.append(bad_request)
+    if isinstance(error, errors.OverloadedError):
+        delay = Duration(seconds=RETRY_DELAY_SECONDS)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return details
+
+
+def _field_violations(error: errors.CaptionServeError) -> dict[str, str]:
+    """What is wrong, by field path in CaptionRequest."""
+    if isinstance(error, errors.InvalidOptionsError):
+        return {f"options.{name}": text for name, text in error.field_violations.items()}
+    if isinstance(error, _IMAGE_ERRORS):
+        return {"image": error.message}
+    return {}

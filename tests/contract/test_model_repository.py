@@ -1,0 +1,93 @@
+"""Static configuration, code and exported graphs must agree on every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnxruntime
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from captionserve_server.core import bundle as files
+from captionserve_server.core import graph_tensors, tensors
+from captionserve_server.core.bundle import Bundle
+from captionserve_server.export.repository import static_repository
+from tests.checkpoints import RANDOM_CHECKPOINTS
+
+ONNX_TYPES = {"TYPE_UINT8": "tensor(uint8)", "TYPE_FP32": "tensor(float)"}
+
+
+def read_config(path: Path) -> model_config_pb2.ModelConfig:
+    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+
+
+def as_specs(declared: object) -> list[tensors.TensorSpec]:
+    """A configuration's inputs or outputs as specs."""
+    return [
+        tensors.TensorSpec(
+            name=tensor.name,
+            data_type=model_config_pb2.DataType.Name(tensor.data_type),  # type: ignore[arg-type]
+            dims=tuple(tensor.dims),
+            optional=getattr(tensor, "optional", False),
+        )
+        for tensor in declared  # type: ignore[attr-defined]
+    ]
+
+
+@pytest.mark.parametrize("model", tensors.MODELS, ids=lambda model: model.name)
+def test_static_configuration_declares_the_tensors_of_the_table(model: tensors.ModelSpec) -> None:
+    config = read_config(static_repository() / model.name / "config.pbtxt")
+    assert as_specs(config.input) == list(model.inputs)
+    assert as_specs(config.output) == list(model.outputs)
+
+
+@pytest.mark.parametrize("model", tensors.MODELS, ids=lambda model: model.name)
+def test_model_code_is_one_line(model: tensors.ModelSpec) -> None:
+    code = static_repository() / model.name / "1" / "model.py"
+    config = read_config(static_repository() / model.name / "config.pbtxt")
+    assert code.exists() == (config.backend == "python")
+    if code.exists():
+        assert len(code.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
+def test_exported_configuration_differs_from_the_static_one_in_warm_up_only(
+    name: str, model_repository: Callable[[str], Path]
+) -> None:
+    size = RANDOM_CHECKPOINTS[name].shape.image_size
+    for model in tensors.MODELS:
+        exported = read_config(model_repository(name) / model.name / "config.pbtxt")
+        static = read_config(static_repository() / model.name / "config.pbtxt")
+        for warm_up in static.model_warmup:
+            warm_up.inputs[tensors.PIXELS.name].dims[1:] = [size, size]
+        assert exported == static
+
+
+@pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
+def test_exported_graphs_have_the_tensors_of_the_tables(
+    name: str, model_repository: Callable[[str], Path]
+) -> None:
+    decoder = model_repository(name) / tensors.DECODER_STEP.name / "1"
+    geometry = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry
+    encoder = model_repository(name) / tensors.VISION_ENCODER.name / "1" / files.ENCODER_GRAPH_FILE
+
+    session = onnxruntime.InferenceSession(str(encoder))
+    for nodes, specs in (
+        (session.get_inputs(), tensors.VISION_ENCODER.inputs),
+        (session.get_outputs(), tensors.VISION_ENCODER.outputs),
+    ):
+        assert [node.name for node in nodes] == [spec.name for spec in specs]
+        assert [node.type for node in nodes] == [ONNX_TYPES[spec.data_type] for spec in specs]
+    assert session.get_outputs()[0].shape[1:] == [geometry.image_tokens, geometry.encoder_width]
+
+    prefill = onnxruntime.InferenceSession(str(decoder / files.PREFILL_GRAPH_FILE))
+    assert [node.name for node in prefill.get_outputs()] == graph_tensors.cross_names(
+        geometry.layers
+    )
+    step = onnxruntime.InferenceSession(str(decoder / files.STEP_GRAPH_FILE))
+    assert [node.name for node in step.get_inputs()] == graph_tensors.step_input_names(
+        geometry.layers
+    )
+    assert [node.name for node in step.get_outputs()] == graph_tensors.step_output_names()

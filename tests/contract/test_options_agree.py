@@ -1,0 +1,93 @@
+"""The decoding options are one set, wherever they are written down; so are the enums."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from captionserve import FinishReason, GenerationOptions
+from captionserve._options import to_proto
+from captionserve.v1 import caption_pb2
+from captionserve_server.core import tensors
+from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
+from captionserve_server.core.search import DecodedCaption
+from captionserve_server.gateway.conversion import (
+    EARLY_STOPPING,
+    FINISH_REASONS,
+    captioner_inputs,
+)
+from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
+
+PROTO_FIELDS = caption_pb2.GenerationOptions.DESCRIPTOR.fields_by_name
+NAMES = set(PROTO_FIELDS)
+TRITON_TYPES = {
+    FieldDescriptor.TYPE_INT32: "TYPE_INT32",
+    FieldDescriptor.TYPE_DOUBLE: "TYPE_FP64",
+    FieldDescriptor.TYPE_ENUM: "TYPE_STRING",
+}
+
+
+def enum_names(descriptor: EnumDescriptor, prefix: str) -> set[str]:
+    """The values' names in lower case, without prefix and without UNSPECIFIED."""
+    names = {value.name.removeprefix(prefix).lower() for value in descriptor.values}
+    return names - {"unspecified"}
+
+
+def test_every_place_has_the_same_options() -> None:
+    assert {field.name for field in dataclasses.fields(GenerationOptions)} == NAMES
+    assert {field.name for field in dataclasses.fields(DecodingOptions)} == NAMES
+    assert set(tensors.OPTION_TENSORS) == NAMES
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_each_option_has_a_tensor_of_its_own_type(name: str) -> None:
+    spec = tensors.OPTION_TENSORS[name]
+    assert spec.name == name.upper()
+    assert spec.data_type == TRITON_TYPES[PROTO_FIELDS[name].type]
+    assert spec.optional
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_option_tells_unset_from_zero(name: str) -> None:
+    field = PROTO_FIELDS[name]
+    # An enum has UNSPECIFIED for that.
+    assert field.has_presence or field.enum_type is not None
+
+
+def test_every_option_travels_from_the_client_to_the_captioner() -> None:
+    options = GenerationOptions(
+        num_beams=4,
+        max_length=20,
+        length_penalty=0.5,
+        early_stopping="never",
+        num_return_sequences=2,
+    )
+    request = caption_pb2.CaptionRequest(
+        image=caption_pb2.Image(encoded=b"x"), options=to_proto(options)
+    )
+    inputs = captioner_inputs(request)
+    arrived: dict[str, Any] = {name: inputs[spec] for name, spec in tensors.OPTION_TENSORS.items()}
+    assert DecodingOptions(**arrived) == DecodingOptions(**dataclasses.asdict(options))
+
+
+def test_early_stopping_has_the_same_values_everywhere() -> None:
+    descriptor = caption_pb2.EarlyStopping.DESCRIPTOR
+    assert enum_names(descriptor, "EARLY_STOPPING_") == set(EARLY_STOPPING_VALUES)
+    assert sorted(EARLY_STOPPING.values()) == sorted(EARLY_STOPPING_VALUES)
+    for value, name in EARLY_STOPPING.items():
+        assert descriptor.values_by_number[value].name == f"EARLY_STOPPING_{name.upper()}"
+
+
+@pytest.mark.parametrize(("value", "text"), [(False, "false"), (True, "true"), ("never", "never")])
+def test_early_stopping_means_the_same_at_both_ends(value: bool | str, text: str) -> None:
+    sent = to_proto(GenerationOptions(early_stopping=value))  # type: ignore[arg-type]  # Of a table.
+    assert EARLY_STOPPING[sent.early_stopping] == text
+
+
+def test_finish_reasons_are_the_same_everywhere() -> None:
+    descriptor = caption_pb2.FinishReason.DESCRIPTOR
+    names = enum_names(descriptor, "FINISH_REASON_")
+    assert {reason.value for reason in FinishReason} - {FinishReason.UNKNOWN.value} == names
+    assert set(FINISH_REASONS) == names
+    assert set(get_args(get_type_hints(DecodedCaption)["finish_reason"])) == names

@@ -1,0 +1,85 @@
+"""A real gRPC server with a servicer that does what a test tells it, and keeps what it was sent."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager
+
+import grpc
+from captionserve.v1 import caption_pb2, caption_pb2_grpc
+
+WAIT_SECONDS = 20.0
+
+Answer = Callable[[caption_pb2.CaptionRequest, grpc.ServicerContext], caption_pb2.CaptionResponse]
+
+
+def good_response() -> caption_pb2.CaptionResponse:
+    best = caption_pb2.Caption(
+        text="a red apple",
+        score=-0.5,
+        token_ids=[5, 6, 2],
+        token_logprobs=[-0.25, -0.25, -0.5],
+        finish_reason=caption_pb2.FINISH_REASON_EOS,
+    )
+    second = caption_pb2.Caption(
+        text="an apple",
+        score=-0.75,
+        token_ids=[7],
+        token_logprobs=[-0.75],
+        finish_reason=caption_pb2.FINISH_REASON_LENGTH,
+    )
+    return caption_pb2.CaptionResponse(captions=[best, second], model_version=3)
+
+
+class RecordingServicer(caption_pb2_grpc.CaptionServiceServicer):
+    """Answers with `answer`; by default with `good_response`."""
+
+    def __init__(self) -> None:
+        self.requests: list[caption_pb2.CaptionRequest] = []
+        self.seconds_left: list[float | None] = []
+        self.ended = threading.Event()
+        self.answer: Answer = lambda request, context: good_response()
+
+    def Caption(  # noqa: N802
+        self, request: caption_pb2.CaptionRequest, context: grpc.ServicerContext
+    ) -> caption_pb2.CaptionResponse:
+        self.requests.append(request)
+        self.seconds_left.append(context.time_remaining())
+        return self.answer(request, context)
+
+    def wait_until_gone(
+        self, request: caption_pb2.CaptionRequest, context: grpc.ServicerContext
+    ) -> caption_pb2.CaptionResponse:
+        """An answer that never comes: ends when the caller has gone."""
+        if not context.add_callback(self.ended.set):
+            self.ended.set()
+        self.ended.wait(WAIT_SECONDS)
+        return good_response()
+
+
+@contextmanager
+def caption_server() -> Iterator[tuple[str, RecordingServicer]]:
+    """Serve on a free port; gives host:port and the servicer."""
+    servicer = RecordingServicer()
+    server = grpc.server(
+        futures.ThreadPoolExecutor(2),
+        options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)],
+    )
+    caption_pb2_grpc.add_CaptionServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}", servicer
+    finally:
+        server.stop(None).wait()
+
+
+def unused_address() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return f"127.0.0.1:{port}"

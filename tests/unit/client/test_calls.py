@@ -1,0 +1,305 @@
+"""Both clients against a real gRPC server: what is sent, what comes back, how calls fail."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from captionserve import (
+    AsyncCaptionClient,
+    Caption,
+    CaptionClient,
+    CaptionError,
+    CaptionResult,
+    FinishReason,
+    GenerationOptions,
+)
+from captionserve._transport import DEFAULT_TIMEOUT_SECONDS
+from captionserve.v1 import caption_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from tests.unit.client.caption_server import (
+    WAIT_SECONDS,
+    RecordingServicer,
+    good_response,
+    unused_address,
+)
+
+Server = tuple[str, RecordingServicer]
+Call = Callable[..., CaptionResult]
+IMAGE = b"an image"
+
+
+def call_blocking(target: str, *args: Any, client: dict[str, Any], **call: Any) -> CaptionResult:
+    with CaptionClient(target, **client) as opened:
+        return opened.caption(*args, **call)
+
+
+def call_async(target: str, *args: Any, client: dict[str, Any], **call: Any) -> CaptionResult:
+    async def run() -> CaptionResult:
+        async with AsyncCaptionClient(target, **client) as opened:
+            return await opened.caption(*args, **call)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(params=[call_blocking, call_async])
+def caption(request: pytest.FixtureRequest) -> Call:
+    """One call with a client of its own; `client` holds the client's arguments."""
+
+    def call(*args: Any, client: dict[str, Any] | None = None, **kwargs: Any) -> CaptionResult:
+        result: CaptionResult = request.param(*args, client=client or {}, **kwargs)
+        return result
+
+    return call
+
+
+def fail_with(servicer: RecordingServicer, code: grpc.StatusCode, *details: Message) -> None:
+    """Let the servicer fail with a rich status."""
+    status = status_pb2.Status(code=code.value[0], message="a sentence")
+    for detail in details:
+        status.details.add().Pack(detail)
+    fail_with_metadata(servicer, code, status.SerializeToString())
+
+
+def fail_with_metadata(servicer: RecordingServicer, code: grpc.StatusCode, raw: bytes) -> None:
+    def answer(
+        request: caption_pb2.CaptionRequest, context: grpc.ServicerContext
+    ) -> caption_pb2.CaptionResponse:
+        context.set_trailing_metadata((("grpc-status-details-bin", raw),))
+        context.abort(code, "a sentence")
+
+    servicer.answer = answer
+
+
+def test_a_result_is_read_whole(server: Server, caption: Call) -> None:
+    result = caption(server[0], IMAGE)
+    assert result == CaptionResult(
+        captions=(
+            Caption("a red apple", -0.5, (5, 6, 2), (-0.25, -0.25, -0.5), FinishReason.EOS),
+            Caption("an apple", -0.75, (7,), (-0.75,), FinishReason.LENGTH),
+        ),
+        model_version=3,
+    )
+    assert result.text == "a red apple"
+
+
+def test_an_unknown_finish_reason_is_no_error(server: Server, caption: Call) -> None:
+    target, servicer = server
+    response = good_response()
+    response.captions[0].finish_reason = 99  # type: ignore[assignment]  # Of a newer server.
+    servicer.answer = lambda request, context: response
+    assert caption(target, IMAGE).captions[0].finish_reason is FinishReason.UNKNOWN
+
+
+def test_without_options_none_are_sent(server: Server, caption: Call) -> None:
+    target, servicer = server
+    caption(target, IMAGE)
+    expected = caption_pb2.CaptionRequest(image=caption_pb2.Image(encoded=IMAGE))
+    assert servicer.requests == [expected]
+
+
+def test_exactly_the_options_that_are_set_are_sent(server: Server, caption: Call) -> None:
+    target, servicer = server
+    caption(target, IMAGE, GenerationOptions(num_beams=4, length_penalty=0.0))
+    sent = servicer.requests[0].options
+    assert sent == caption_pb2.GenerationOptions(num_beams=4, length_penalty=0.0)
+    assert sent.HasField("length_penalty")
+
+
+@pytest.mark.parametrize(
+    ("value", "sent"),
+    [
+        (None, caption_pb2.EARLY_STOPPING_UNSPECIFIED),
+        (False, caption_pb2.EARLY_STOPPING_FALSE),
+        (True, caption_pb2.EARLY_STOPPING_TRUE),
+        ("never", caption_pb2.EARLY_STOPPING_NEVER),
+    ],
+)
+def test_early_stopping_is_sent_as_its_enum(
+    server: Server, caption: Call, value: Any, sent: int
+) -> None:
+    target, servicer = server
+    caption(target, IMAGE, GenerationOptions(early_stopping=value))
+    assert servicer.requests[0].options.early_stopping == sent
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_beams": 2**40}, ValueError, "num_beams does not fit a 32-bit integer"),
+        ({"num_beams": "four"}, TypeError, "num_beams has the wrong type: str"),
+        ({"early_stopping": "always"}, ValueError, "early_stopping must be True, False"),
+        ({"early_stopping": []}, ValueError, "early_stopping must be True, False"),
+    ],
+)
+def test_options_that_cannot_be_sent_are_refused(
+    server: Server, caption: Call, options: Any, error: type[Exception], message: str
+) -> None:
+    target, servicer = server
+    with pytest.raises(error, match=message):
+        caption(target, IMAGE, GenerationOptions(**options))
+    assert servicer.requests == []
+
+
+def test_every_call_has_a_deadline(server: Server, caption: Call) -> None:
+    target, servicer = server
+    caption(target, IMAGE)
+    caption(target, IMAGE, client={"timeout": 200.0})
+    caption(target, IMAGE, client={"timeout": 200.0}, timeout=1000.0)
+    for seconds_left, given in zip(
+        servicer.seconds_left, (DEFAULT_TIMEOUT_SECONDS, 200.0, 1000.0), strict=True
+    ):
+        assert seconds_left is not None
+        # gRPC rounds what it sends up.
+        assert 0 < seconds_left <= given + 1
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_timeouts_that_are_none_are_refused(server: Server, caption: Call, seconds: float) -> None:
+    for arguments in ({"timeout": seconds}, {"client": {"timeout": seconds}}):
+        with pytest.raises(ValueError, match="timeout must be a positive number of seconds"):
+            caption(server[0], IMAGE, **arguments)
+
+
+def test_a_large_photo_passes(server: Server, caption: Call) -> None:
+    target, servicer = server
+    caption(target, bytes(20_000_000))
+    assert len(servicer.requests[0].image.encoded) == 20_000_000
+
+
+def test_errors_carry_reason_message_and_fields(server: Server, caption: Call) -> None:
+    target, servicer = server
+    violation = error_details_pb2.BadRequest.FieldViolation(
+        field="options.num_beams", description="must be 1 to 16, is 99"
+    )
+    fail_with(
+        servicer,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        error_details_pb2.ErrorInfo(reason="INVALID_OPTIONS", domain="captionserve"),
+        error_details_pb2.BadRequest(field_violations=[violation]),
+    )
+    with pytest.raises(CaptionError, match="INVALID_OPTIONS: a sentence") as raised:
+        caption(target, IMAGE)
+    error = raised.value
+    assert (error.code, error.reason, error.message) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_OPTIONS",
+        "a sentence",
+    )
+    assert error.field_violations == {"options.num_beams": "must be 1 to 16, is 99"}
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.name != "OK"])
+def test_without_details_the_code_is_the_reason(
+    server: Server, caption: Call, code: grpc.StatusCode
+) -> None:
+    target, servicer = server
+    fail_with(servicer, code)
+    with pytest.raises(CaptionError) as raised:
+        caption(target, IMAGE)
+    assert (raised.value.code, raised.value.reason) == (code, code.name)
+    assert raised.value.field_violations == {}
+
+
+def test_anothers_reason_is_not_taken_for_ours(server: Server, caption: Call) -> None:
+    target, servicer = server
+    foreign = error_details_pb2.ErrorInfo(reason="QUOTA", domain="proxy.example")
+    fail_with(servicer, grpc.StatusCode.PERMISSION_DENIED, foreign)
+    with pytest.raises(CaptionError) as raised:
+        caption(target, IMAGE)
+    assert raised.value.reason == "PERMISSION_DENIED"
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xff\xff", status_pb2.Status(code=3, message="other").SerializeToString()]
+)
+def test_details_that_cannot_be_read_are_ignored(server: Server, caption: Call, raw: bytes) -> None:
+    target, servicer = server
+    fail_with_metadata(servicer, grpc.StatusCode.INTERNAL, raw)
+    with pytest.raises(CaptionError, match="INTERNAL: a sentence"):
+        caption(target, IMAGE)
+
+
+def test_unavailable_is_tried_again_even_for_a_photo(server: Server, caption: Call) -> None:
+    target, servicer = server
+
+    def fail_once(
+        request: caption_pb2.CaptionRequest, context: grpc.ServicerContext
+    ) -> caption_pb2.CaptionResponse:
+        if len(servicer.requests) == 1:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+        return good_response()
+
+    servicer.answer = fail_once
+    assert caption(target, bytes(3_000_000)).text == "a red apple"
+    assert len(servicer.requests) == 2
+
+
+def test_overload_is_not_tried_again(server: Server, caption: Call) -> None:
+    target, servicer = server
+    fail_with(servicer, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    with pytest.raises(CaptionError):
+        caption(target, IMAGE)
+    assert len(servicer.requests) == 1
+
+
+def test_nobody_listening_is_unavailable(caption: Call) -> None:
+    with pytest.raises(CaptionError) as raised:
+        caption(unused_address(), IMAGE)
+    assert raised.value.reason == "UNAVAILABLE"
+    assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_deadline_ends_the_call_on_both_sides(server: Server, caption: Call) -> None:
+    target, servicer = server
+    servicer.answer = servicer.wait_until_gone
+    with pytest.raises(CaptionError) as raised:
+        caption(target, IMAGE, timeout=0.5)
+    assert raised.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert raised.value.reason == "DEADLINE_EXCEEDED"
+    assert servicer.ended.wait(WAIT_SECONDS)
+
+
+def test_cancelling_the_task_cancels_the_call(server: Server) -> None:
+    target, servicer = server
+    loop_has_call = asyncio.Event()
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+
+        def announce_and_wait(
+            request: caption_pb2.CaptionRequest, context: grpc.ServicerContext
+        ) -> caption_pb2.CaptionResponse:
+            loop.call_soon_threadsafe(loop_has_call.set)
+            return servicer.wait_until_gone(request, context)
+
+        servicer.answer = announce_and_wait
+        async with AsyncCaptionClient(target) as client:
+            task = asyncio.create_task(client.caption(IMAGE))
+            await asyncio.wait_for(loop_has_call.wait(), WAIT_SECONDS)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await asyncio.to_thread(servicer.ended.wait, WAIT_SECONDS)
+
+    asyncio.run(run())
+
+
+def test_the_async_client_needs_a_running_loop() -> None:
+    with pytest.raises(RuntimeError, match=re.escape("no running event loop")):
+        AsyncCaptionClient("127.0.0.1:9000")
+
+
+def test_an_unencrypted_server_is_no_answer_for_a_client_with_credentials(
+    server: Server, caption: Call
+) -> None:
+    credentials = grpc.ssl_channel_credentials()
+    with pytest.raises(CaptionError) as raised:
+        caption(server[0], IMAGE, client={"credentials": credentials, "timeout": 5.0})
+    assert raised.value.code is grpc.StatusCode.UNAVAILABLE

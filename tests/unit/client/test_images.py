@@ -1,0 +1,172 @@
+"""Every kind of image becomes the right bytes, without losing anything."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from captionserve._images import encode_image
+from numpy.typing import NDArray
+from PIL import Image
+
+FILE = b"any bytes: the client does not look into files"
+
+
+class OddPath:
+    """A path that is no str and no pathlib.Path."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __fspath__(self) -> str:
+        return str(self._path)
+
+
+def decoded(encoded: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(encoded), formats=["PPM", "PNG"])
+    image.load()
+    return image
+
+
+def random_pixels(*shape: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", [str, Path, OddPath])
+def test_paths_are_read(kind: type, tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(FILE)
+    assert encode_image(kind(path)) == FILE
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, io.BytesIO])
+def test_bytes_and_file_objects_pass_through(kind: type) -> None:
+    assert encode_image(kind(FILE)) == FILE
+
+
+def test_an_opened_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(FILE)
+    with path.open("rb") as file:
+        assert encode_image(file) == FILE
+
+
+def test_an_array_becomes_a_lossless_ppm() -> None:
+    pixels = random_pixels(5, 4, 3)
+    encoded = encode_image(pixels)
+    assert encoded.startswith(b"P6\n4 5\n255\n")
+    assert np.array_equal(np.asarray(decoded(encoded)), pixels)
+
+
+def test_a_strided_array_keeps_its_picture() -> None:
+    pixels = random_pixels(6, 8, 3)[::2, ::-1]
+    assert np.array_equal(np.asarray(decoded(encode_image(pixels))), pixels)
+
+
+def test_an_rgb_image_becomes_a_lossless_ppm() -> None:
+    pixels = random_pixels(5, 4, 3)
+    encoded = encode_image(Image.fromarray(pixels))
+    assert encoded.startswith(b"P6")
+    assert np.array_equal(np.asarray(decoded(encoded)), pixels)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+def test_modes_that_png_has_are_kept(mode: str) -> None:
+    image = Image.fromarray(random_pixels(5, 4, 4), "RGBA").convert("RGB").convert(mode)
+    result = decoded(encode_image(image))
+    assert result.mode == mode
+    assert np.array_equal(np.asarray(result.convert("RGBA")), np.asarray(image.convert("RGBA")))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "LAB", "RGBX"])
+def test_other_colour_modes_are_converted_as_pillow_does(mode: str) -> None:
+    image = Image.frombytes(
+        mode, (4, 5), random_pixels(5, 4, len(Image.new(mode, (1, 1)).getbands()))
+    )
+    result = decoded(encode_image(image))
+    assert np.array_equal(np.asarray(result), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["PA", "RGBa"])
+def test_other_alpha_modes_keep_their_transparency(mode: str) -> None:
+    image = Image.new(mode, (4, 5))
+    result = decoded(encode_image(image))
+    assert np.array_equal(np.asarray(result), np.asarray(image.convert("RGBA")))
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B"])
+def test_16_bit_samples_are_kept(mode: str) -> None:
+    image = Image.new(mode, (4, 5), 40_000)
+    assert decoded(encode_image(image)).getpixel((0, 0)) == 40_000
+
+
+@pytest.mark.parametrize(("value", "kept"), [(-5, 0), (70_000, 65_535)])
+def test_32_bit_samples_are_held_to_16_bits(value: int, kept: int) -> None:
+    assert decoded(encode_image(Image.new("I", (2, 2), value))).getpixel((0, 0)) == kept
+
+
+def test_a_palette_keeps_its_transparent_colour() -> None:
+    image = Image.new("P", (4, 5))
+    image.info["transparency"] = 0
+    assert decoded(encode_image(image)).info["transparency"] == 0
+
+
+def test_rgb_with_a_transparent_colour_keeps_it() -> None:
+    image = Image.new("RGB", (4, 5))
+    image.info["transparency"] = (0, 0, 0)
+    assert decoded(encode_image(image)).info["transparency"] == (0, 0, 0)
+
+
+def test_a_pillow_image_is_turned_upright_as_its_file_would_be() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(random_pixels(5, 4, 3)).save(file, "PNG", exif=exif)
+    image = Image.open(file)
+    assert image.size == (4, 5)
+    assert decoded(encode_image(image)).size == (5, 4)
+
+
+@pytest.mark.parametrize("value", [None, 7, ["photo.jpg"], object()])
+def test_other_types_are_refused(value: object) -> None:
+    with pytest.raises(TypeError, match="an image must be a path, bytes"):
+        encode_image(value)  # type: ignore[arg-type]
+
+
+def test_a_text_file_object_is_refused() -> None:
+    with pytest.raises(TypeError, match="binary mode"):
+        encode_image(io.StringIO("text"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((5, 4), np.uint8),
+        np.zeros((5, 4, 4), np.uint8),
+        np.zeros((3, 5, 4), np.uint8),
+        np.zeros((1, 5, 4, 3), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((5, 4, 3), np.float32),
+    ],
+)
+def test_other_arrays_are_refused(array: NDArray[np.uint8]) -> None:
+    with pytest.raises(ValueError, match=r"uint8 of shape \(height, width, 3\)"):
+        encode_image(array)
+
+
+@pytest.mark.parametrize("mode", ["F", "La", "I;16L"])
+def test_modes_without_a_right_answer_are_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"mode {mode} must be converted to RGB first"):
+        encode_image(Image.new(mode, (4, 5)))
+
+
+def test_an_image_without_pixels_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have pixels"):
+        encode_image(Image.new("RGB", (0, 5)))
+
+
+def test_a_missing_file_is_reported_as_python_does(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        encode_image(tmp_path / "missing.jpg")

@@ -1,0 +1,64 @@
+"""The client's public names, and that it needs no more than it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+
+import captionserve
+import grpc
+import pytest
+from captionserve import CaptionError, CaptionResult, FinishReason, GenerationOptions
+
+
+def test_exports_exactly_the_public_names() -> None:
+    assert set(captionserve.__all__) == {
+        "AsyncCaptionClient",
+        "Caption",
+        "CaptionClient",
+        "CaptionError",
+        "CaptionResult",
+        "FinishReason",
+        "GenerationOptions",
+        "ImageInput",
+    }
+    assert all(hasattr(captionserve, name) for name in captionserve.__all__)
+
+
+def test_other_modules_are_private_or_generated() -> None:
+    modules = {name.split(".")[1] for name in sys.modules if name.startswith("captionserve.")}
+    assert {name for name in modules if not name.startswith("_")} <= {"v1"}
+
+
+def test_imports_neither_numpy_nor_pillow_nor_the_server() -> None:
+    code = (
+        "import sys, captionserve; "
+        "sys.exit(', '.join({'numpy', 'PIL', 'captionserve_server'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("value_type", [GenerationOptions, CaptionResult, captionserve.Caption])
+def test_values_are_frozen(value_type: type) -> None:
+    assert getattr(value_type, "__dataclass_params__").frozen  # noqa: B009
+
+
+def test_options_are_all_unset_by_default() -> None:
+    assert set(dataclasses.asdict(GenerationOptions()).values()) == {None}
+
+
+def test_finish_reason_is_text() -> None:
+    assert f"{FinishReason.EOS}" == FinishReason.EOS.value == "eos"
+    assert isinstance(FinishReason.EOS, str)
+
+
+def test_error_survives_pickling() -> None:
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    error = CaptionError(code, "INVALID_OPTIONS", "wrong", {"options.num_beams": "too many"})
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.code, copy.reason, copy.message) == (code, "INVALID_OPTIONS", "wrong")
+    assert copy.field_violations == {"options.num_beams": "too many"}
+    assert str(copy) == "INVALID_OPTIONS: wrong"

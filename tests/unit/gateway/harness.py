@@ -1,0 +1,65 @@
+"""A real gateway in front of the fake Triton, and a bare stub that talks to it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from captionserve.v1 import caption_pb2, caption_pb2_grpc
+from captionserve_server.gateway.config import GatewayConfig
+from captionserve_server.gateway.server import Gateway
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+
+from tests.unit.gateway.fake_triton import FakeTriton, fake_triton
+
+IMAGE = b"an image"
+MessageType = TypeVar("MessageType", bound=Message)
+
+
+def request_of(image: bytes = IMAGE, **options: Any) -> caption_pb2.CaptionRequest:
+    return caption_pb2.CaptionRequest(
+        image=caption_pb2.Image(encoded=image),
+        options=caption_pb2.GenerationOptions(**options),
+    )
+
+
+@dataclass
+class Setup:
+    """Everything a test talks to; the channel is the caller's."""
+
+    gateway: Gateway
+    triton: FakeTriton
+    channel: grpc.aio.Channel
+
+    @property
+    def stub(self) -> Any:
+        return caption_pb2_grpc.CaptionServiceStub(self.channel)
+
+
+@asynccontextmanager
+async def gateway_setup(**config: Any) -> AsyncIterator[Setup]:
+    """A started gateway; keyword arguments are those of GatewayConfig."""
+    async with fake_triton() as triton:
+        settings = {"listen": "127.0.0.1:0", "triton_address": triton.address, **config}
+        gateway = Gateway(GatewayConfig(**settings))
+        address = await gateway.start()
+        try:
+            async with grpc.aio.insecure_channel(
+                address, options=[("grpc.enable_retries", 0), ("grpc.max_send_message_length", -1)]
+            ) as channel:
+                yield Setup(gateway, triton, channel)
+        finally:
+            await gateway.stop()
+
+
+def detail_of(error: grpc.aio.AioRpcError, detail: MessageType) -> MessageType:
+    """The status detail of `detail`'s type, read into it; stays empty when there is none."""
+    for key, value in error.trailing_metadata():
+        if key == "grpc-status-details-bin":
+            for packed in status_pb2.Status.FromString(value).details:
+                packed.Unpack(detail)
+    return detail

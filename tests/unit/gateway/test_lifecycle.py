@@ -1,0 +1,189 @@
+"""Starting, health, reflection, metrics, and stopping with calls in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import urllib.request
+from typing import Any
+
+import grpc
+import pytest
+from captionserve.v1 import caption_pb2_grpc
+from captionserve_server.gateway.config import GatewayConfig
+from captionserve_server.gateway.server import Gateway
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tests.unit.gateway.fake_triton import WAIT_SECONDS
+from tests.unit.gateway.harness import Setup, gateway_setup, request_of
+
+SERVICE = "captionserve.v1.CaptionService"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def health_of(setup: Setup, service: str) -> int:
+    stub: Any = health_pb2_grpc.HealthStub(setup.channel)
+    answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+    status: int = answer.status
+    return status
+
+
+def metrics_of(setup: Setup) -> dict[str, float]:
+    """Every sample, by its name with labels."""
+    url = f"http://{setup.gateway.metrics_address}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
+def test_the_address_is_the_bound_one() -> None:
+    async def run() -> None:
+        async with gateway_setup() as setup:
+            host, port = setup.gateway.address.split(":")
+            assert host == "127.0.0.1"
+            assert int(port) > 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("service", ["", SERVICE])
+def test_health_follows_set_serving(service: str) -> None:
+    async def run() -> list[int]:
+        async with gateway_setup() as setup:
+            states = [await health_of(setup, service)]
+            for serving in (False, True):
+                await setup.gateway.set_serving(serving)
+                states.append(await health_of(setup, service))
+            return states
+
+    assert asyncio.run(run()) == [SERVING, NOT_SERVING, SERVING]
+
+
+def test_health_of_a_service_that_is_not_here() -> None:
+    async def run() -> grpc.StatusCode:
+        async with gateway_setup() as setup:
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await health_of(setup, "no.such.Service")
+            return raised.value.code()
+
+    assert asyncio.run(run()) is grpc.StatusCode.NOT_FOUND
+
+
+def test_reflection_lists_the_services() -> None:
+    async def run() -> set[str]:
+        async with gateway_setup() as setup:
+            make_stub: Any = reflection_pb2_grpc.ServerReflectionStub
+            stub = make_stub(setup.channel)
+            question = reflection_pb2.ServerReflectionRequest(list_services="")
+            call = stub.ServerReflectionInfo(iter([question]), timeout=10)
+            return {
+                service.name
+                async for answer in call
+                for service in answer.list_services_response.service
+            }
+
+    assert SERVICE in asyncio.run(run())
+
+
+def test_calls_are_counted_by_code() -> None:
+    async def run() -> dict[str, float]:
+        async with gateway_setup() as setup:
+            await setup.stub.Caption(request_of(), timeout=10)
+            await setup.stub.Caption(request_of(), timeout=10)
+            setup.triton.fail(grpc.StatusCode.INTERNAL, "onnx runtime error")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await setup.stub.Caption(request_of(), timeout=10)
+            await health_of(setup, "")
+            return await asyncio.to_thread(metrics_of, setup)
+
+    samples = asyncio.run(run())
+    assert samples['captionserve_requests_total{code="OK"}'] == 2
+    assert samples['captionserve_requests_total{code="INTERNAL"}'] == 1
+    assert samples["captionserve_request_seconds_count"] == 3
+    assert samples["captionserve_requests_in_flight"] == 0
+
+
+def test_cancelled_calls_are_counted_and_calls_in_flight_shown() -> None:
+    async def run() -> tuple[dict[str, float], dict[str, float]]:
+        async with gateway_setup() as setup:
+            setup.triton.answer = setup.triton.answer_when_allowed
+            call = setup.stub.Caption(request_of(), timeout=60)
+            await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
+            during = await asyncio.to_thread(metrics_of, setup)
+            call.cancel()
+            await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
+            return during, await asyncio.to_thread(metrics_of, setup)
+
+    during, after = asyncio.run(run())
+    assert during["captionserve_requests_in_flight"] == 1
+    assert after["captionserve_requests_in_flight"] == 0
+    assert after['captionserve_requests_total{code="CANCELLED"}'] == 1
+
+
+def test_stopping_lets_calls_in_flight_finish() -> None:
+    async def run() -> tuple[str, grpc.StatusCode]:
+        async with gateway_setup() as setup:
+            setup.triton.answer = setup.triton.answer_when_allowed
+            call = setup.stub.Caption(request_of(), timeout=60)
+            await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
+            stub: Any = health_pb2_grpc.HealthStub(setup.channel)
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=60)
+            assert (await watch.read()).status == SERVING
+            stopping = asyncio.create_task(setup.gateway.stop())
+            assert (await watch.read()).status == NOT_SERVING
+            async with grpc.aio.insecure_channel(setup.gateway.address) as newcomer:
+                second = caption_pb2_grpc.CaptionServiceStub(newcomer)
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await second.Caption(request_of(), timeout=10)
+            setup.triton.may_answer.set()
+            answer = await call
+            # The watcher would stay for ever; it must not hold the end up.
+            await asyncio.wait_for(stopping, WAIT_SECONDS)
+            return answer.captions[0].text, refused.value.code()
+
+    assert asyncio.run(run()) == ("a red apple", grpc.StatusCode.UNAVAILABLE)
+
+
+def test_after_the_grace_period_calls_are_ended() -> None:
+    async def run() -> grpc.StatusCode:
+        async with gateway_setup(grace_seconds=0.2) as setup:
+            setup.triton.answer = setup.triton.answer_when_allowed
+            call = setup.stub.Caption(request_of(), timeout=60)
+            await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
+            await setup.gateway.stop()
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call
+            await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
+            return raised.value.code()
+
+    assert asyncio.run(run()) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_stopping_twice_does_nothing_more() -> None:
+    async def run() -> None:
+        async with gateway_setup() as setup:
+            await setup.gateway.stop()
+            await setup.gateway.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("setting", ["listen", "metrics_listen"])
+def test_an_address_in_use_is_an_os_error(setting: str) -> None:
+    async def run(address: str) -> None:
+        settings: dict[str, Any] = {
+            "listen": "127.0.0.1:0",
+            "metrics_listen": "127.0.0.1:0",
+            setting: address,
+        }
+        gateway = Gateway(GatewayConfig(triton_address="127.0.0.1:1", **settings))
+        with pytest.raises(OSError, match=r"(?i)in use|cannot listen"):
+            await gateway.start()
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        asyncio.run(run(f"127.0.0.1:{taken.getsockname()[1]}"))

@@ -1,0 +1,127 @@
+"""What export refuses, by name, and that it writes nothing then."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from captionserve_server.export import repository as repository_module
+from captionserve_server.export.checkpoint import (
+    UnsupportedCheckpointError,
+    early_stopping_name,
+    load_checkpoint,
+)
+from captionserve_server.export.repository import export_checkpoint
+from captionserve_server.export.verify import GraphMismatchError
+
+
+@pytest.fixture
+def checkpoint(checkpoint_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a good checkpoint, to be spoilt."""
+    return Path(shutil.copytree(checkpoint_folder("projected"), tmp_path / "checkpoint"))
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda config: config.update(model_type="blip"), "'blip'"),
+        (lambda config: config["encoder"].update(model_type="swin"), "'swin'"),
+        (lambda config: config["decoder"].update(model_type="bert"), "'bert'"),
+        (lambda config: config["decoder"].update(add_cross_attention=False), "cross-attention"),
+        (lambda config: config["encoder"].update(num_channels=1), "1 channels"),
+        (lambda config: config["encoder"].update(image_size=64), "(64, 64)"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(
+    checkpoint: Path, change: Callable[[dict[str, Any]], object], named: str
+) -> None:
+    edit(checkpoint / "config.json", change)
+    with pytest.raises(UnsupportedCheckpointError) as caught:
+        load_checkpoint(str(checkpoint))
+    assert named in str(caught.value)
+
+
+def test_another_image_processor_is_refused_by_name(checkpoint: Path) -> None:
+    edit(
+        checkpoint / "preprocessor_config.json",
+        lambda settings: settings.update(image_processor_type="CLIPImageProcessor"),
+    )
+    with pytest.raises(UnsupportedCheckpointError, match="CLIPImageProcessor"):
+        load_checkpoint(str(checkpoint))
+
+
+@pytest.mark.parametrize("filename", ["config.json", "preprocessor_config.json"])
+def test_a_missing_file_is_named(checkpoint: Path, filename: str) -> None:
+    (checkpoint / filename).unlink()
+    with pytest.raises(UnsupportedCheckpointError, match=filename):
+        load_checkpoint(str(checkpoint))
+
+
+def test_missing_weights_are_named(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    lost = "decoder.transformer.h.0.crossattention.c_attn.weight"
+    del weights[lost]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedCheckpointError, match="crossattention"):
+        load_checkpoint(str(checkpoint))
+
+
+def test_pickled_code_in_weights_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"weights": Payload()}, checkpoint / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"(?i)weights"):
+        load_checkpoint(str(checkpoint))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_graph_that_differs_is_not_published(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil_then_export(checkpoint: Any, path: Path) -> None:
+        # Half a percent on one matrix: what a wrong constant or layout would do at the least.
+        weight = checkpoint.model.decoder.transformer.h[1].mlp.c_fc.weight
+        with torch.no_grad():
+            weight.mul_(1.005)
+            export_step(checkpoint, path)
+            weight.div_(1.005)
+
+    export_step = repository_module.export_step
+    monkeypatch.setattr(repository_module, "export_step", spoil_then_export)
+    with pytest.raises(GraphMismatchError, match="decoder graph"):
+        export_checkpoint(str(checkpoint), tmp_path / "repository")
+    assert list((tmp_path / "repository").iterdir()) == []
+
+
+def test_a_version_is_never_overwritten(model_repository: Callable[[str], Path]) -> None:
+    with pytest.raises(FileExistsError):
+        export_checkpoint("unused", model_repository("projected"), version=1)
+
+
+def test_the_bundle_carries_the_checkpoints_own_defaults(
+    checkpoint_folder: Callable[[str], Path],
+) -> None:
+    bundle = load_checkpoint(str(checkpoint_folder("two_ends"))).bundle
+    assert bundle.special.end == (519, 7)
+    assert (bundle.defaults.num_beams, bundle.defaults.max_length) == (3, 12)
+
+
+@pytest.mark.parametrize(("value", "name"), [(True, "true"), (False, "false"), ("never", "never")])
+def test_early_stopping_has_its_three_forms(value: bool | str, name: str) -> None:
+    assert early_stopping_name(value) == name

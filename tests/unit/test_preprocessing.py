@@ -1,0 +1,109 @@
+"""What preprocessing refuses, and how."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from captionserve_server.core.errors import (
+    CaptionServeError,
+    ImageCorruptError,
+    ImageTooManyPixelsError,
+    UnsupportedImageFormatError,
+)
+from captionserve_server.core.preprocessing import (
+    MAX_PIXELS,
+    PreprocessorConfig,
+    preprocess,
+    read_preprocessor_config,
+)
+
+CONFIG = PreprocessorConfig()
+
+
+def png(width: int = 20, height: int = 10) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((width, height), 50).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces a size and holds no pixels."""
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
+
+
+@pytest.mark.parametrize("content", [b"", png()[:40], png()[:-30], b"\xff\xd8\xff\xe0 no more"])
+def test_damaged_images_are_corrupt(content: bytes) -> None:
+    with pytest.raises(ImageCorruptError):
+        preprocess(content, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"plain text",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"<!doctype html><title>no image</title>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n",
+        b"%PDF-1.7",
+        b"II*\0\x08\0\0\0",
+    ],
+)
+def test_what_is_no_accepted_image_is_unsupported(content: bytes) -> None:
+    with pytest.raises(UnsupportedImageFormatError):
+        preprocess(content, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(MAX_PIXELS + 1, 1), (9000, 9000), (65535, 65535), (2**31 - 1, 9)]
+)
+def test_too_many_pixels_are_refused_from_the_header(width: int, height: int) -> None:
+    with pytest.raises(ImageTooManyPixelsError):
+        preprocess(png_header(width, height), CONFIG)
+
+
+def test_an_absurd_aspect_that_resizing_would_blow_up_is_refused() -> None:
+    config = read_preprocessor_config(
+        {"image_processor_type": "DeiTImageProcessor", "size": {"shortest_edge": 256}}
+    )
+    with pytest.raises(ImageTooManyPixelsError):
+        preprocess(png(20000, 1), config)
+
+
+@given(st.binary(max_size=200), st.integers(0, 60))
+def test_any_damage_is_an_image_or_an_error_of_ours(noise: bytes, position: int) -> None:
+    content = png()
+    damaged = content[:position] + noise + content[position + len(noise) :]
+    try:
+        pixels = preprocess(damaged, CONFIG)
+    except CaptionServeError:
+        return
+    assert pixels.shape == (3, 224, 224)
+
+
+def test_messages_show_no_exception_text() -> None:
+    with pytest.raises(ImageCorruptError) as caught:
+        preprocess(png()[:40], CONFIG)
+    assert caught.value.message == "the image is damaged or incomplete"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"image_processor_type": "CLIPImageProcessor"},
+        {"image_processor_type": "ViTImageProcessor", "size": {"longest_edge": 224}},
+        {"image_processor_type": "DeiTImageProcessor", "crop_size": {"shortest_edge": 224}},
+    ],
+)
+def test_processors_that_are_not_supported_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"not supported|height and width"):
+        read_preprocessor_config(settings)

@@ -1,0 +1,142 @@
+"""The slot store against a plain model of it: a dictionary of lists."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from captionserve_server.core.geometry import DecoderGeometry
+from captionserve_server.core.slots import ENTRY_BLOCK, SlotStore
+
+GEOMETRY = DecoderGeometry(
+    layers=2,
+    heads=2,
+    head_dim=3,
+    image_tokens=4,
+    encoder_width=5,
+    vocabulary_size=7,
+    max_positions=400,
+)
+CAPACITY = 4
+
+
+class SlotStoreMachine(RuleBasedStateMachine):
+    """Adds, steps and removes captions; every row's visible entries must be its own history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = SlotStore(GEOMETRY, CAPACITY)
+        # handle -> (image number, history of entry numbers for each row)
+        self.captions: dict[int, tuple[float, list[list[float]]]] = {}
+        self.counter = 0.0
+
+    @precondition(lambda self: len(self.captions) < CAPACITY)
+    @rule()
+    def add(self) -> None:
+        self.counter += 1
+        shape = (1, GEOMETRY.heads, GEOMETRY.image_tokens, GEOMETRY.head_dim)
+        cross = [np.full(shape, self.counter, np.float32)] * (2 * GEOMETRY.layers)
+        handle = self.store.add(cross, 0)
+        assert handle not in self.captions
+        self.captions[handle] = (self.counter, [[]])
+
+    @precondition(lambda self: self.captions)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        handle = data.draw(st.sampled_from(sorted(self.captions)))
+        self.store.remove(handle)
+        del self.captions[handle]
+        with pytest.raises(KeyError):
+            self.store.remove(handle)
+
+    @precondition(lambda self: self.captions)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        handles = data.draw(
+            st.lists(st.sampled_from(sorted(self.captions)), min_size=1, unique=True)
+        )
+        places, rows, parents, entries = [], [], [], []
+        for handle in handles:
+            image, histories = self.captions[handle]
+            count = data.draw(st.integers(1, 4))
+            chosen = data.draw(
+                st.lists(
+                    st.integers(0, len(histories) - 1), min_size=count, max_size=count
+                )
+            )
+            after = []
+            for row, parent in enumerate(chosen):
+                self.counter += 1
+                after.append([*histories[parent], self.counter])
+                places.append(int(self.store.places(np.array([handle]))[0]))
+                rows.append(row)
+                parents.append(parent)
+                entries.append(self.counter)
+            self.captions[handle] = (image, after)
+        place_array, row_array = np.array(places), np.array(rows)
+        self.store.descend(place_array, np.array(parents), row_array)
+        shape = (GEOMETRY.layers, len(rows), GEOMETRY.heads, GEOMETRY.head_dim)
+        keys = np.broadcast_to(
+            np.array(entries, np.float32)[None, :, None, None], shape
+        )
+        self.store.append(place_array, row_array, keys, -keys)
+
+    @invariant()
+    def rows_see_their_own_history_and_nothing_else(self) -> None:
+        count = len(self.captions)
+        assert len(self.store) == count
+        assert self.store.room == CAPACITY - count
+        for handle, (image, histories) in self.captions.items():
+            place = int(self.store.places(np.array([handle]))[0])
+            assert place < count
+            assert (self.store.cross(count)[0][place] == image).all()
+            bias = self.store.entry_bias(count, len(histories))[place, 0]
+            for layer in range(GEOMETRY.layers):
+                keys = self.store.remembered(count)[2 * layer][place, 0, :, 0]
+                values = self.store.remembered(count)[2 * layer + 1][place, 0, :, 0]
+                for row, history in enumerate(histories):
+                    assert sorted(keys[bias[row] == 0]) == history
+                    assert sorted(-values[bias[row] == 0]) == history
+            steps = len(histories[0])
+            assert int(self.store.positions(np.array([place]))[0]) == steps
+
+    @invariant()
+    def what_a_step_reads_is_a_view(self) -> None:
+        count = len(self.captions)
+        for array in (*self.store.cross(count), *self.store.remembered(count)):
+            assert array.flags.c_contiguous
+            assert array.base is not None
+
+
+SlotStoreMachine.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None
+)
+TestSlotStore = SlotStoreMachine.TestCase
+
+
+def test_entries_grow_beyond_the_first_block_and_shrink_when_empty() -> None:
+    store = SlotStore(GEOMETRY, CAPACITY)
+    shape = (1, GEOMETRY.heads, GEOMETRY.image_tokens, GEOMETRY.head_dim)
+    handle = store.add([np.zeros(shape, np.float32)] * 4, 0)
+    place, row = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    keys = np.ones((GEOMETRY.layers, 1, GEOMETRY.heads, GEOMETRY.head_dim), np.float32)
+    for _ in range(ENTRY_BLOCK + 1):
+        store.descend(place, row, row)
+        store.append(place, row, keys, keys)
+
+    assert store.remembered(1)[0].shape[2] > ENTRY_BLOCK
+    assert (store.entry_bias(1, 1) == 0).sum() == ENTRY_BLOCK + 1
+    store.remove(handle)
+    assert store.remembered(1)[0].shape[2] == ENTRY_BLOCK
+
+
+def test_a_full_store_refuses() -> None:
+    store = SlotStore(GEOMETRY, 1)
+    shape = (1, GEOMETRY.heads, GEOMETRY.image_tokens, GEOMETRY.head_dim)
+    cross = [np.zeros(shape, np.float32)] * 4
+    store.add(cross, 0)
+    with pytest.raises(IndexError):
+        store.add(cross, 0)
