@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-
 from captionserve_server.export.logs import quiet_libraries
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
+
 from tests.checkpoints import RANDOM_CHECKPOINTS
 
 quiet_libraries()
@@ -63,7 +63,7 @@ def model_repository(
 
 @pytest.fixture(scope="session")
 def service(model_repository: Callable[[str], Path]) -> Iterator[Callable[[str], ReadyReport]]:
-    """Checkpoint name to its running service; started when first asked for, ended with the session."""
+    """Checkpoint name to its running service; started when first asked for."""
     running: dict[str, ReadyReport] = {}
     with ExitStack() as stack:
 

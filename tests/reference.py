@@ -64,7 +64,7 @@ class Reference:
     ) -> float:
         logprobs = [torch.log_softmax(scores[0].float(), dim=-1) for scores in output.scores]
         total = sum(float(row[token]) for row, token in zip(logprobs, tokens, strict=False))
-        return total / len(tokens) ** length_penalty
+        return float(total / len(tokens) ** length_penalty)
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from captionserve_server.core import bundle as files
 from captionserve_server.core import graph_tensors, tensors
 from captionserve_server.core.bundle import Bundle
-from captionserve_server.core.engine import CaptionEngine, CaptionTask
+from captionserve_server.core.engine import CaptionEngine, CaptionTask, Outcome
 from captionserve_server.core.graph_step_model import GraphStepModel
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.preprocessing import PreprocessorConfig, to_pixels
 from captionserve_server.core.search import DecodedCaption
+from captionserve_server.core.step_model import Float32Array
 from captionserve_server.runtime.onnx_graph import OnnxGraph
+from PIL import Image
+
 from tests.checkpoints import RANDOM_CHECKPOINTS
 from tests.congruence.option_grid import OPTION_GRID, generate_options
 from tests.reference import picture, reference
@@ -48,16 +49,18 @@ class InProcess:
         engine = CaptionEngine(self._step_model, self.bundle.special, max_rows=24)
         for key, (image, options) in enumerate(requests):
             engine.submit(CaptionTask(key, self._states(image), options))
-        finished: dict[Hashable, list[DecodedCaption]] = {}
+        finished: dict[Hashable, Outcome] = {}
         while not engine.idle:
             finished |= engine.step()
-        return [finished[key] for key in range(len(requests))]
+        outcomes = [finished[key] for key in range(len(requests))]
+        return [outcome for outcome in outcomes if isinstance(outcome, list)]
 
-    def _states(self, image: Image.Image) -> np.ndarray:
-        height = self._encoder.input_shape(graph_tensors.PIXELS)[2]
-        config = PreprocessorConfig(height=height, width=height)
+    def _states(self, image: Image.Image) -> Float32Array:
+        height, width = self._encoder.input_shape(graph_tensors.PIXELS)[2:]
+        config = PreprocessorConfig(height=int(height), width=int(width))
         pixels = to_pixels(image, config)[None]
-        return self._encoder.run({graph_tensors.PIXELS: pixels})[0][0]
+        states: Float32Array = self._encoder.run({graph_tensors.PIXELS: pixels})[0][0]
+        return states
 
 
 @pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
@@ -68,9 +71,7 @@ def test_mixed_batch_equals_generate_token_for_token(
 ) -> None:
     in_process = InProcess(model_repository(name))
     truth = reference(checkpoint_folder(name))
-    requests = [
-        (picture(seed), options) for options in OPTION_GRID for seed in range(IMAGES)
-    ]
+    requests = [(picture(seed), options) for options in OPTION_GRID for seed in range(IMAGES)]
     np.random.default_rng(0).shuffle(requests)  # type: ignore[arg-type]
 
     results = in_process.captions(requests)

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from captionserve_server.core.preprocessing import preprocess, read_preprocessor_config
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from captionserve_server.core.preprocessing import preprocess, read_preprocessor_config
 from tests.reference import picture
 
 SIZES = [(224, 224), (640, 480), (333, 1000), (1, 300), (57, 31), (1600, 1200)]
@@ -71,11 +72,12 @@ def encoded(image: Image.Image, format_name: str, **options: Any) -> bytes:
 
 def transformers_pixels(
     processor_type: type[Any], settings: dict[str, Any], image: Image.Image
-) -> np.ndarray:
+) -> NDArray[np.uint8]:
     """What the image processor makes of an RGB picture before rescaling; [3, height, width]."""
     processor = processor_type(**settings)
     made = processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
-    return made["pixel_values"][0]
+    pixels: NDArray[np.uint8] = made["pixel_values"][0]
+    return pixels
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -50,7 +50,9 @@ def ours(module: str) -> str | None:
 
 def test_the_client_imports_nothing_of_the_server() -> None:
     for path in CLIENT.rglob("*.py"):
-        assert all(ours(module) in {None, "captionserve"} for module in imported_modules(path)), path
+        assert all(ours(module) in {None, "captionserve"} for module in imported_modules(path)), (
+            path
+        )
 
 
 @pytest.mark.parametrize("package", ALLOWED)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
-
 from captionserve_server.core import bundle as files
 from captionserve_server.core import graph_tensors, tensors
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.export.repository import static_repository
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
 from tests.checkpoints import RANDOM_CHECKPOINTS
 
 ONNX_TYPES = {"TYPE_UINT8": "tensor(uint8)", "TYPE_FP32": "tensor(float)"}
@@ -28,7 +28,7 @@ def as_specs(declared: object) -> list[tensors.TensorSpec]:
     return [
         tensors.TensorSpec(
             name=tensor.name,
-            data_type=model_config_pb2.DataType.Name(tensor.data_type),  # type: ignore[arg-type]
+            data_type=model_config_pb2.DataType.Name(tensor.data_type),
             dims=tuple(tensor.dims),
             optional=getattr(tensor, "optional", False),
         )

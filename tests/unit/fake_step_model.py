@@ -7,7 +7,6 @@ candidates and cannot go unnoticed. It also checks the engine's side of the barg
 from __future__ import annotations
 
 import numpy as np
-
 from captionserve_server.core.step_model import (
     NO_SLOT,
     Candidates,
@@ -45,7 +44,7 @@ class FakeStepModel:
         assert len(set(batch.slots.tolist())) == len(batch.slots), "a slot is used twice"
         assert batch.row_counts.sum() == len(batch.tokens) == len(batch.parents)
         self.most_rows = max(self.most_rows, len(batch.tokens))
-        rows: list[np.ndarray] = []
+        rows: list[Float32Array] = []
         begin = 0
         for slot, count in zip(batch.slots.tolist(), batch.row_counts.tolist(), strict=True):
             image, before = self.histories[slot]
@@ -74,4 +73,5 @@ def logprobs(image: float, history: tuple[int, ...]) -> Float32Array:
     generator = np.random.default_rng([int(image), *history])
     logits = generator.normal(0, 2, VOCABULARY_SIZE)
     logits[END] += 0.4 * (len(history) - 4)
-    return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+    result: Float32Array = (logits - np.log(np.exp(logits).sum())).astype(np.float32)
+    return result

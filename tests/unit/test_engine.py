@@ -6,16 +6,19 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
+from captionserve_server.core.engine import CaptionEngine, CaptionTask, Outcome
+from captionserve_server.core.errors import ModelFaultError
+from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
+from captionserve_server.core.search import DecodedCaption, SpecialTokens
+from captionserve_server.core.step_model import Candidates, StepBatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captionserve_server.core.engine import CaptionEngine, CaptionTask
-from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
-from captionserve_server.core.search import DecodedCaption, SpecialTokens
 from tests.unit.fake_step_model import END, START, FakeStepModel, logprobs
 
 SPECIAL = SpecialTokens(start=START, end=(END,))
 MAX_ROWS = 12
+FAULTY = 2
 
 options_strategy = st.builds(
     DecodingOptions,
@@ -54,9 +57,11 @@ def task(key: int, options: DecodingOptions) -> CaptionTask:
 def alone(key: int, options: DecodingOptions) -> list[DecodedCaption]:
     engine = CaptionEngine(FakeStepModel(capacity=1), SPECIAL, MAX_ROWS)
     engine.submit(task(key, options))
-    while not (finished := engine.step()):
+    while not (ended := engine.step()):
         pass
-    return finished[key]
+    outcome = ended[key]
+    assert isinstance(outcome, list)
+    return outcome
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,7 +71,7 @@ def test_every_caption_ends_once_and_does_not_depend_on_its_company(
 ) -> None:
     model = FakeStepModel(capacity)
     engine = CaptionEngine(model, SPECIAL, MAX_ROWS)
-    finished: dict[Hashable, list[DecodedCaption]] = {}
+    finished: dict[Hashable, Outcome] = {}
     abandoned: set[int] = set()
     step = 0
     while step <= 20 or not engine.idle:
@@ -86,9 +91,9 @@ def test_every_caption_ends_once_and_does_not_depend_on_its_company(
     assert model.most_rows <= MAX_ROWS
     assert finished.keys() | abandoned == set(range(len(arrivals)))
     assert not finished.keys() & abandoned
-    for key, captions in finished.items():
-        assert isinstance(key, int)
-        assert captions == alone(key, arrivals[key].options)
+    for name, outcome in finished.items():
+        assert isinstance(name, int)
+        assert outcome == alone(name, arrivals[name].options)
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,4 +134,26 @@ def test_abandon_all_frees_every_slot() -> None:
     engine.abandon_all()
 
     assert engine.idle
+    assert model.histories == {}
+
+
+def test_a_caption_without_numbers_fails_alone() -> None:
+    class FaultyForOne(FakeStepModel):
+        def step(self, batch: StepBatch) -> Candidates:
+            candidates = super().step(batch)
+            faulty = [self.histories[slot][0] == FAULTY for slot in batch.slots.tolist()]
+            candidates.logprobs[np.repeat(faulty, batch.row_counts), 0] = np.nan
+            return candidates
+
+    options = DecodingOptions(num_beams=2, max_length=8)
+    model = FaultyForOne(capacity=8)
+    engine = CaptionEngine(model, SPECIAL, MAX_ROWS)
+    for key in range(4):
+        engine.submit(task(key, options))
+    outcomes: dict[Hashable, Outcome] = {}
+    while not engine.idle:
+        outcomes |= engine.step()
+
+    assert isinstance(outcomes.pop(FAULTY), ModelFaultError)
+    assert outcomes == {key: alone(key, options) for key in range(4) if key != FAULTY}
     assert model.histories == {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from captionserve_server.core.errors import (
     CaptionServeError,
     InvalidOptionsError,

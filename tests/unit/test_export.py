@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from captionserve_server.export import repository as repository_module
 from captionserve_server.export.checkpoint import (
     UnsupportedCheckpointError,
     early_stopping_name,
     load_checkpoint,
 )
+from captionserve_server.export.onnx_export import export_step
 from captionserve_server.export.repository import export_checkpoint
 from captionserve_server.export.verify import GraphMismatchError
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -102,7 +102,6 @@ def test_a_graph_that_differs_is_not_published(
             export_step(checkpoint, path)
             weight.div_(1.005)
 
-    export_step = repository_module.export_step
     monkeypatch.setattr(repository_module, "export_step", spoil_then_export)
     with pytest.raises(GraphMismatchError, match="decoder graph"):
         export_checkpoint(str(checkpoint), tmp_path / "repository")

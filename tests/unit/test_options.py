@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import pytest
-
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.options import DecodingOptions
 

@@ -7,10 +7,6 @@ import struct
 import zlib
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-
 from captionserve_server.core.errors import (
     CaptionServeError,
     ImageCorruptError,
@@ -23,6 +19,9 @@ from captionserve_server.core.preprocessing import (
     preprocess,
     read_preprocessor_config,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 CONFIG = PreprocessorConfig()
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from captionserve_server.core.geometry import DecoderGeometry
+from captionserve_server.core.slots import ENTRY_BLOCK, SlotStore
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
-from captionserve_server.core.geometry import DecoderGeometry
-from captionserve_server.core.slots import ENTRY_BLOCK, SlotStore
 
 GEOMETRY = DecoderGeometry(
     layers=2,
@@ -63,9 +62,7 @@ class SlotStoreMachine(RuleBasedStateMachine):
             image, histories = self.captions[handle]
             count = data.draw(st.integers(1, 4))
             chosen = data.draw(
-                st.lists(
-                    st.integers(0, len(histories) - 1), min_size=count, max_size=count
-                )
+                st.lists(st.integers(0, len(histories) - 1), min_size=count, max_size=count)
             )
             after = []
             for row, parent in enumerate(chosen):
@@ -79,9 +76,7 @@ class SlotStoreMachine(RuleBasedStateMachine):
         place_array, row_array = np.array(places), np.array(rows)
         self.store.descend(place_array, np.array(parents), row_array)
         shape = (GEOMETRY.layers, len(rows), GEOMETRY.heads, GEOMETRY.head_dim)
-        keys = np.broadcast_to(
-            np.array(entries, np.float32)[None, :, None, None], shape
-        )
+        keys = np.broadcast_to(np.array(entries, np.float32)[None, :, None, None], shape)
         self.store.append(place_array, row_array, keys, -keys)
 
     @invariant()

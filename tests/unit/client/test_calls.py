@@ -156,8 +156,8 @@ def test_every_call_has_a_deadline(server: Server, caption: Call) -> None:
         servicer.seconds_left, (DEFAULT_TIMEOUT_SECONDS, 200.0, 1000.0), strict=True
     ):
         assert seconds_left is not None
-        # gRPC rounds what it sends up.
-        assert 0 < seconds_left <= given + 1
+        # gRPC rounds what it sends up, long times more coarsely.
+        assert 0 < seconds_left <= 1.05 * given + 1
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])

@@ -296,3 +296,18 @@ def test_the_fake_fails_only_when_told() -> None:
             return answer.captions[0].text
 
     assert asyncio.run(run()) == "a red apple"
+
+
+def test_bytes_that_are_no_message_are_invalid_and_show_nothing() -> None:
+    async def run() -> Failure:
+        async with gateway_setup() as setup:
+            # Without serialisers the bytes go out as they are.
+            caption: Any = setup.channel.unary_unary("/captionserve.v1.CaptionService/Caption")
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await caption(b"\xff\xff\xff", timeout=10)
+            return raised.value
+
+    error = asyncio.run(run())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == "the request is not a valid message"
+    assert reason_of(error) == "INVALID_REQUEST"

@@ -1,4 +1,4 @@
-"""`captionserve demo`: export, serve, caption and stop, on the images that come with the project."""
+"""`captionserve demo`: export, serve, caption and stop, on the images that come along."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from captionserve_server.cli.served import served_with_progress
 def demo(
     folder: Annotated[
         Path,
-        typer.Argument(
-            help="Folder with a checkpoint and images.", exists=True, file_okay=False
-        ),
+        typer.Argument(help="Folder with a checkpoint and images.", exists=True, file_okay=False),
     ] = Path("demo"),
 ) -> None:
     """Caption the demo images through gateway, Triton, encoder and decoder, and stop again."""

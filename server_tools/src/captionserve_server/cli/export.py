@@ -44,8 +44,8 @@ def export(
         print_json(report.as_json())
         return
     output.print(
-        f"exported version {report.version}, {report.bytes_on_disk / 1e6:.1f} MB; largest difference "
-        f"from PyTorch: {report.verification.logprobs:.1e} in log-probabilities, "
+        f"exported version {report.version}, {report.bytes_on_disk / 1e6:.1f} MB; largest "
+        f"difference from PyTorch: {report.verification.logprobs:.1e} in log-probabilities, "
         f"{report.verification.encoder_states:.1e} in encoder states"
     )
 

@@ -3,8 +3,8 @@
 Rules:
     1. Every submitted caption ends exactly once: in a `step` result, or by `abandon`.
     2. A caption that ends frees its slot in the same call.
-    3. Captions are admitted in the order in which they were submitted; without a free slot they wait.
-    4. What a caption becomes does not depend on what else is in the batch.
+    3. Captions are admitted in the order in which they were submitted; without a free slot they
+    wait. 4. What a caption becomes does not depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from captionserve_server.core.errors import ModelFaultError
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import (
     DecodedCaption,
@@ -29,6 +30,8 @@ from captionserve_server.core.step_model import (
     StepBatch,
     StepModel,
 )
+
+Outcome = list[DecodedCaption] | ModelFaultError
 
 
 @dataclass(frozen=True)
@@ -94,21 +97,22 @@ class CaptionEngine:
         if slots:
             self._step_model.free(np.array(slots, dtype=np.int64))
 
-    def step(self) -> dict[Hashable, list[DecodedCaption]]:
+    def step(self) -> dict[Hashable, Outcome]:
         """Admit who finds room, then decode one token of every live caption.
 
         Returns:
-            the captions that finished with this step, by key.
+            what became of the captions that ended with this step, by key: the captions, or a
+            ModelFaultError where the model gave no numbers.
         """
         self._admit()
         if not self._live:
             return {}
-        self._advance()
-        finished = {
-            key: live.search.captions() for key, live in self._live.items() if live.search.finished
-        }
-        self._release(list(finished))
-        return finished
+        ended: dict[Hashable, Outcome] = dict(self._advance())
+        for key, live in self._live.items():
+            if key not in ended and live.search.finished:
+                ended[key] = live.search.captions()
+        self._release(list(ended))
+        return ended
 
     def _admit(self) -> None:
         tasks = self._next_tasks()
@@ -125,7 +129,7 @@ class CaptionEngine:
         self._waiting.extendleft(reversed(refused))
 
     def _next_tasks(self) -> list[CaptionTask]:
-        """Take from the queue, in order, what the row bound allows; always one when none is live."""
+        """Take from the queue, in order, what the row bound allows; one when none is live."""
         rows = sum(self._rows_promised.values())
         tasks: list[CaptionTask] = []
         while self._waiting:
@@ -135,7 +139,8 @@ class CaptionEngine:
             tasks.append(self._waiting.popleft())
         return tasks
 
-    def _advance(self) -> None:
+    def _advance(self) -> dict[Hashable, ModelFaultError]:
+        """One step of all; the faults, by key, of captions that cannot go on."""
         searches = [live.search for live in self._live.values()]
         tokens = [search.tokens for search in searches]
         counts = np.array([len(part) for part in tokens], dtype=np.int64)
@@ -148,7 +153,9 @@ class CaptionEngine:
                 num_candidates=max(search.num_candidates for search in searches),
             )
         )
-        _hand_out(searches, counts.tolist(), candidates)
+        faulty = _hand_out(searches, counts.tolist(), candidates)
+        fault = ModelFaultError("the model gave no number for a token's probability")
+        return {key: fault for key, live in self._live.items() if live.search in faulty}
 
     def _release(self, keys: list[Hashable]) -> None:
         if not keys:
@@ -159,10 +166,20 @@ class CaptionEngine:
         self._step_model.free(np.array(slots, dtype=np.int64))
 
 
-def _hand_out(searches: list[Search], counts: list[int], candidates: Candidates) -> None:
-    """Give each search the candidates of its own rows, as many as it asked for."""
+def _hand_out(searches: list[Search], counts: list[int], candidates: Candidates) -> list[Search]:
+    """Give each search the candidates of its own rows, as many as it asked for.
+
+    Returns:
+        the searches that got none, because there was a NaN among them.
+    """
+    faulty: list[Search] = []
     begin = 0
     for search, count in zip(searches, counts, strict=True):
         rows, wanted = slice(begin, begin + count), search.num_candidates
-        search.advance(candidates.logprobs[rows, :wanted], candidates.tokens[rows, :wanted])
         begin += count
+        logprobs = candidates.logprobs[rows, :wanted]
+        if np.isnan(logprobs).any():
+            faulty.append(search)
+        else:
+            search.advance(logprobs, candidates.tokens[rows, :wanted])
+    return faulty

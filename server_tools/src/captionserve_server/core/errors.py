@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 
 class CaptionServeError(Exception):
@@ -150,5 +150,10 @@ def from_wire(text: str) -> CaptionServeError | None:
     if error_type is None:
         return None
     if issubclass(error_type, InvalidOptionsError):
-        return error_type(wire.get("field_violations", {}))
+        violations = wire.get("field_violations")
+        return error_type(violations) if _is_text_to_text(violations) else None
     return error_type(wire["message"])
+
+
+def _is_text_to_text(value: object) -> TypeGuard[dict[str, str]]:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from captionserve_server.core.step_model import (
     StepBatch,
 )
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 
 class Graph(Protocol):

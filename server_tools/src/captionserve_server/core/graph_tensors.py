@@ -8,7 +8,8 @@ Letters used for dims, here and wherever the graphs' arrays are documented:
     E encoder width
 
 Rows are what the decoder computes: one per live beam, packed without gaps. Attention over what a
-caption's beams share wants them in a [B, K] grid instead; CELL_ROW and ROW_CELL map between the two.
+caption's beams share wants them in a [B, K] grid instead; CELL_ROW and ROW_CELL map between the
+two.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class DecodingOptions:
         """
         unknown = set(given) - {field.name for field in dataclasses.fields(self)}
         if unknown:
-            raise InvalidOptionsError({name: "is not an option" for name in sorted(unknown)})
+            raise InvalidOptionsError(dict.fromkeys(sorted(unknown), "is not an option"))
         return dataclasses.replace(self, **given)
 
 

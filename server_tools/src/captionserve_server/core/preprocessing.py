@@ -253,7 +253,7 @@ def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:
     cropped = np.zeros((3, height, width), dtype=np.uint8)
     rows = slice(max(top, 0), min(top + height, pixels.shape[1]))
     columns = slice(max(left, 0), min(left + width, pixels.shape[2]))
-    cropped[
-        :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
-    ] = pixels[:, rows, columns]
+    cropped[:, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = (
+        pixels[:, rows, columns]
+    )
     return cropped

@@ -1,7 +1,7 @@
 """The decoding methods: what one caption does with each step's candidates.
 
-A search is a small state machine without I/O. The engine asks for its rows, runs them with everybody
-else's, and hands the candidates back:
+A search is a small state machine without I/O. The engine asks for its rows, runs them with
+everybody else's, and hands the candidates back:
 
     search.tokens, search.parents   the rows to run next
     search.advance(...)             what the model said about them

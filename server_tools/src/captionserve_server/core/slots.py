@@ -1,12 +1,13 @@
 """Where the decoder's keys and values live between steps.
 
-Each caption owns one slot: the cross-attention keys and values of its image, and a growing memory of
-self-attention entries, one per row and step. Entries are only ever appended. Beams that part or die
-move nothing: each row has a mask of the entries it descends from, and attention skips the others.
+Each caption owns one slot: the cross-attention keys and values of its image, and a growing memory
+of self-attention entries, one per row and step. Entries are only ever appended. Beams that part or
+die move nothing: each row has a mask of the entries it descends from, and attention skips the
+others.
 
 Occupied slots stand first and without gaps in every array, so that what a step reads is a view of
-the whole arrays, never a copy. Callers hold handles, which are not reused; a slot's place may change
-when another one is freed.
+the whole arrays, never a copy. Callers hold handles, which are not reused; a slot's place may
+change when another one is freed.
 
 Invariants:
     1. A handle is valid from `add` until `remove`, and names one place.
@@ -17,6 +18,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,9 @@ from captionserve_server.core.step_model import Float32Array, Int64Array
 ENTRY_BLOCK = 64
 # Added to the score of an entry that a row does not descend from; exp() of it is 0 in float32.
 HIDDEN = np.float32(-1.0e30)
+
+
+_Element = TypeVar("_Element", bound=np.generic)
 
 
 class SlotStore:
@@ -44,6 +49,8 @@ class SlotStore:
         self._next_handle = 0
         self._positions = np.zeros(capacity, np.int64)
         self._used = np.zeros(capacity, np.int64)
+        self._self: list[Float32Array] = []
+        self._visible: NDArray[np.bool_] = np.zeros((capacity, 1, 0), np.bool_)
         self._reserve_entries(ENTRY_BLOCK)
 
     def __len__(self) -> int:
@@ -163,14 +170,14 @@ class SlotStore:
         geometry = self._geometry
         shape = (self._capacity, geometry.heads, entries, geometry.head_dim)
         self._self = [np.zeros(shape, np.float32) for _ in range(2 * geometry.layers)]
-        self._visible: NDArray[np.bool_] = np.zeros((self._capacity, 1, entries), np.bool_)
+        self._visible = np.zeros((self._capacity, 1, entries), np.bool_)
 
     def _move(self, source: int, target: int) -> None:
         for store in (*self._cross, *self._self, self._visible, self._positions, self._used):
             store[target] = store[source]
 
 
-def _grown(array: NDArray[np.generic], axis: int, size: int) -> NDArray[np.generic]:
+def _grown(array: NDArray[_Element], axis: int, size: int) -> NDArray[_Element]:
     """A copy of `array` that is `size` long along `axis`, filled up with zeros."""
     shape = list(array.shape)
     shape[axis] = size

@@ -27,7 +27,8 @@ class StepBatch:
         slots: [captions], from `prefill`.
         row_counts: [captions], rows of each caption.
         tokens: [rows], newest token of each row; a caption's rows stand together, in its order.
-        parents: [rows], which row of the caption's previous step each row continues; 0 at the first.
+        parents: [rows], which row of the caption's previous step each row continues; 0 at the
+        first.
         num_candidates: best next tokens wanted per row.
     """
 

@@ -64,7 +64,8 @@ def load_checkpoint(name: str) -> Checkpoint:
         name: a local folder in Hugging Face layout, or a hub id.
 
     Raises:
-        UnsupportedCheckpointError: if its architecture, weights or image processor cannot be served.
+        UnsupportedCheckpointError: if its architecture, weights or image processor cannot be
+        served.
     """
     config = _load_config(name)
     _check_architecture(config)
@@ -90,7 +91,7 @@ def _find_file(name: str, filename: str) -> Path:
     return Path(hf_hub_download(name, filename))
 
 
-def _load_config(name: str) -> VisionEncoderDecoderConfig:
+def _load_config(name: str) -> Any:
     path = _find_file(name, _CONFIG_FILE)
     if not path.is_file():
         raise UnsupportedCheckpointError(
@@ -104,7 +105,7 @@ def _load_config(name: str) -> VisionEncoderDecoderConfig:
     return VisionEncoderDecoderConfig.from_json_file(path)
 
 
-def _check_architecture(config: VisionEncoderDecoderConfig) -> None:
+def _check_architecture(config: Any) -> None:
     encoder, decoder = config.encoder.model_type, config.decoder.model_type
     if encoder not in SUPPORTED_ENCODERS or decoder not in SUPPORTED_DECODERS:
         raise UnsupportedCheckpointError(
@@ -129,7 +130,7 @@ def _load_preprocessor(name: str) -> PreprocessorConfig:
         raise UnsupportedCheckpointError(str(error)) from error
 
 
-def _check_image_size(config: VisionEncoderDecoderConfig, preprocessor: PreprocessorConfig) -> None:
+def _check_image_size(config: Any, preprocessor: PreprocessorConfig) -> None:
     wanted, given = encoder_image_size(config.encoder), preprocessor.output_size()
     if wanted != given:
         raise UnsupportedCheckpointError(
@@ -137,17 +138,19 @@ def _check_image_size(config: VisionEncoderDecoderConfig, preprocessor: Preproce
         )
 
 
-def _load_model(name: str, config: VisionEncoderDecoderConfig) -> VisionEncoderDecoderModel:
-    model, report = VisionEncoderDecoderModel.from_pretrained(
+def _load_model(name: str, config: Any) -> VisionEncoderDecoderModel:
+    loaded: Any = VisionEncoderDecoderModel.from_pretrained(
         name, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True
     )
+    model, report = loaded
     missing = sorted(key for key in report["missing_keys"] if ".pooler." not in key)
     if missing or report["mismatched_keys"]:
         raise UnsupportedCheckpointError(
             "the weights are incomplete: "
             + ", ".join([*missing, *map(str, report["mismatched_keys"])][:5])
         )
-    return model.eval()
+    ready: VisionEncoderDecoderModel = model.eval()
+    return ready
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -158,16 +161,17 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def _bundle(model: VisionEncoderDecoderModel) -> Bundle:
-    decoder = model.config.decoder
-    generation = model.generation_config
-    height, width = encoder_image_size(model.config.encoder)
+    encoder: Any = model.config.encoder
+    decoder: Any = model.config.decoder
+    generation: Any = model.generation_config
+    height, width = encoder_image_size(encoder)
     return Bundle(
         geometry=DecoderGeometry(
             layers=decoder.n_layer,
             heads=decoder.n_head,
             head_dim=decoder.n_embd // decoder.n_head,
             image_tokens=_image_tokens(model.encoder, height, width),
-            encoder_width=model.config.encoder.hidden_size,
+            encoder_width=encoder.hidden_size,
             vocabulary_size=decoder.vocab_size,
             max_positions=decoder.n_positions,
         ),
@@ -214,7 +218,7 @@ def _default_options(generation: GenerationConfig, max_positions: int) -> Decodi
 
 
 def early_stopping_name(value: bool | str) -> EarlyStopping:
-    """transformers' early_stopping as ours is written."""
+    """Transformers' early_stopping as ours is written."""
     if value == "never":
         return "never"
     return "true" if value else "false"

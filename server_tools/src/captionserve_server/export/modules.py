@@ -36,7 +36,8 @@ class EncoderModule(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, height, width] to float32 [B, S, E]."""
-        normalised = (pixels.to(torch.float32) * self.scale - self.mean) / self.std
+        scale, mean, std = (self.get_buffer(name) for name in ("scale", "mean", "std"))
+        normalised = (pixels.to(torch.float32) * scale - mean) / std
         states: Tensor = self.encoder(normalised).last_hidden_state
         return states
 
@@ -48,8 +49,8 @@ class PrefillModule(nn.Module):
         """Keep the decoder's cross-attention projections and enc_to_dec_proj where there is one."""
         super().__init__()
         self.projection = projection if projection is not None else nn.Identity()
-        blocks: Any = decoder.transformer.h
-        self.attentions = nn.ModuleList(block.crossattention for block in blocks)
+        transformer: Any = decoder.transformer
+        self.attentions = nn.ModuleList(block.crossattention for block in transformer.h)
 
     def forward(self, states: Tensor) -> tuple[Tensor, ...]:
         """float32 [B, S, E] to 2 L arrays float32 [B, H, S, D]."""
@@ -114,14 +115,20 @@ class StepModule(nn.Module):
 
 
 def _conv1d(layer: Any, inputs: Tensor) -> Tensor:
-    """transformers' Conv1D: a linear layer whose weight is stored [in, out]."""
-    return torch.matmul(inputs, layer.weight) + layer.bias
+    """Transformers' Conv1D: a linear layer whose weight is stored [in, out]."""
+    outputs: Tensor = torch.matmul(inputs, layer.weight) + layer.bias
+    return outputs
 
 
 def _split_heads(states: Tensor, attention: Any) -> Tensor:
     """[B, N, H * D] to [B, H, N, D]."""
-    heads: int = attention.num_heads
-    return states.unflatten(-1, (heads, attention.head_dim)).transpose(1, 2)
+    return _heads_apart(states, attention).transpose(1, 2)
+
+
+def _heads_apart(states: Tensor, attention: Any) -> Tensor:
+    """[..., H * D] to [..., H, D]."""
+    apart: Tensor = states.unflatten(-1, (attention.num_heads, attention.head_dim))
+    return apart
 
 
 def _to_grid(rows: Tensor, cell_row: Tensor) -> Tensor:
@@ -169,10 +176,7 @@ def _self_attention(
     own_scores = (queries * keys).sum(dim=-1, keepdim=True)
     weights = torch.softmax(torch.cat((past_scores, own_scores), dim=-1), dim=-1)
     attended = torch.matmul(weights[..., :-1], past_values) + weights[..., -1:] * values
-    _, new_keys, new_values = (
-        part.unflatten(-1, (attention.num_heads, attention.head_dim))
-        for part in projected.chunk(3, dim=-1)
-    )
+    _, new_keys, new_values = (_heads_apart(part, attention) for part in projected.chunk(3, dim=-1))
     return _conv1d(attention.c_proj, _to_rows(attended, row_cell)), new_keys, new_values
 
 

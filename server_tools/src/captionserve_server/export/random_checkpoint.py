@@ -1,8 +1,8 @@
 """Random-weight checkpoints: of nlpconnect's exact shapes for speed, and small odd ones for tests.
 
-Speed does not depend on the weights, so a full-size random model measures as the real one would. For
-tests of decoding the weights are scaled up: a freshly initialised GPT-2 says nearly the same of every
-token, and exactness would hang on rounding.
+Speed does not depend on the weights, so a full-size random model measures as the real one would.
+For tests of decoding the weights are scaled up: a freshly initialised GPT-2 says nearly the same
+of every token, and exactness would hang on rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ENDING_STRENGTH = 1.5
 
 @dataclass(frozen=True)
 class CheckpointShape:
-    """Shapes of a random checkpoint; the defaults are those of nlpconnect/vit-gpt2-image-captioning.
+    """Shapes of a random checkpoint; by default nlpconnect/vit-gpt2-image-captioning's.
 
     Attributes:
         encoder: "vit" or "deit".
@@ -46,7 +46,8 @@ class CheckpointShape:
         vocabulary_size: tokens; the last one starts, ends and pads.
         max_positions: longest sequence of the decoder.
         tied_head: whether the head is the token embedding.
-        gain: factor on the decoder's weights; above 1 for peaked distributions that follow the image.
+        gain: factor on the decoder's weights; above 1 for peaked distributions that follow the
+        image.
     """
 
     encoder: str = "vit"
@@ -87,7 +88,7 @@ def make_checkpoint(
     _write_preprocessor(folder, shape)
 
 
-def _config(shape: CheckpointShape) -> VisionEncoderDecoderConfig:
+def _config(shape: CheckpointShape) -> Any:
     end = shape.vocabulary_size - 1
     encoder_type = DeiTConfig if shape.encoder == "deit" else ViTConfig
     encoder = encoder_type(
@@ -106,13 +107,13 @@ def _config(shape: CheckpointShape) -> VisionEncoderDecoderConfig:
         n_head=shape.decoder_heads,
         bos_token_id=end,
         eos_token_id=end,
-        is_decoder=True,
         add_cross_attention=True,
         tie_word_embeddings=shape.tied_head,
     )
-    return VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+    config: Any = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         encoder, decoder, decoder_start_token_id=end, eos_token_id=end, pad_token_id=end
     )
+    return config
 
 
 def _scale_decoder(model: VisionEncoderDecoderModel, gain: float) -> None:
@@ -123,17 +124,19 @@ def _scale_decoder(model: VisionEncoderDecoderModel, gain: float) -> None:
     if gain == 1.0:
         return
     decoder: Any = model.decoder.transformer
+    embeddings: Any = model.encoder.embeddings
     with torch.no_grad():
         for parameter in [*decoder.h.parameters(), decoder.wpe.weight]:
             if parameter.dim() > 1:
                 parameter.mul_(gain)
         decoder.ln_f.weight.mul_(gain)
-        # The end token looks like the later positions, so that captions end at lengths of their own.
+        # The end token looks like the later positions, so that captions end at lengths of their
+        # own.
         head: Any = model.decoder.lm_head.weight
         later = functional.normalize(decoder.wpe.weight[_ENDING_POSITIONS].mean(dim=0), dim=0)
         head[-1] = _ENDING_STRENGTH * head.norm(dim=1).mean() * later
         # A fresh encoder gives nearly the same states for every image; spread them.
-        for parameter in model.encoder.embeddings.patch_embeddings.parameters():
+        for parameter in embeddings.patch_embeddings.parameters():
             parameter.mul_(gain)
 
 

@@ -1,7 +1,7 @@
 """Holding every exported graph against PyTorch, number by number.
 
-The reference for the decoder is transformers' own model run over whole sequences without a cache, so
-that the step graph's descent masks, positions and remembered keys are checked too, not only its
+The reference for the decoder is transformers' own model run over whole sequences without a cache,
+so that the step graph's descent masks, positions and remembered keys are checked too, not only its
 layers.
 """
 
@@ -65,9 +65,7 @@ def verify_export(checkpoint: Checkpoint, graphs: dict[str, Path]) -> Verificati
     """
     generator = torch.Generator().manual_seed(_SEED)
     height, width = checkpoint.image_size
-    pixels = torch.randint(
-        256, (_IMAGES, 3, height, width), dtype=torch.uint8, generator=generator
-    )
+    pixels = torch.randint(256, (_IMAGES, 3, height, width), dtype=torch.uint8, generator=generator)
     with torch.no_grad():
         states = encoder_module(checkpoint)(pixels)
         state_error = _encoder_error(pixels, states, graphs[ENCODER_GRAPH_FILE])
@@ -81,7 +79,8 @@ def _refuse_above(tolerance: float, error: float, graph: str) -> None:
     # A NaN compares false with everything, so ask for what is right, not for what is wrong.
     if not error <= tolerance:
         raise GraphMismatchError(
-            f"the {graph} graph differs from PyTorch by {error:.2g}, at most {tolerance:g} is accepted"
+            f"the {graph} graph differs from PyTorch by {error:.2g}; "
+            f"at most {tolerance:g} is accepted"
         )
 
 
@@ -139,7 +138,7 @@ def _extended(sequence: Tensor, parents: Tensor, tokens: Tensor) -> Tensor:
 def _reference_logprobs(
     checkpoint: Checkpoint, sequences: Tensor, states: Tensor, rows: int
 ) -> Tensor:
-    """transformers' log-probabilities after each whole sequence; float32 [images * rows, V]."""
+    """Transformers' log-probabilities after each whole sequence; float32 [images * rows, V]."""
     projection = getattr(checkpoint.model, "enc_to_dec_proj", None)
     seen = states if projection is None else projection(states)
     logits = checkpoint.model.decoder(

@@ -13,8 +13,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from captionserve_server.core.errors import CaptionServeError
+from captionserve_server.core.errors import CaptionServeError, InvalidRequestError
 from captionserve_server.gateway.metrics import GatewayMetrics
 from captionserve_server.gateway.status import rpc_status
 
@@ -43,7 +44,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """Put the mapping around the call's handler."""
         handler = await continuation(handler_call_details)
-        return None if handler is None else _rewrapped(handler, _errors_mapped)
+        return None if handler is None else _rewrapped(_checked(handler), _errors_mapped)
 
 
 class MetricsInterceptor(grpc.aio.ServerInterceptor):
@@ -99,6 +100,28 @@ def _cancellation_code(context: Context) -> grpc.StatusCode:
     if context.time_remaining() == 0:
         return grpc.StatusCode.DEADLINE_EXCEEDED
     return grpc.StatusCode.CANCELLED
+
+
+def _checked(handler: Handler) -> Handler:
+    """The same handler, refusing bytes that are no message from within its call.
+
+    gRPC deserialises outside of every interceptor's wrapper and would show the exception's text.
+    """
+    kind = "unary_unary"
+    behaviour: Behaviour | None = getattr(handler, kind)
+    deserialize = handler.request_deserializer
+    if behaviour is None or deserialize is None:
+        return handler
+
+    async def call(request: bytes, context: Context) -> object:
+        try:
+            message = deserialize(request)
+        except DecodeError as error:
+            raise InvalidRequestError("the request is not a valid message") from error
+        return await behaviour(message, context)
+
+    checked: Handler = _HANDLER_KINDS[kind](call, None, handler.response_serializer)
+    return checked
 
 
 def _rewrapped(handler: Handler, around: Around) -> Handler:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime
-from numpy.typing import NDArray
 
 from captionserve_server.core.graph_step_model import Array
 
@@ -41,5 +40,5 @@ class OnnxGraph:
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """All outputs, in the graph's order."""
-        outputs: list[NDArray] = self._session.run(None, dict(inputs))
+        outputs: list[Array] = self._session.run(None, dict(inputs))
         return outputs

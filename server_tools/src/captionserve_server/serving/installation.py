@@ -79,7 +79,8 @@ def _embedded() -> TritonInstallation:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise TritonNotFoundError(
-            "no tritonserver found; install captionserve-server[embedded] or give --tritonserver PATH"
+            "no tritonserver found; "
+            "install captionserve-server[embedded] or give --tritonserver PATH"
         )
     package = Path(spec.submodule_search_locations[0])
     root = package / "tritonserver"

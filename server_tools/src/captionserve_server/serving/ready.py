@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ReadyReport:
-    """Where a running service listens, each host:port, and its processes; the ready file's content."""
+    """The ready file's content: where a service listens, each host:port, and its processes."""
 
     grpc: str
     metrics: str

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from captionserve_server.core import tensors
+from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.config import GatewayConfig
 from captionserve_server.gateway.server import Gateway
-from captionserve_server.serving.canary import wait_for_caption
+from captionserve_server.gateway.triton_client import TritonClient
 from captionserve_server.serving.installation import find_triton
 from captionserve_server.serving.ready import ReadyReport, ready_file
-from captionserve_server.serving.triton_process import TritonProcess
+from captionserve_server.serving.triton_process import TritonProcess, TritonStartError
+
+# One black pixel as a binary PPM: the smallest image there is.
+_CANARY_IMAGE = b"P6 1 1 255\n\0\0\0"
 
 
 class TritonEndedError(RuntimeError):
@@ -62,7 +67,7 @@ async def serve(options: ServeOptions, on_ready: Callable[[ReadyReport], None]) 
     async with _triton(options, stop) as triton:
         if stop.is_set():
             return
-        await wait_for_caption(triton.addresses.grpc, options.start_seconds)
+        await _caption_once(triton, options.start_seconds)
         async with _gateway(options, triton) as gateway:
             report = _report(gateway, triton)
             with ready_file(options.ready_file, report):
@@ -86,6 +91,17 @@ async def _triton(options: ServeOptions, stop: asyncio.Event) -> AsyncIterator[T
         yield triton
     finally:
         await asyncio.to_thread(triton.stop)
+
+
+async def _caption_once(triton: TritonProcess, timeout_seconds: float) -> None:
+    """Prove with a real caption that Triton is ready; it says so before anything has decoded."""
+    client = TritonClient(triton.addresses.grpc)
+    try:
+        await client.infer_captions({tensors.IMAGE: _CANARY_IMAGE}, timeout_seconds)
+    except CaptionServeError as error:
+        raise TritonStartError(f"the first caption failed: {error.message}") from error
+    finally:
+        await client.close()
 
 
 @contextlib.asynccontextmanager

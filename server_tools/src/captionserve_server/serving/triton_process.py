@@ -22,7 +22,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from captionserve_server.serving.installation import TritonInstallation, assemble_backends
 
 _LOOPBACK = "127.0.0.1"
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+_SHARED_MEMORY = Path("/dev/shm")
 _POLL_SECONDS = 0.1
 _LOG_TAIL_LINES = 15
 _PR_SET_PDEATHSIG = 1
@@ -89,7 +89,8 @@ class TritonProcess:
                     raise TritonStartError(f"Triton ended while starting\n{self._log_tail()}")
                 if asyncio.get_running_loop().time() > deadline:
                     raise TritonStartError(
-                        f"Triton was not ready after {timeout_seconds:g} seconds\n{self._log_tail()}"
+                        f"Triton was not ready after {timeout_seconds:g} seconds\n"
+                        f"{self._log_tail()}"
                     )
                 await asyncio.sleep(_POLL_SECONDS)
 
@@ -160,8 +161,8 @@ async def _is_ready(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> bool:
 def _environment(installation: TritonInstallation) -> Mapping[str, str]:
     """This process's environment, with what Triton and the stubs need to find.
 
-    The stub embeds a Python of its own. It ignores PYTHONPATH and PYTHONHOME, but looks for `python3`
-    on PATH and takes the virtual environment that it finds there, which must be this one.
+    The stub embeds a Python of its own. It ignores PYTHONPATH and PYTHONHOME, but looks for
+    `python3` on PATH and takes the virtual environment that it finds there, which must be this one.
     """
     libraries = [str(folder) for folder in installation.library_folders]
     return os.environ | {

@@ -1,8 +1,8 @@
 """The `captioner` model: from an encoded image to its captions.
 
-`execute` only accepts. A pool of threads has each image preprocessed and encoded by the other models,
-in parallel, so that Triton's dynamic batcher sees them together; the engine thread decodes all of
-them as one batch. Live captions never wait for an image that is being encoded.
+`execute` only accepts. A pool of threads has each image preprocessed and encoded by the other
+models, in parallel, so that Triton's dynamic batcher sees them together; the engine thread decodes
+all of them as one batch. Live captions never wait for an image that is being encoded.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from captionserve_server.triton.requests import (
 )
 from captionserve_server.triton.triton_step_model import TritonStepModel
 
-# Each thread waits for one image's preprocessing or encoding; twice the encoder's largest batch keeps
-# a full batch gathering while another one runs.
+# Each thread waits for one image's preprocessing or encoding; twice the encoder's largest batch
+# keeps a full batch gathering while another one runs.
 _ENCODING_THREADS = 16
 
 
@@ -121,7 +121,8 @@ class TritonPythonModel:
             {tensors.PIXELS: pixels[None]},
             tensors.ENCODER_STATES,
         )
-        return states[0]
+        first: Float32Array = states[0]
+        return first
 
     def _answer(self, done: Future[Captions]) -> Any:
         error = done.exception()

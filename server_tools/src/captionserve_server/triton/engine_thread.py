@@ -11,8 +11,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from captionserve_server.core.engine import CaptionEngine, CaptionTask
-from captionserve_server.core.errors import CaptionServeError, ModelUnavailableError
+from captionserve_server.core.engine import CaptionEngine, CaptionTask, Outcome
+from captionserve_server.core.errors import (
+    CaptionServeError,
+    ModelFaultError,
+    ModelUnavailableError,
+)
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import DecodedCaption
 from captionserve_server.core.step_model import Float32Array
@@ -55,29 +59,36 @@ class EngineThread:
     def _run(self) -> None:
         while self._take_arrived():
             try:
-                finished = self._engine.step()
+                ended = self._engine.step()
             except Exception as error:  # The model failed, not a request: nobody else may hang.
                 self._fail_all(error)
                 continue
-            for key, captions in finished.items():
-                self._futures.pop(key).set_result(captions)
+            for key, outcome in ended.items():
+                self._end(self._futures.pop(key), outcome)
         self._fail_all(ModelUnavailableError("the server is shutting down"))
 
     def _take_arrived(self) -> bool:
         """Wait until there is something to decode; False when closing."""
         with self._wake:
-            self._wake.wait_for(
-                lambda: self._closing or self._arrived or not self._engine.idle
-            )
+            self._wake.wait_for(lambda: self._closing or self._arrived or not self._engine.idle)
             arrived, self._arrived = self._arrived, []
             for task, future in arrived:
                 self._futures[task.key] = future
                 self._engine.submit(task)
             return not self._closing
 
+    def _end(self, future: Future[Captions], outcome: Outcome) -> None:
+        if isinstance(outcome, ModelFaultError):
+            self._log_error(f"a caption failed: {outcome.message}")
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
     def _fail_all(self, error: Exception) -> None:
         if self._futures:
-            self._log_error(f"{len(self._futures)} captions failed: {type(error).__name__}: {error}")
+            self._log_error(
+                f"{len(self._futures)} captions failed: {type(error).__name__}: {error}"
+            )
         # The model that failed may be unable to free slots as well; the captions fail all the same.
         with contextlib.suppress(CaptionServeError):
             self._engine.abandon_all()

@@ -1,8 +1,8 @@
 """Reading and answering Triton requests, and calling other models: what all Python models share.
 
-`triton_python_backend_utils` exists only inside Triton's Python stub, and fills its classes in after
-a model's module has been imported; so this module is imported by models only, and everything is
-looked up when called.
+`triton_python_backend_utils` exists only inside Triton's Python stub, and fills its classes in
+after a model's module has been imported; so this module is imported by models only, and everything
+is looked up when called.
 """
 
 from __future__ import annotations
