@@ -35,7 +35,8 @@ class DecodingOptions:
     """
 
     num_beams: int = 1
-    max_length: int = 20
+    # generate() allows 20 tokens beside the start token where nothing says otherwise.
+    max_length: int = 21
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = "false"
     num_return_sequences: int = 1

@@ -1,0 +1,126 @@
+"""The command line, as a person and as a script use it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from captionserve_server.serving.ready import ReadyReport
+
+from tests.conftest import DEMO, DEMO_FOLDER
+
+ROOT = Path(__file__).parent.parent.parent
+CAPTIONS: dict[str, str] = json.loads((DEMO_FOLDER / "images" / "captions.json").read_text())
+IMAGES = [str(DEMO_FOLDER / "images" / name) for name in CAPTIONS]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "captionserve_server.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def test_the_bundled_images_are_captioned_right(service: Callable[[str], ReadyReport]) -> None:
+    process = run("caption", *IMAGES, "--target", service(DEMO).grpc, "--num-beams", "4")
+    assert process.returncode == 0, process.stderr
+    for name, caption in CAPTIONS.items():
+        assert re.search(rf"{re.escape(name)}: {re.escape(caption)} \(-?\d", process.stdout)
+
+
+def test_json_is_for_scripts(service: Callable[[str], ReadyReport], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no image")
+    process = run(
+        *("caption", IMAGES[0], str(bad), str(tmp_path / "missing.jpg"), "--json"),
+        *("--target", service(DEMO).grpc, "--num-beams", "3", "--num-return-sequences", "2"),
+        *("--early-stopping", "never", "--length-penalty", "0.5", "--max-length", "30"),
+    )
+    assert process.returncode == 5
+    good, refused, missing = json.loads(process.stdout)
+    assert [set(caption) for caption in good["captions"]] == [
+        {"text", "score", "token_ids", "token_logprobs", "finish_reason"}
+    ] * 2
+    assert refused["error"]["reason"] == "UNSUPPORTED_IMAGE_FORMAT"
+    assert missing["error"]["reason"] == "UNREADABLE"
+
+
+def test_no_service_is_an_error_in_words() -> None:
+    process = run("caption", IMAGES[0], "--target", "127.0.0.1:1", "--timeout", "2")
+    assert process.returncode == 5
+    assert "UNAVAILABLE" in process.stderr or "DEADLINE_EXCEEDED" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert run("caption", IMAGES[0], "--early-stopping", "sometimes").returncode == 2
+    assert run("export").returncode == 2
+
+
+def test_export_refuses_in_words(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    process = run("export", str(tmp_path), "--output", str(tmp_path / "repository"))
+    assert process.returncode == 3
+    assert "'blip' is not supported" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_export_reports_json_and_adds_versions(
+    checkpoint_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    repository = tmp_path / "repository"
+    for version in ("1", "2"):
+        process = run(
+            *("export", str(checkpoint_folder("two_ends")), "--output", str(repository)),
+            *("--version", version, "--json"),
+        )
+        assert process.returncode == 0, process.stderr
+        report = json.loads(process.stdout)
+        assert report["version"] == int(version)
+        assert report["verification"]["logprobs"] < 1e-4
+    assert sorted(path.name for path in (repository / "captioner").iterdir()) == [
+        "1",
+        "2",
+        "config.pbtxt",
+    ]
+
+
+def test_evaluate_scores_a_running_service(service: Callable[[str], ReadyReport]) -> None:
+    process = run("evaluate", "--target", service(DEMO).grpc, "--scenes", "40", "--json")
+    assert process.returncode == 0, process.stderr
+    reports = json.loads(process.stdout)
+    trained = reports["unseen_combinations"]
+    assert set(reports) == {"unseen_combinations", "unseen_style"}
+    assert trained["scenes"] == 40
+    assert trained["object_accuracy"] >= 0.9
+    assert trained["exact_captions"] >= 0.8
+    assert 0 < trained["bleu_4"] <= 100
+    assert 0 < trained["cider_d"] <= 10
+
+
+@pytest.mark.parametrize("language", ["python"])
+def test_the_readme_snippets_run(language: str, service: Callable[[str], ReadyReport]) -> None:
+    readme = (ROOT / "README.md").read_text()
+    snippets = re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        assert "127.0.0.1:9000" in snippet
+        process = subprocess.run(
+            [sys.executable, "-c", snippet.replace("127.0.0.1:9000", service(DEMO).grpc)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            cwd=ROOT,
+        )
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.strip()

@@ -1,0 +1,168 @@
+"""Starting and ending: what `captionserve serve` promises about files, ports and processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from captionserve import CaptionClient
+from captionserve_server.serving.launch import launched_service
+
+from tests.conftest import DEMO_FOLDER
+from tests.reference import picture
+
+WAIT_SECONDS = 60.0
+NAME = "projected"
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.05)
+
+
+def leftovers() -> set[Path]:
+    """Temporary folders and shared memory regions of ours."""
+    folders = (Path(tempfile.gettempdir()), Path("/dev/shm"))
+    return {path for folder in folders for path in folder.glob("captionserve-triton-*")}
+
+
+def is_listening(address: str) -> bool:
+    host, port = address.rsplit(":", 1)
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_behind(
+    number: signal.Signals, model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    before = leftovers()
+    ready_file = tmp_path / "ready.json"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
+            *("--model-repository", str(model_repository(NAME))),
+            *("--listen", "127.0.0.1:0", "--ready-file", str(ready_file)),
+        ],
+        start_new_session=True,
+    )
+    try:
+        wait_until(ready_file.exists)
+        report = json.loads(ready_file.read_text())
+        addresses = [value for value in report.values() if isinstance(value, str)]
+        assert all(is_listening(address) for address in addresses)
+        assert report["pids"]["gateway"] == process.pid
+        family = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(True))]
+        assert report["pids"]["triton"] in family
+        with CaptionClient(report["grpc"]) as client:
+            assert client.caption(picture(1)).captions
+
+        # As a terminal does with Ctrl-C: to the whole process group.
+        os.killpg(process.pid, number)
+
+        assert process.wait(WAIT_SECONDS) == 0
+    finally:
+        process.kill()
+    assert not ready_file.exists()
+    assert not any(psutil.pid_exists(pid) for pid in family)
+    assert not any(is_listening(address) for address in addresses)
+    assert leftovers() == before
+
+
+def test_a_signal_while_starting_ends_it_too(
+    model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    before = leftovers()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
+            *("--model-repository", str(model_repository(NAME)), "--listen", "127.0.0.1:0"),
+        ]
+    )
+    try:
+        wait_until(lambda: leftovers() - before)
+        wait_until(lambda: psutil.Process(process.pid).children())
+        process.terminate()
+        assert process.wait(WAIT_SECONDS) == 0
+    finally:
+        process.kill()
+    wait_until(lambda: leftovers() == before)
+
+
+def test_triton_ends_with_a_killed_gateway(model_repository: Callable[[str], Path]) -> None:
+    service = launched_service(model_repository(NAME))
+    report = service.__enter__()
+    gateway = psutil.Process(report.pids["gateway"])
+    family = gateway.children(recursive=True)
+    assert family
+
+    gateway.kill()
+
+    service.__exit__(None, None, None)
+    wait_until(lambda: not any(process.is_running() for process in family))
+
+
+def test_a_repository_that_does_not_load_is_an_error_in_words(tmp_path: Path) -> None:
+    broken = tmp_path / "repository" / "captioner"
+    broken.mkdir(parents=True)
+    (broken / "config.pbtxt").write_text('backend: "no such backend"\n')
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
+            *("--model-repository", str(broken.parent), "--listen", "127.0.0.1:0"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    assert process.returncode == 4
+    assert "error: Triton ended while starting" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_a_missing_tritonserver_is_an_error_in_words(
+    model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
+            *("--model-repository", str(model_repository(NAME))),
+            *("--tritonserver", str(tmp_path / "tritonserver")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    assert process.returncode == 4
+    assert "Traceback" not in process.stderr
+
+
+def test_an_installed_tritonserver_is_used_when_given(
+    model_repository: Callable[[str], Path],
+) -> None:
+    from captionserve_server.serving.installation import find_triton
+
+    binary = find_triton().binary
+    with launched_service(model_repository(NAME), "--tritonserver", str(binary)) as service:
+        assert Path(psutil.Process(service.pids["triton"]).exe()) == binary.resolve()
+        with CaptionClient(service.grpc) as client:
+            assert client.caption(DEMO_FOLDER / "images" / _first_image()).captions
+
+
+def _first_image() -> str:
+    captions: dict[str, str] = json.loads((DEMO_FOLDER / "images" / "captions.json").read_text())
+    return next(iter(captions))

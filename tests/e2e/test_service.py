@@ -1,0 +1,152 @@
+"""A running service: many at once, bad images, health, reflection, KServe."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc
+from captionserve import (
+    AsyncCaptionClient,
+    CaptionClient,
+    CaptionError,
+    FinishReason,
+    GenerationOptions,
+)
+from captionserve_server.core import tensors
+from captionserve_server.evaluation.held_out import held_out_scenes
+from captionserve_server.serving.ready import ReadyReport
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+
+from tests.conftest import DEMO, DEMO_FOLDER
+
+TIMEOUT_SECONDS = 120.0
+
+Service = Callable[[str], ReadyReport]
+
+
+def test_sixty_four_at_once_get_each_its_own_caption(service: Service) -> None:
+    scenes = list(held_out_scenes("unseen_combinations", 64, seed=5))
+    options = GenerationOptions(num_beams=4)
+    with CaptionClient(service(DEMO).grpc, timeout=TIMEOUT_SECONDS) as client:
+        one_by_one = [client.caption(scene.image, options) for scene in scenes]
+        with ThreadPoolExecutor(64) as pool:
+            together = list(pool.map(lambda scene: client.caption(scene.image, options), scenes))
+
+    assert [r.captions[0].token_ids for r in together] == [
+        r.captions[0].token_ids for r in one_by_one
+    ]
+    right = sum(r.text == s.caption for r, s in zip(together, scenes, strict=True))
+    assert right >= 0.8 * len(scenes)
+    assert len({result.text for result in together}) >= 60
+
+
+def test_the_async_client_gets_the_same(service: Service) -> None:
+    scenes = list(held_out_scenes("unseen_combinations", 8, seed=6))
+
+    async def all_at_once() -> list[str]:
+        async with AsyncCaptionClient(service(DEMO).grpc, timeout=TIMEOUT_SECONDS) as client:
+            results = await asyncio.gather(*(client.caption(scene.image) for scene in scenes))
+        return [result.text for result in results]
+
+    with CaptionClient(service(DEMO).grpc, timeout=TIMEOUT_SECONDS) as client:
+        expected = [client.caption(scene.image).text for scene in scenes]
+    assert asyncio.run(all_at_once()) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "IMAGE_CORRUPT"),
+        (b"this is a text file\n", "UNSUPPORTED_IMAGE_FORMAT"),
+        (b"\x89PNG\r\n\x1a\n damaged", "IMAGE_CORRUPT"),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF cut", "IMAGE_CORRUPT"),
+    ],
+)
+def test_a_bad_file_is_refused_and_the_server_goes_on(
+    service: Service, content: bytes, reason: str
+) -> None:
+    scene = next(held_out_scenes("unseen_combinations", 1, seed=7))
+    with CaptionClient(service(DEMO).grpc) as client:
+        with pytest.raises(CaptionError) as caught:
+            client.caption(content)
+        assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.reason == reason
+        assert "/" not in caught.value.message
+        assert "Traceback" not in caught.value.message
+        assert client.caption(scene.image).text
+
+
+def test_bad_images_spoil_no_neighbour(service: Service) -> None:
+    scenes = list(held_out_scenes("unseen_combinations", 12, seed=8))
+
+    def attempt(number: int) -> str:
+        with CaptionClient(service(DEMO).grpc, timeout=TIMEOUT_SECONDS) as client:
+            try:
+                bad = number % 3 == 0
+                return client.caption(b"bad" if bad else scenes[number].image).text
+            except CaptionError as error:
+                return error.reason
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(attempt, range(12)))
+    assert answers[::3] == ["UNSUPPORTED_IMAGE_FORMAT"] * 4
+    assert "UNSUPPORTED_IMAGE_FORMAT" not in answers[1::3] + answers[2::3]
+
+
+def test_wrong_options_are_all_named(service: Service) -> None:
+    scene = next(held_out_scenes("unseen_combinations", 1, seed=9))
+    options = GenerationOptions(num_beams=0, max_length=5000, length_penalty=float("nan"))
+    with CaptionClient(service(DEMO).grpc) as client, pytest.raises(CaptionError) as caught:
+        client.caption(scene.image, options)
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert set(caught.value.field_violations) == {
+        "options.num_beams",
+        "options.max_length",
+        "options.length_penalty",
+    }
+
+
+def test_a_caption_says_why_it_ended(service: Service) -> None:
+    scene = next(held_out_scenes("unseen_combinations", 1, seed=10))
+    with CaptionClient(service(DEMO).grpc) as client:
+        whole = client.caption(scene.image)
+        cut = client.caption(scene.image, GenerationOptions(max_length=4))
+    assert whole.captions[0].finish_reason is FinishReason.EOS
+    assert whole.model_version == 1
+    assert cut.captions[0].finish_reason is FinishReason.LENGTH
+    assert len(cut.captions[0].token_ids) == 3
+    assert len(cut.captions[0].token_logprobs) == 3
+
+
+def test_health_and_reflection_answer(service: Service) -> None:
+    with grpc.insecure_channel(service(DEMO).grpc) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "captionserve.v1.CaptionService"):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        services = ProtoReflectionDescriptorDatabase(channel).get_services()
+    assert "captionserve.v1.CaptionService" in services
+
+
+def test_kserve_clients_talk_to_triton_directly(service: Service) -> None:
+    image = next(path for path in (DEMO_FOLDER / "images").iterdir() if path.suffix != ".json")
+    with CaptionClient(service(DEMO).grpc) as client:
+        expected = client.caption(image, GenerationOptions(num_beams=2))
+    triton = tritonclient.grpc.InferenceServerClient(service(DEMO).triton_grpc)
+    encoded = tritonclient.grpc.InferInput(tensors.IMAGE.name, [1], "BYTES")
+    encoded.set_data_from_numpy(np.array([image.read_bytes()], dtype=np.object_))
+    beams = tritonclient.grpc.InferInput(tensors.NUM_BEAMS.name, [1], "INT32")
+    beams.set_data_from_numpy(np.array([2], dtype=np.int32))
+
+    answer = triton.infer(tensors.CAPTIONER.name, [encoded, beams])
+
+    assert answer.as_numpy(tensors.TEXT.name)[0].decode() == expected.text
+    assert answer.as_numpy(tensors.SCORE.name)[0] == pytest.approx(expected.captions[0].score)
