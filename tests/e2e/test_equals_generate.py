@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from captionserve import CaptionClient, CaptionResult, GenerationOptions
@@ -103,7 +104,7 @@ def test_the_text_is_what_the_checkpoints_tokenizer_says(
 ) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(DEMO))
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint_folder(DEMO))
     with CaptionClient(service(DEMO).grpc) as client:
         for image in pictures(DEMO, 4):
             caption = client.caption(image).captions[0]

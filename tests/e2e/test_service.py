@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import numpy as np
@@ -128,7 +129,7 @@ def test_a_caption_says_why_it_ended(service: Service) -> None:
 
 def test_health_and_reflection_answer(service: Service) -> None:
     with grpc.insecure_channel(service(DEMO).grpc) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         for name in ("", "captionserve.v1.CaptionService"):
             answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING

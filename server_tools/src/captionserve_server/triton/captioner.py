@@ -105,7 +105,7 @@ class TritonPythonModel:
     def _start(self, encoded: Array, options: DecodingOptions, reply: _Reply) -> None:
         """Encode one image and hand it to the engine."""
         try:
-            future = self._engine.submit(self._encode(encoded), options)
+            future = self._engine.submit(self._encode(encoded), options, reply.is_abandoned)
         except Exception as error:  # Whatever goes wrong is this request's answer.
             self._finish(reply, error_response(error))
             return
@@ -142,7 +142,12 @@ class _Reply:
     def __init__(self, request: Request) -> None:
         self._sender = request.get_response_sender()
 
+    def is_abandoned(self) -> bool:
+        """Whether the caller has cancelled, or its deadline has passed."""
+        return bool(self._sender.is_cancelled())
+
     def send(self, answer: Any) -> None:
+        """Answer, once."""
         self._sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 

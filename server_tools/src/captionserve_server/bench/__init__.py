@@ -1,0 +1,1 @@
+"""Speed, measured as a ratio against peers in the same run."""

@@ -1,0 +1,1 @@
+"""How well a caption service describes scenes whose facts are known."""
