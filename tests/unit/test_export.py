@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from captionserve_server.export import checkpoint as checkpoint_module
 from captionserve_server.export import repository as repository_module
 from captionserve_server.export.checkpoint import (
     UnsupportedCheckpointError,
@@ -124,3 +125,19 @@ def test_the_bundle_carries_the_checkpoints_own_defaults(
 @pytest.mark.parametrize(("value", "name"), [(True, "true"), (False, "false"), ("never", "never")])
 def test_early_stopping_has_its_three_forms(value: bool | str, name: str) -> None:
     assert early_stopping_name(value) == name
+
+
+def test_a_checkpoint_may_be_a_hub_id(
+    checkpoint_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The hub is out of reach of tests; a folder stands in for what it would download.
+    folder = checkpoint_folder("projected")
+    monkeypatch.setattr(checkpoint_module, "hf_hub_download", lambda _, name: folder / name)
+    assert checkpoint_module._load_config("someone/a-captioner").decoder.n_layer == 3
+    assert checkpoint_module._load_preprocessor("someone/a-captioner").height == 32
+
+
+@pytest.mark.parametrize("name", ["no such folder", "demo/no/such/folder"])
+def test_what_is_neither_folder_nor_hub_id_is_refused_in_words(name: str) -> None:
+    with pytest.raises(UnsupportedCheckpointError, match="neither a local folder nor a hub id"):
+        load_checkpoint(name)

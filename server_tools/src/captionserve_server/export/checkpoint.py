@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -26,9 +33,6 @@ from captionserve_server.core.search import SpecialTokens
 
 SUPPORTED_ENCODERS = ("vit", "deit")
 SUPPORTED_DECODERS = ("gpt2",)
-# Tried where the checkpoint is a hub id; a local folder has them or not.
-_CONFIG_FILE = "config.json"
-_PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
 class UnsupportedCheckpointError(ValueError):
@@ -82,27 +86,40 @@ def encoder_image_size(encoder: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _find_file(name: str, filename: str) -> Path:
+def _read_json(name: str, filename: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint; UnsupportedCheckpointError when it has none."""
+    path = _find_file(name, filename)
+    if path is None:
+        raise UnsupportedCheckpointError(
+            f"this is no checkpoint in Hugging Face layout: it has no {filename}"
+        )
+    values: dict[str, Any] = json.loads(path.read_text())
+    return values
+
+
+def _find_file(name: str, filename: str) -> Path | None:
     folder = Path(name)
     if folder.is_dir():
-        return folder / filename
-    from huggingface_hub import hf_hub_download  # A local folder must not need the network.
-
-    return Path(hf_hub_download(name, filename))
+        path = folder / filename
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(name, filename))
+    except RemoteEntryNotFoundError:
+        return None
+    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise UnsupportedCheckpointError(
+            f"{name!r} is neither a local folder nor a hub id that can be reached"
+        ) from error
 
 
 def _load_config(name: str) -> Any:
-    path = _find_file(name, _CONFIG_FILE)
-    if not path.is_file():
-        raise UnsupportedCheckpointError(
-            "this is no checkpoint in Hugging Face layout: it has no config.json"
-        )
-    model_type = json.loads(path.read_text()).get("model_type")
+    values = _read_json(name, "config.json")
+    model_type = values.get("model_type")
     if model_type != "vision-encoder-decoder":
         raise UnsupportedCheckpointError(
             f"model type {model_type!r} is not supported; supported is 'vision-encoder-decoder'"
         )
-    return VisionEncoderDecoderConfig.from_json_file(path)
+    return VisionEncoderDecoderConfig.from_dict(values)
 
 
 def _check_architecture(config: Any) -> None:
@@ -121,11 +138,8 @@ def _check_architecture(config: Any) -> None:
 
 
 def _load_preprocessor(name: str) -> PreprocessorConfig:
-    path = _find_file(name, _PREPROCESSOR_FILE)
-    if not path.is_file():
-        raise UnsupportedCheckpointError("the checkpoint has no preprocessor_config.json")
     try:
-        return read_preprocessor_config(json.loads(path.read_text()))
+        return read_preprocessor_config(_read_json(name, "preprocessor_config.json"))
     except ValueError as error:
         raise UnsupportedCheckpointError(str(error)) from error
 
