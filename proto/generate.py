@@ -6,7 +6,9 @@ With --check nothing is written; the exit code is 1 when the committed code is o
 from __future__ import annotations
 
 import importlib.resources
+import os
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -20,6 +22,8 @@ PLUGINS = ("python", "grpc_python", "mypy", "mypy_grpc")
 
 def generate(output: Path) -> None:
     """Write the modules and type stubs of the API below `output`."""
+    # protoc looks for its plugins on PATH; they lie beside the interpreter.
+    os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))
     well_known_types = importlib.resources.files("grpc_tools") / "_proto"
     arguments = [f"-I{PROTO_ROOT}", f"-I{well_known_types}"]
     arguments += [f"--{plugin}_out={output}" for plugin in PLUGINS]

@@ -14,13 +14,11 @@ PROTO_ROOT = Path(__file__).resolve().parents[2] / "proto"
 
 
 def run_generate(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # protoc finds its plugins on PATH; they are beside the interpreter.
     return subprocess.run(
         [sys.executable, str(script), *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env={"PATH": sysconfig.get_path("scripts")},
     )
 
 
