@@ -45,7 +45,7 @@ def test_sixty_four_at_once_get_each_its_own_caption(service: Service) -> None:
         r.captions[0].token_ids for r in one_by_one
     ]
     right = sum(r.text == s.caption for r, s in zip(together, scenes, strict=True))
-    assert right >= 0.8 * len(scenes)
+    assert right >= 0.9 * len(scenes)
     assert len({result.text for result in together}) >= 60
 
 

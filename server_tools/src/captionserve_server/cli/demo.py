@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from captionserve import CaptionClient, GenerationOptions
-from rich.table import Table
 
 from captionserve_server.cli.console import output
 from captionserve_server.cli.served import served_with_progress
@@ -22,13 +21,12 @@ def demo(
 ) -> None:
     """Caption the demo images through gateway, Triton, encoder and decoder, and stop again."""
     with served_with_progress(str(folder / "checkpoint")) as service:
-        output.print(_captioned(folder / "images", service.grpc))
+        _caption_images(folder / "images", service.grpc)
 
 
-def _captioned(images: Path, target: str) -> Table:
-    table = Table("image", "caption", "score", title="captions by the service")
+def _caption_images(images: Path, target: str) -> None:
     with CaptionClient(target) as client:
         for name in json.loads((images / "captions.json").read_text()):
             result = client.caption(images / name, GenerationOptions(num_beams=4))
-            table.add_row(name, result.text, f"{result.captions[0].score:.3f}")
-    return table
+            score = result.captions[0].score
+            output.print(f"{name}: {result.text} (score {score:.4f})", markup=False)
