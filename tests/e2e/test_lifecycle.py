@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -102,6 +103,7 @@ def test_a_signal_while_starting_ends_it_too(
 
 
 def test_triton_ends_with_a_killed_gateway(model_repository: Callable[[str], Path]) -> None:
+    before = leftovers()
     service = launched_service(model_repository(NAME))
     report = service.__enter__()
     gateway = psutil.Process(report.pids["gateway"])
@@ -112,6 +114,9 @@ def test_triton_ends_with_a_killed_gateway(model_repository: Callable[[str], Pat
 
     service.__exit__(None, None, None)
     wait_until(lambda: not any(process.is_running() for process in family))
+    # Who is killed cannot tidy up; that much is left for the test to do.
+    for folder in leftovers() - before:
+        shutil.rmtree(folder)
 
 
 def test_a_repository_that_does_not_load_is_an_error_in_words(tmp_path: Path) -> None:
