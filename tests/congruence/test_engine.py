@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Hashable
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class InProcess:
         decoder = repository / tensors.DECODER_STEP.name / "1"
         encoder = repository / tensors.VISION_ENCODER.name / "1" / files.ENCODER_GRAPH_FILE
         self.bundle = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text())
+        settings = repository / tensors.PREPROCESS.name / "1" / files.PREPROCESSOR_FILE
+        self._preprocessor = PreprocessorConfig.from_json(json.loads(settings.read_text()))
         self._encoder = OnnxGraph(encoder, threads=1)
         self._step_model = GraphStepModel(
             OnnxGraph(decoder / files.PREFILL_GRAPH_FILE, threads=1),
@@ -56,9 +59,7 @@ class InProcess:
         return [outcome for outcome in outcomes if isinstance(outcome, list)]
 
     def _states(self, image: Image.Image) -> Float32Array:
-        height, width = self._encoder.input_shape(graph_tensors.PIXELS)[2:]
-        config = PreprocessorConfig(height=int(height), width=int(width))
-        pixels = to_pixels(image, config)[None]
+        pixels = to_pixels(image, self._preprocessor)[None]
         states: Float32Array = self._encoder.run({graph_tensors.PIXELS: pixels})[0][0]
         return states
 

@@ -28,10 +28,12 @@ class FakeStepModel:
         self.capacity = capacity
         self.histories: dict[int, tuple[float, list[tuple[int, ...]]]] = {}
         self.most_rows = 0
+        self.offered = 0
         self._next_slot = 100
 
     def prefill(self, states: Float32Array) -> Int64Array:
         """Slots for as many images as fit; an image is its first state's number."""
+        self.offered += len(states)
         slots = np.full(len(states), NO_SLOT, np.int64)
         for image in range(min(len(states), self.capacity - len(self.histories))):
             slots[image] = self._next_slot

@@ -157,3 +157,14 @@ def test_a_caption_without_numbers_fails_alone() -> None:
     assert isinstance(outcomes.pop(FAULTY), ModelFaultError)
     assert outcomes == {key: alone(key, options) for key in range(4) if key != FAULTY}
     assert model.histories == {}
+
+
+def test_images_are_not_offered_again_before_a_slot_is_free() -> None:
+    model = FakeStepModel(capacity=2)
+    engine = CaptionEngine(model, SPECIAL, MAX_ROWS)
+    for key in range(10):
+        engine.submit(task(key, DecodingOptions(max_length=8)))
+    while not engine.idle:
+        engine.step()
+    # All ten at first, of which eight are refused, and each of those once more.
+    assert model.offered == 10 + 8

@@ -53,6 +53,7 @@ class CaptionTask:
 class _Live:
     slot: int
     search: Search
+    num_beams: int
 
 
 class CaptionEngine:
@@ -71,7 +72,8 @@ class CaptionEngine:
         self._max_rows = max_rows
         self._waiting: deque[CaptionTask] = deque()
         self._live: dict[Hashable, _Live] = {}
-        self._rows_promised: dict[Hashable, int] = {}
+        # Images worth offering: not known until the model refuses one, then as many as were freed.
+        self._offers: int | None = None
 
     @property
     def idle(self) -> bool:
@@ -92,7 +94,7 @@ class CaptionEngine:
         """Forget every caption; the engine is empty even when the model fails to free the slots."""
         slots = [live.slot for live in self._live.values()]
         self._live.clear()
-        self._rows_promised.clear()
+        self._offers = None
         self._waiting.clear()
         if slots:
             self._step_model.free(np.array(slots, dtype=np.int64))
@@ -124,15 +126,20 @@ class CaptionEngine:
             if slot == NO_SLOT:
                 refused.append(task)
                 continue
-            self._live[task.key] = _Live(int(slot), start_search(task.options, self._special))
-            self._rows_promised[task.key] = task.options.num_beams
+            search = start_search(task.options, self._special)
+            self._live[task.key] = _Live(int(slot), search, task.options.num_beams)
         self._waiting.extendleft(reversed(refused))
+        if refused:
+            self._offers = 0
+        elif self._offers is not None:
+            self._offers = max(0, self._offers - len(tasks))
 
     def _next_tasks(self) -> list[CaptionTask]:
-        """Take from the queue, in order, what the row bound allows; one when none is live."""
-        rows = sum(self._rows_promised.values())
+        """Take from the queue, in order, what the bounds allow; at least one when none is live."""
+        rows = sum(live.num_beams for live in self._live.values())
+        offers = self._offers if self._live or self._offers is None else max(1, self._offers)
         tasks: list[CaptionTask] = []
-        while self._waiting:
+        while self._waiting and (offers is None or len(tasks) < offers):
             rows += self._waiting[0].options.num_beams
             if rows > self._max_rows and (tasks or self._live):
                 break
@@ -161,8 +168,8 @@ class CaptionEngine:
         if not keys:
             return
         slots = [self._live.pop(key).slot for key in keys]
-        for key in keys:
-            del self._rows_promised[key]
+        if self._offers is not None:
+            self._offers += len(slots)
         self._step_model.free(np.array(slots, dtype=np.int64))
 
 

@@ -41,11 +41,6 @@ class GraphStepModel:
         self._geometry = geometry
         self._slots = SlotStore(geometry, capacity)
 
-    @property
-    def slots_used(self) -> int:
-        """Slots that captions hold."""
-        return len(self._slots)
-
     def prefill(self, states: Float32Array) -> Int64Array:
         """Project as many images as find room; [images, S, E] to slots [images]."""
         slots = np.full(len(states), NO_SLOT, dtype=np.int64)

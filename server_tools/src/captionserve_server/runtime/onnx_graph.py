@@ -33,11 +33,6 @@ class OnnxGraph:
         self.input_names = [node.name for node in self._session.get_inputs()]
         self.output_names = [node.name for node in self._session.get_outputs()]
 
-    def input_shape(self, name: str) -> tuple[int | str, ...]:
-        """An input's dims; a varying one is its name."""
-        node = next(node for node in self._session.get_inputs() if node.name == name)
-        return tuple(node.shape)
-
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
         """All outputs, in the graph's order."""
         outputs: list[Array] = self._session.run(None, dict(inputs))
