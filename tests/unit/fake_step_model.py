@@ -6,16 +6,20 @@ candidates and cannot go unnoticed. It also checks the engine's side of the barg
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
+from captionserve_server.core.selection import select, top_tokens
 from captionserve_server.core.step_model import (
     NO_SLOT,
-    Candidates,
     Float32Array,
     Int64Array,
+    StepAnswer,
     StepBatch,
 )
 
-VOCABULARY_SIZE = 23
+VOCABULARY_SIZE = 40
+IMAGE_TOKENS = 3
 END = 0
 START = 1
 
@@ -28,12 +32,15 @@ class FakeStepModel:
         self.capacity = capacity
         self.histories: dict[int, tuple[float, list[tuple[int, ...]]]] = {}
         self.most_rows = 0
+        self.steps = 0
         self.offered = 0
+        self.prefills: list[int] = []
         self._next_slot = 100
 
     def prefill(self, states: Float32Array) -> Int64Array:
         """Slots for as many images as fit; an image is its first state's number."""
         self.offered += len(states)
+        self.prefills.append(len(states))
         slots = np.full(len(states), NO_SLOT, np.int64)
         for image in range(min(len(states), self.capacity - len(self.histories))):
             slots[image] = self._next_slot
@@ -41,11 +48,13 @@ class FakeStepModel:
             self._next_slot += 1
         return slots
 
-    def step(self, batch: StepBatch) -> Candidates:
+    def step(self, batch: StepBatch) -> StepAnswer:
         """Candidates of each row from its history."""
         assert len(set(batch.slots.tolist())) == len(batch.slots), "a slot is used twice"
-        assert batch.row_counts.sum() == len(batch.tokens) == len(batch.parents)
-        self.most_rows = max(self.most_rows, len(batch.tokens))
+        requests = batch.rows
+        assert batch.row_counts.sum() == len(requests.tokens) == len(requests.parents)
+        self.steps += 1
+        self.most_rows = max(self.most_rows, len(requests.tokens))
         rows: list[Float32Array] = []
         begin = 0
         for slot, count in zip(batch.slots.tolist(), batch.row_counts.tolist(), strict=True):
@@ -54,22 +63,36 @@ class FakeStepModel:
             after = [
                 (*before[parent], token)
                 for parent, token in zip(
-                    batch.parents[part].tolist(), batch.tokens[part].tolist(), strict=True
+                    requests.parents[part].tolist(), requests.tokens[part].tolist(), strict=True
                 )
             ]
             self.histories[slot] = (image, after)
             rows += [logprobs(image, history) for history in after]
             begin += count
-        scores = np.stack(rows)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, : batch.num_candidates]
-        return Candidates(np.take_along_axis(scores, best, axis=1), best)
+        # Logits may be off by any number; the normaliser takes it out again.
+        shift = np.float32(3.0)
+        normalisers = np.full(len(rows), shift, np.float32)
+        found, tokens, probes = select(np.stack(rows) + shift, normalisers, requests, top_tokens)
+        return StepAnswer(found, tokens, probes, self._attention(batch))
 
     def free(self, slots: Int64Array) -> None:
         """Forget; freeing what is not held is an error."""
         for slot in slots.tolist():
             del self.histories[slot]
 
+    def _attention(self, batch: StepBatch) -> Float32Array:
+        """Each attended row's last token, length and image, as if they were attention."""
+        rows = [
+            (history[-1], len(history), image)
+            for slot in batch.slots.tolist()
+            for image, histories in [self.histories[slot]]
+            for history in histories
+        ]
+        attention: Float32Array = np.array(rows, np.float32)[batch.rows.attention_rows]
+        return attention
 
+
+@functools.lru_cache(maxsize=100_000)
 def logprobs(image: float, history: tuple[int, ...]) -> Float32Array:
     """Log-probabilities after a history; float32 [VOCABULARY_SIZE]."""
     generator = np.random.default_rng([int(image), *history])

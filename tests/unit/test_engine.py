@@ -2,38 +2,94 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
-from captionserve_server.core.engine import CaptionEngine, CaptionTask, Outcome
-from captionserve_server.core.errors import ModelFaultError
+import pytest
+from captionserve_server.core.captions import CaptionPlan, DecodedCaption, SpecialTokens
+from captionserve_server.core.engine import CaptionEngine, CaptionTask, EngineLimits, Outcome
+from captionserve_server.core.errors import InvalidOptionsError, ModelFaultError
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
-from captionserve_server.core.search import DecodedCaption, SpecialTokens
-from captionserve_server.core.step_model import Candidates, StepBatch
+from captionserve_server.core.search import Vocabulary
+from captionserve_server.core.step_model import StepAnswer, StepBatch
+from captionserve_server.core.words import ForcedWord, WordTokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.fake_step_model import END, START, FakeStepModel, logprobs
+from tests.unit.fake_step_model import END, START, VOCABULARY_SIZE, FakeStepModel, logprobs
 
-SPECIAL = SpecialTokens(start=START, end=(END,))
+VOCABULARY = Vocabulary(SpecialTokens(start=START, end=(END,)), VOCABULARY_SIZE)
 MAX_ROWS = 12
+MAX_ENTRIES = 120
+LIMITS = EngineLimits(max_rows=MAX_ROWS, max_entries=MAX_ENTRIES, max_admissions=2)
 FAULTY = 2
 
-options_strategy = st.builds(
+lengths = st.integers(8, 12)
+penalties = st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])
+prefixes = st.sampled_from([(), (), (5,), (7, 3)])
+common = {
+    "max_length": lengths,
+    "length_penalty": penalties,
+    "min_length": st.integers(0, 6),
+    "repetition_penalty": st.sampled_from([1.0, 1.0, 0.7, 1.6]),
+    "no_repeat_ngram_size": st.integers(0, 3),
+    "suppress_tokens": st.sampled_from([(), (), (4, 9)]),
+    "output_attentions": st.booleans(),
+}
+greedy = st.builds(DecodingOptions, **common)
+beams = st.builds(
     DecodingOptions,
-    num_beams=st.integers(1, 5),
-    max_length=st.integers(2, 12),
-    length_penalty=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]),
+    num_beams=st.integers(2, 5),
     early_stopping=st.sampled_from(EARLY_STOPPING_VALUES),
+    num_return_sequences=st.integers(1, 2),
+    **common,
 )
+groups = st.builds(
+    DecodingOptions,
+    num_beams=st.sampled_from([4]),
+    num_beam_groups=st.sampled_from([2, 4]),
+    diversity_penalty=st.sampled_from([0.5, 2.0]),
+    **common,
+)
+samples = st.builds(
+    DecodingOptions,
+    do_sample=st.just(True),
+    seed=st.integers(0, 5),
+    num_return_sequences=st.integers(1, 3),
+    temperature=st.sampled_from([0.7, 1.0, 1.5]),
+    top_k=st.sampled_from([0, 5, 50]),
+    top_p=st.sampled_from([0.8, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    **common,
+)
+# Without what could forbid the words themselves.
+forced = st.builds(
+    DecodingOptions,
+    num_beams=st.integers(2, 4),
+    force_words=st.just(("stand-in",)),
+    max_length=lengths,
+    length_penalty=penalties,
+    output_attentions=st.booleans(),
+)
+FORCED_WORDS = (ForcedWord((21, 22), (23,)), ForcedWord((24,), None))
+
+
+def as_plan(options: DecodingOptions, prefix: tuple[int, ...]) -> CaptionPlan:
+    words = FORCED_WORDS if options.force_words else ()
+    return CaptionPlan(options, WordTokens(prefix=prefix, bad=((6,), (8, 9)), forced=words))
+
+
+plans = st.builds(as_plan, st.one_of(greedy, beams, groups, samples, forced), prefixes)
 
 
 @dataclass(frozen=True)
 class Arrival:
     """A request, the step before which it comes, and the step at which it is abandoned, if ever."""
 
-    options: DecodingOptions
+    plan: CaptionPlan
     step: int
     abandoned_at: int | None
 
@@ -41,7 +97,7 @@ class Arrival:
 arrivals_strategy = st.lists(
     st.builds(
         Arrival,
-        options_strategy,
+        plans,
         st.integers(0, 12),
         st.one_of(st.none(), st.none(), st.integers(0, 20)),
     ),
@@ -50,84 +106,227 @@ arrivals_strategy = st.lists(
 )
 
 
-def task(key: int, options: DecodingOptions) -> CaptionTask:
-    return CaptionTask(key, np.full((2, 3), key, np.float32), options)
+def task(key: int, plan: CaptionPlan) -> CaptionTask:
+    return CaptionTask(key, np.full((2, 3), key, np.float32), plan)
 
 
-def alone(key: int, options: DecodingOptions) -> list[DecodedCaption]:
-    engine = CaptionEngine(FakeStepModel(capacity=1), SPECIAL, MAX_ROWS)
-    engine.submit(task(key, options))
+def new_engine(model: FakeStepModel, limits: EngineLimits = LIMITS) -> CaptionEngine:
+    return CaptionEngine(model, VOCABULARY, limits)
+
+
+def alone(key: int, plan: CaptionPlan) -> Outcome:
+    engine = new_engine(FakeStepModel(capacity=1))
+    engine.submit(task(key, plan))
     while not (ended := engine.step()):
         pass
-    outcome = ended[key]
-    assert isinstance(outcome, list)
+    return ended[key]
+
+
+def captions_alone(key: int, plan: CaptionPlan) -> list[DecodedCaption]:
+    outcome = alone(key, plan)
+    assert isinstance(outcome, list), outcome
     return outcome
 
 
+def as_values(outcome: Outcome) -> object:
+    """An outcome in a form that can be compared: arrays and errors are not equal by value."""
+    if isinstance(outcome, Exception):
+        return type(outcome)
+    return [
+        (
+            dataclasses.replace(caption, attention=None),
+            None if caption.attention is None else caption.attention.tolist(),
+        )
+        for caption in outcome
+    ]
+
+
+def live_tasks(engine: CaptionEngine) -> list[CaptionTask]:
+    return [task for lanes in engine._live.values() for task in lanes.tasks]
+
+
 @settings(max_examples=60, deadline=None)
-@given(arrivals_strategy, st.integers(1, 4))
+@given(arrivals_strategy, st.integers(1, 5))
 def test_every_caption_ends_once_and_does_not_depend_on_its_company(
     arrivals: list[Arrival], capacity: int
 ) -> None:
     model = FakeStepModel(capacity)
-    engine = CaptionEngine(model, SPECIAL, MAX_ROWS)
+    engine = new_engine(model)
     finished: dict[Hashable, Outcome] = {}
     abandoned: set[int] = set()
     step = 0
     while step <= 20 or not engine.idle:
         for key, arrival in enumerate(arrivals):
             if arrival.step == step:
-                engine.submit(task(key, arrival.options))
+                engine.submit(task(key, arrival.plan))
             if arrival.abandoned_at == step and arrival.step <= step and key not in finished:
                 engine.abandon(key)
                 abandoned.add(key)
         ended = engine.step()
         assert not ended.keys() & finished.keys()
         finished |= ended
-        assert len(model.histories) <= capacity
+        live = live_tasks(engine)
+        assert len(model.histories) == len(live) <= capacity
+        assert len(live) <= 1 or sum(one.rows for one in live) <= MAX_ROWS
+        assert len(live) <= 1 or sum(one.entries for one in live) <= MAX_ENTRIES
         step += 1
+        assert step < 1000, "the engine does not come to an end"
 
     assert model.histories == {}
-    assert model.most_rows <= MAX_ROWS
     assert finished.keys() | abandoned == set(range(len(arrivals)))
     assert not finished.keys() & abandoned
     for name, outcome in finished.items():
         assert isinstance(name, int)
-        assert outcome == alone(name, arrivals[name].options)
+        assert as_values(outcome) == as_values(alone(name, arrivals[name].plan))
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 1000), options_strategy)
-def test_scores_follow_from_the_tokens(image: int, options: DecodingOptions) -> None:
-    for caption in alone(image, options):
-        history: tuple[int, ...] = (START,)
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000), st.one_of(greedy, beams, samples), prefixes)
+def test_scores_follow_from_the_tokens(
+    image: int, options: DecodingOptions, prefix: tuple[int, ...]
+) -> None:
+    plain = dataclasses.replace(
+        options, repetition_penalty=1.0, no_repeat_ngram_size=0, suppress_tokens=(), min_length=0
+    )
+    for caption in captions_alone(image, CaptionPlan(plain, WordTokens(prefix=prefix))):
+        history: tuple[int, ...] = (START, *prefix)
         expected = []
-        for token in caption.token_ids:
+        for number, token in enumerate(caption.token_ids):
             expected.append(float(logprobs(image, history)[token]))
+            if caption.attention is not None:
+                # The fake's attention tells which row chose the token.
+                assert caption.attention[number].tolist() == [history[-1], len(history), image]
             history = (*history, token)
-        np.testing.assert_allclose(caption.token_logprobs, expected, rtol=1e-6)
+        np.testing.assert_allclose(caption.token_logprobs, expected, rtol=1e-5, atol=1e-6)
         length = len(caption.token_ids)
-        assert np.isclose(caption.score, sum(expected) / length**options.length_penalty, rtol=1e-4)
+        score = sum(expected) / length**options.length_penalty
+        assert np.isclose(caption.score, score, rtol=1e-4)
         assert (caption.finish_reason == "eos") == (caption.token_ids[-1] == END)
-        assert length <= options.max_length - 1
+        assert length <= options.max_length - 1 - len(prefix)
         assert END not in caption.token_ids[:-1]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000), plans)
+def test_captions_obey_their_plan(image: int, plan: CaptionPlan) -> None:
+    options, prefix = plan.options, plan.words.prefix
+    for caption in captions_alone(image, plan):
+        tokens = (START, *prefix, *caption.token_ids)
+        assert not set(options.suppress_tokens) & set(caption.token_ids)
+        assert 6 not in caption.token_ids
+        pairs = list(itertools.pairwise(tokens))
+        assert (8, 9) not in pairs[len(prefix) :]
+        if caption.finish_reason == "eos":
+            assert len(tokens) > options.min_length
+        if options.no_repeat_ngram_size == 2:
+            generated = pairs[len(prefix) :]
+            assert len(set(generated)) == len(generated)
+        if options.force_words:
+            generated_tokens = caption.token_ids
+            assert 24 in generated_tokens
+            whole = itertools.pairwise(generated_tokens)
+            assert (21, 22) in whole or generated_tokens[0] == 23
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1000), plans)
+def test_certain_tokens_only_grow_and_are_never_taken_back(image: int, plan: CaptionPlan) -> None:
+    engine = new_engine(FakeStepModel(capacity=1))
+    engine.submit(task(image, plan))
+    certain: list[tuple[int, ...]] = []
+    while not (ended := engine.step()):
+        certain.append(engine.certain_tokens(image))
+    outcome = ended[image]
+    assert isinstance(outcome, list)
+    if plan.options.do_sample and plan.options.num_return_sequences > 1:
+        finals = [caption.token_ids for caption in outcome]
+    else:
+        finals = [outcome[0].token_ids]
+    for before, after in zip([(), *certain], [*certain, finals[0]], strict=True):
+        assert after[: len(before)] == before
+    if plan.options.rows == 1:
+        read = len(plan.words.prefix)
+        assert [len(tokens) for tokens in certain[read:]] == list(range(1, len(certain) - read + 1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1000), plans, st.integers(0, 10))
+def test_the_best_so_far_begins_as_a_caption(image: int, plan: CaptionPlan, steps: int) -> None:
+    engine = new_engine(FakeStepModel(capacity=1))
+    engine.submit(task(image, plan))
+    for _ in range(steps):
+        if engine.step():
+            return
+    best = engine.best_so_far(image)
+    generated = max(0, steps - len(plan.words.prefix))
+    assert all(1 <= len(caption.token_ids) <= generated for caption in best)
+    assert [caption.score for caption in best] == sorted(
+        (caption.score for caption in best), reverse=True
+    )
+    if generated and not plan.options.force_words:
+        assert len(best) == plan.options.num_return_sequences or plan.options.num_beams > 1
+        assert best
+
+
 def test_captions_are_admitted_in_their_order() -> None:
-    engine = CaptionEngine(FakeStepModel(capacity=1), SPECIAL, MAX_ROWS)
+    engine = new_engine(FakeStepModel(capacity=1))
     for key in range(5):
-        engine.submit(task(key, DecodingOptions(max_length=3)))
+        engine.submit(task(key, CaptionPlan(DecodingOptions(max_length=3))))
     order: list[Hashable] = []
     while not engine.idle:
         order += engine.step()
     assert order == list(range(5))
 
 
+def test_a_stream_of_short_captions_does_not_starve_a_long_one() -> None:
+    engine = new_engine(FakeStepModel(capacity=20))
+    short = CaptionPlan(DecodingOptions(max_length=4))
+    wide = CaptionPlan(DecodingOptions(num_beams=10, max_length=8))
+    for key in range(6):
+        engine.submit(task(key, short))
+    engine.step()
+    engine.submit(task(1000, wide))
+    ended: dict[Hashable, Outcome] = {}
+    key = 6
+    while 1000 not in ended:
+        # Two more arrive for each step; all of them would find room.
+        for _ in range(2):
+            engine.submit(task(key, short))
+            key += 1
+        ended |= engine.step()
+        assert key < 100, "the wide caption starves"
+
+
+def test_newcomers_hold_live_captions_up_by_few_prefills() -> None:
+    model = FakeStepModel(capacity=20)
+    engine = new_engine(model)
+    plan = CaptionPlan(DecodingOptions(max_length=12))
+    engine.submit(task(0, plan))
+    engine.step()
+    for key in range(1, 9):
+        engine.submit(task(key, plan))
+    while not engine.idle:
+        engine.step()
+    assert max(model.prefills) == LIMITS.max_admissions
+
+
+def test_one_caption_beyond_the_limits_runs_alone() -> None:
+    model = FakeStepModel(capacity=20)
+    engine = new_engine(model, EngineLimits(max_rows=2, max_entries=10, max_admissions=4))
+    for key in range(3):
+        engine.submit(task(key, CaptionPlan(DecodingOptions(num_beams=4, max_length=8))))
+    ended: dict[Hashable, Outcome] = {}
+    while not engine.idle:
+        ended |= engine.step()
+        assert len(live_tasks(engine)) <= 1
+    assert len(ended) == 3
+
+
 def test_abandon_all_frees_every_slot() -> None:
     model = FakeStepModel(capacity=4)
-    engine = CaptionEngine(model, SPECIAL, MAX_ROWS)
+    engine = new_engine(model)
     for key in range(6):
-        engine.submit(task(key, DecodingOptions(max_length=12, num_beams=2)))
+        engine.submit(task(key, CaptionPlan(DecodingOptions(max_length=12, num_beams=2))))
     engine.step()
     assert model.histories
 
@@ -137,33 +336,52 @@ def test_abandon_all_frees_every_slot() -> None:
     assert model.histories == {}
 
 
-def test_a_caption_without_numbers_fails_alone() -> None:
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_caption_without_numbers_fails_alone(num_beams: int) -> None:
     class FaultyForOne(FakeStepModel):
-        def step(self, batch: StepBatch) -> Candidates:
-            candidates = super().step(batch)
+        def step(self, batch: StepBatch) -> StepAnswer:
+            answer = super().step(batch)
             faulty = [self.histories[slot][0] == FAULTY for slot in batch.slots.tolist()]
-            candidates.logprobs[np.repeat(faulty, batch.row_counts), 0] = np.nan
-            return candidates
+            counts = batch.rows.candidate_counts
+            of_row = np.repeat(np.repeat(faulty, batch.row_counts), counts)
+            answer.logprobs[of_row] = np.nan
+            return answer
 
-    options = DecodingOptions(num_beams=2, max_length=8)
+    plan = CaptionPlan(DecodingOptions(num_beams=num_beams, max_length=8))
     model = FaultyForOne(capacity=8)
-    engine = CaptionEngine(model, SPECIAL, MAX_ROWS)
+    engine = new_engine(model)
     for key in range(4):
-        engine.submit(task(key, options))
+        engine.submit(task(key, plan))
     outcomes: dict[Hashable, Outcome] = {}
     while not engine.idle:
         outcomes |= engine.step()
 
     assert isinstance(outcomes.pop(FAULTY), ModelFaultError)
-    assert outcomes == {key: alone(key, options) for key in range(4) if key != FAULTY}
+    assert outcomes == {key: alone(key, plan) for key in range(4) if key != FAULTY}
+    assert model.histories == {}
+
+
+def test_words_that_other_options_forbid_are_an_error_of_the_options() -> None:
+    options = DecodingOptions(
+        num_beams=3, force_words=("stand-in",), suppress_tokens=(24,), max_length=8
+    )
+    model = FakeStepModel(capacity=1)
+    engine = new_engine(model)
+    engine.submit(task(1, as_plan(options, ())))
+    ended: dict[Hashable, Outcome] = {}
+    while not engine.idle:
+        ended |= engine.step()
+    outcome = ended[1]
+    assert isinstance(outcome, InvalidOptionsError)
+    assert set(outcome.field_violations) == {"force_words"}
     assert model.histories == {}
 
 
 def test_images_are_not_offered_again_before_a_slot_is_free() -> None:
     model = FakeStepModel(capacity=2)
-    engine = CaptionEngine(model, SPECIAL, MAX_ROWS)
+    engine = new_engine(model)
     for key in range(10):
-        engine.submit(task(key, DecodingOptions(max_length=8)))
+        engine.submit(task(key, CaptionPlan(DecodingOptions(max_length=8))))
     while not engine.idle:
         engine.step()
     # All ten at first, of which eight are refused, and each of those once more.

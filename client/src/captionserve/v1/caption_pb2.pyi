@@ -63,6 +63,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The end token was produced."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_length was reached."""
+    FINISH_REASON_DEADLINE: _FinishReason.ValueType  # 3
+    """The deadline came first, and allow_partial was set."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """FinishReason says why a caption ended."""
@@ -73,7 +75,93 @@ FINISH_REASON_EOS: FinishReason.ValueType  # 1
 """The end token was produced."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_length was reached."""
+FINISH_REASON_DEADLINE: FinishReason.ValueType  # 3
+"""The deadline came first, and allow_partial was set."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
+
+@_typing.final
+class StreamCaptionRequest(_message.Message):
+    """StreamCaptionRequest asks for captions of one image, word by word."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___CaptionRequest:
+        """What Caption would be asked."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___CaptionRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamCaptionRequest: _TypeAlias = StreamCaptionRequest  # noqa: Y015
+
+@_typing.final
+class StreamCaptionResponse(_message.Message):
+    """StreamCaptionResponse is the next part of a caption, or its end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PART_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def part(self) -> Global___CaptionPart:
+        """Words that have become certain."""
+
+    @_builtins.property
+    def response(self) -> Global___CaptionResponse:
+        """The end: what Caption would have returned."""
+
+    def __init__(
+        self,
+        *,
+        part: Global___CaptionPart | None = ...,
+        response: Global___CaptionResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "response", b"response", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "response", b"response", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["part", "response"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
+
+Global___StreamCaptionResponse: _TypeAlias = StreamCaptionResponse  # noqa: Y015
+
+@_typing.final
+class CaptionPart(_message.Message):
+    """CaptionPart is the next part of a caption; the parts in their order make its text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The text that follows the last part's; empty while a character is incomplete."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its token ids."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CaptionPart: _TypeAlias = CaptionPart  # noqa: Y015
 
 @_typing.final
 class CaptionRequest(_message.Message):
@@ -83,6 +171,9 @@ class CaptionRequest(_message.Message):
 
     IMAGE_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    BYPASS_CACHE_FIELD_NUMBER: _builtins.int
+    bypass_cache: _builtins.bool
+    """Compute the answer anew, whatever the server remembers."""
     @_builtins.property
     def image(self) -> Global___Image:
         """The image to describe. Required."""
@@ -96,10 +187,11 @@ class CaptionRequest(_message.Message):
         *,
         image: Global___Image | None = ...,
         options: Global___GenerationOptions | None = ...,
+        bypass_cache: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_cache", b"bypass_cache", "image", b"image", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -140,6 +232,23 @@ class GenerationOptions(_message.Message):
     LENGTH_PENALTY_FIELD_NUMBER: _builtins.int
     EARLY_STOPPING_FIELD_NUMBER: _builtins.int
     NUM_RETURN_SEQUENCES_FIELD_NUMBER: _builtins.int
+    MIN_LENGTH_FIELD_NUMBER: _builtins.int
+    DO_SAMPLE_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    TOP_P_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    NUM_BEAM_GROUPS_FIELD_NUMBER: _builtins.int
+    DIVERSITY_PENALTY_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    NO_REPEAT_NGRAM_SIZE_FIELD_NUMBER: _builtins.int
+    BAD_WORDS_FIELD_NUMBER: _builtins.int
+    FORCE_WORDS_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    SUPPRESS_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_ATTENTIONS_FIELD_NUMBER: _builtins.int
+    ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     num_beams: _builtins.int
     """Beams of the beam search; 1 is greedy search. Range: 1 to 16."""
     max_length: _builtins.int
@@ -149,7 +258,49 @@ class GenerationOptions(_message.Message):
     early_stopping: Global___EarlyStopping.ValueType
     """When the beam search stops."""
     num_return_sequences: _builtins.int
-    """Captions to return, best first. Range: 1 to num_beams."""
+    """Captions to return, best first. Range: 1 to num_beams, or to 16 with do_sample."""
+    min_length: _builtins.int
+    """Fewest tokens of a caption, counting the decoder start token. Range: 0 to max_length."""
+    do_sample: _builtins.bool
+    """Draw tokens instead of taking the likeliest; with num_beams 1."""
+    temperature: _builtins.float
+    """Divides the logits before drawing. Range: above 0 to 100."""
+    top_k: _builtins.int
+    """Draw among so many of the likeliest tokens; 0 for all."""
+    top_p: _builtins.float
+    """Draw among the likeliest tokens that together have this probability. Range: above 0 to 1."""
+    min_p: _builtins.float
+    """Draw among tokens with at least this share of the likeliest one's probability. Range: 0 to 1."""
+    seed: _builtins.int
+    """Of the draws; the same seed gives the same captions. Range: 0 to 2^63 - 1."""
+    num_beam_groups: _builtins.int
+    """Groups of beams that are kept apart. Range: 1 to num_beams, which it divides."""
+    diversity_penalty: _builtins.float
+    """Subtracted from a token's log-probability for each beam of an earlier group that takes it at the
+    same step. Range: above 0 to 100 with more than one group.
+    """
+    repetition_penalty: _builtins.float
+    """Above 1 makes tokens that have occurred unlikelier. Range: above 0 to 100."""
+    no_repeat_ngram_size: _builtins.int
+    """No n-gram of this many tokens occurs twice; 0 is off."""
+    prefix: _builtins.str
+    """Text with which the caption begins."""
+    output_attentions: _builtins.bool
+    """Return each token's cross-attention over the image."""
+    allow_partial: _builtins.bool
+    """When the deadline comes first, return the best so far instead of failing."""
+    @_builtins.property
+    def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words or phrases that are not generated."""
+
+    @_builtins.property
+    def force_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words or phrases that every caption contains; needs num_beams above 1."""
+
+    @_builtins.property
+    def suppress_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids that are not generated."""
+
     def __init__(
         self,
         *,
@@ -158,27 +309,100 @@ class GenerationOptions(_message.Message):
         length_penalty: _builtins.float | None = ...,
         early_stopping: Global___EarlyStopping.ValueType = ...,
         num_return_sequences: _builtins.int | None = ...,
+        min_length: _builtins.int | None = ...,
+        do_sample: _builtins.bool | None = ...,
+        temperature: _builtins.float | None = ...,
+        top_k: _builtins.int | None = ...,
+        top_p: _builtins.float | None = ...,
+        min_p: _builtins.float | None = ...,
+        seed: _builtins.int | None = ...,
+        num_beam_groups: _builtins.int | None = ...,
+        diversity_penalty: _builtins.float | None = ...,
+        repetition_penalty: _builtins.float | None = ...,
+        no_repeat_ngram_size: _builtins.int | None = ...,
+        bad_words: _abc.Iterable[_builtins.str] | None = ...,
+        force_words: _abc.Iterable[_builtins.str] | None = ...,
+        prefix: _builtins.str | None = ...,
+        suppress_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        output_attentions: _builtins.bool | None = ...,
+        allow_partial: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "length_penalty", b"length_penalty", "max_length", b"max_length", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_min_length", b"_min_length", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "length_penalty", b"length_penalty", "max_length", b"max_length", "min_length", b"min_length", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "early_stopping", b"early_stopping", "length_penalty", b"length_penalty", "max_length", b"max_length", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_min_length", b"_min_length", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "early_stopping", b"early_stopping", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "min_length", b"min_length", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__allow_partial: _TypeAlias = _typing.Literal["allow_partial"]  # noqa: Y015
+    _WhichOneofArgType__allow_partial: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial"]  # noqa: Y015
+    _WhichOneofReturnType__diversity_penalty: _TypeAlias = _typing.Literal["diversity_penalty"]  # noqa: Y015
+    _WhichOneofArgType__diversity_penalty: _TypeAlias = _typing.Literal["_diversity_penalty", b"_diversity_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__do_sample: _TypeAlias = _typing.Literal["do_sample"]  # noqa: Y015
+    _WhichOneofArgType__do_sample: _TypeAlias = _typing.Literal["_do_sample", b"_do_sample"]  # noqa: Y015
     _WhichOneofReturnType__length_penalty: _TypeAlias = _typing.Literal["length_penalty"]  # noqa: Y015
     _WhichOneofArgType__length_penalty: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty"]  # noqa: Y015
     _WhichOneofReturnType__max_length: _TypeAlias = _typing.Literal["max_length"]  # noqa: Y015
     _WhichOneofArgType__max_length: _TypeAlias = _typing.Literal["_max_length", b"_max_length"]  # noqa: Y015
+    _WhichOneofReturnType__min_length: _TypeAlias = _typing.Literal["min_length"]  # noqa: Y015
+    _WhichOneofArgType__min_length: _TypeAlias = _typing.Literal["_min_length", b"_min_length"]  # noqa: Y015
+    _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
+    _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
+    _WhichOneofReturnType__no_repeat_ngram_size: _TypeAlias = _typing.Literal["no_repeat_ngram_size"]  # noqa: Y015
+    _WhichOneofArgType__no_repeat_ngram_size: _TypeAlias = _typing.Literal["_no_repeat_ngram_size", b"_no_repeat_ngram_size"]  # noqa: Y015
+    _WhichOneofReturnType__num_beam_groups: _TypeAlias = _typing.Literal["num_beam_groups"]  # noqa: Y015
+    _WhichOneofArgType__num_beam_groups: _TypeAlias = _typing.Literal["_num_beam_groups", b"_num_beam_groups"]  # noqa: Y015
     _WhichOneofReturnType__num_beams: _TypeAlias = _typing.Literal["num_beams"]  # noqa: Y015
     _WhichOneofArgType__num_beams: _TypeAlias = _typing.Literal["_num_beams", b"_num_beams"]  # noqa: Y015
     _WhichOneofReturnType__num_return_sequences: _TypeAlias = _typing.Literal["num_return_sequences"]  # noqa: Y015
     _WhichOneofArgType__num_return_sequences: _TypeAlias = _typing.Literal["_num_return_sequences", b"_num_return_sequences"]  # noqa: Y015
+    _WhichOneofReturnType__output_attentions: _TypeAlias = _typing.Literal["output_attentions"]  # noqa: Y015
+    _WhichOneofArgType__output_attentions: _TypeAlias = _typing.Literal["_output_attentions", b"_output_attentions"]  # noqa: Y015
+    _WhichOneofReturnType__prefix: _TypeAlias = _typing.Literal["prefix"]  # noqa: Y015
+    _WhichOneofArgType__prefix: _TypeAlias = _typing.Literal["_prefix", b"_prefix"]  # noqa: Y015
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
+    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
+    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__allow_partial) -> _WhichOneofReturnType__allow_partial | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__diversity_penalty) -> _WhichOneofReturnType__diversity_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__do_sample) -> _WhichOneofReturnType__do_sample | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__length_penalty) -> _WhichOneofReturnType__length_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length) -> _WhichOneofReturnType__max_length | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_length) -> _WhichOneofReturnType__min_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__no_repeat_ngram_size) -> _WhichOneofReturnType__no_repeat_ngram_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_beam_groups) -> _WhichOneofReturnType__num_beam_groups | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_beams) -> _WhichOneofReturnType__num_beams | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_return_sequences) -> _WhichOneofReturnType__num_return_sequences | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_attentions) -> _WhichOneofReturnType__output_attentions | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix) -> _WhichOneofReturnType__prefix | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
 
 Global___GenerationOptions: _TypeAlias = GenerationOptions  # noqa: Y015
 
@@ -190,8 +414,11 @@ class CaptionResponse(_message.Message):
 
     CAPTIONS_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     model_version: _builtins.int
     """The model version that answered."""
+    cached: _builtins.bool
+    """Whether the answer was there already: remembered, or computed for an identical request."""
     @_builtins.property
     def captions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Caption]:
         """The captions, best first; num_return_sequences of them."""
@@ -201,10 +428,11 @@ class CaptionResponse(_message.Message):
         *,
         captions: _abc.Iterable[Global___Caption] | None = ...,
         model_version: _builtins.int = ...,
+        cached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["captions", b"captions", "model_version", b"model_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "captions", b"captions", "model_version", b"model_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -221,21 +449,37 @@ class Caption(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
+    TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    DEGENERATE_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The caption as text, without special tokens."""
+    """The caption as text, without special tokens; begins with the prefix that was given."""
     score: _builtins.float
     """sum(token_logprobs) / len(token_ids) ** length_penalty."""
     finish_reason: Global___FinishReason.ValueType
     """Why the caption ended."""
+    confidence: _builtins.float
+    """How far the caption can be relied on, 0 to 1; see the bundle's calibration."""
+    degenerate: _builtins.bool
+    """Whether the caption looks broken: it runs in circles, or ends within a word."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The generated token ids: without the decoder start token and padding, with the end token if
-        it was produced.
+        """The generated token ids: without the decoder start token, the given prefix and padding, with the
+        end token if it was produced.
         """
 
     @_builtins.property
     def token_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Natural log-probability of each token of token_ids."""
+
+    @_builtins.property
+    def token_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Each token's part of the text; empty for special tokens."""
+
+    @_builtins.property
+    def attention(self) -> Global___Attention:
+        """Where in the image each token looked; set when output_attentions was."""
 
     def __init__(
         self,
@@ -245,11 +489,49 @@ class Caption(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         token_logprobs: _abc.Iterable[_builtins.float] | None = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
+        token_texts: _abc.Iterable[_builtins.str] | None = ...,
+        confidence: _builtins.float = ...,
+        degenerate: _builtins.bool = ...,
+        attention: Global___Attention | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "score", b"score", "text", b"text", "token_ids", b"token_ids", "token_logprobs", b"token_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "confidence", b"confidence", "degenerate", b"degenerate", "finish_reason", b"finish_reason", "score", b"score", "text", b"text", "token_ids", b"token_ids", "token_logprobs", b"token_logprobs", "token_texts", b"token_texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Caption: _TypeAlias = Caption  # noqa: Y015
+
+@_typing.final
+class Attention(_message.Message):
+    """Attention is the decoder's cross-attention over the grid of image patches, for each token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    COLS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows of the grid."""
+    cols: _builtins.int
+    """Columns of the grid."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """[tokens, rows, cols] in that order, mean over layers and heads. A token's values sum to at most
+        1: the rest fell on the class token.
+        """
+
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        cols: _builtins.int = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cols", b"cols", "rows", b"rows", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Attention: _TypeAlias = Attention  # noqa: Y015

@@ -40,6 +40,11 @@ class CaptionServiceStub(object):
                 request_serializer=captionserve_dot_v1_dot_caption__pb2.CaptionRequest.SerializeToString,
                 response_deserializer=captionserve_dot_v1_dot_caption__pb2.CaptionResponse.FromString,
                 _registered_method=True)
+        self.StreamCaption = channel.unary_stream(
+                '/captionserve.v1.CaptionService/StreamCaption',
+                request_serializer=captionserve_dot_v1_dot_caption__pb2.StreamCaptionRequest.SerializeToString,
+                response_deserializer=captionserve_dot_v1_dot_caption__pb2.StreamCaptionResponse.FromString,
+                _registered_method=True)
 
 
 class CaptionServiceServicer(object):
@@ -53,6 +58,15 @@ class CaptionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamCaption(self, request, context):
+        """StreamCaption describes one image and sends the words as they become certain: each token of
+        greedy search and sampling, of beam search what all beams that are left share. The last message
+        holds the whole response.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CaptionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +74,11 @@ def add_CaptionServiceServicer_to_server(servicer, server):
                     servicer.Caption,
                     request_deserializer=captionserve_dot_v1_dot_caption__pb2.CaptionRequest.FromString,
                     response_serializer=captionserve_dot_v1_dot_caption__pb2.CaptionResponse.SerializeToString,
+            ),
+            'StreamCaption': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamCaption,
+                    request_deserializer=captionserve_dot_v1_dot_caption__pb2.StreamCaptionRequest.FromString,
+                    response_serializer=captionserve_dot_v1_dot_caption__pb2.StreamCaptionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +109,33 @@ class CaptionService(object):
             '/captionserve.v1.CaptionService/Caption',
             captionserve_dot_v1_dot_caption__pb2.CaptionRequest.SerializeToString,
             captionserve_dot_v1_dot_caption__pb2.CaptionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamCaption(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/captionserve.v1.CaptionService/StreamCaption',
+            captionserve_dot_v1_dot_caption__pb2.StreamCaptionRequest.SerializeToString,
+            captionserve_dot_v1_dot_caption__pb2.StreamCaptionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,11 @@ class CaptionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> CaptionServiceAsyncStub: ...
     Caption: _grpc.UnaryUnaryMultiCallable[_caption_pb2.CaptionRequest, _caption_pb2.CaptionResponse]
     """Caption describes one image. The call's deadline bounds the work done for it."""
+    StreamCaption: _grpc.UnaryStreamMultiCallable[_caption_pb2.StreamCaptionRequest, _caption_pb2.StreamCaptionResponse]
+    """StreamCaption describes one image and sends the words as they become certain: each token of
+    greedy search and sampling, of beam search what all beams that are left share. The last message
+    holds the whole response.
+    """
 
 @_typing.type_check_only
 class CaptionServiceAsyncStub(CaptionServiceStub):
@@ -47,6 +52,11 @@ class CaptionServiceAsyncStub(CaptionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Caption: _aio.UnaryUnaryMultiCallable[_caption_pb2.CaptionRequest, _caption_pb2.CaptionResponse]  # type: ignore[assignment]
     """Caption describes one image. The call's deadline bounds the work done for it."""
+    StreamCaption: _aio.UnaryStreamMultiCallable[_caption_pb2.StreamCaptionRequest, _caption_pb2.StreamCaptionResponse]  # type: ignore[assignment]
+    """StreamCaption describes one image and sends the words as they become certain: each token of
+    greedy search and sampling, of beam search what all beams that are left share. The last message
+    holds the whole response.
+    """
 
 class CaptionServiceServicer(metaclass=_abc_1.ABCMeta):
     """CaptionService describes images in words."""
@@ -58,5 +68,16 @@ class CaptionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_caption_pb2.CaptionResponse, _abc.Awaitable[_caption_pb2.CaptionResponse]]:
         """Caption describes one image. The call's deadline bounds the work done for it."""
+
+    @_abc_1.abstractmethod
+    def StreamCaption(
+        self,
+        request: _caption_pb2.StreamCaptionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_caption_pb2.StreamCaptionResponse], _abc.AsyncIterator[_caption_pb2.StreamCaptionResponse]]:
+        """StreamCaption describes one image and sends the words as they become certain: each token of
+        greedy search and sampling, of beam search what all beams that are left share. The last message
+        holds the whole response.
+        """
 
 def add_CaptionServiceServicer_to_server(servicer: CaptionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -15,7 +15,7 @@ def export(
     output_folder: Annotated[
         Path, typer.Option("--output", help="Model repository to write or to add to.")
     ],
-    version: Annotated[int, typer.Option(min=1, help="Version number in all four models.")] = 1,
+    version: Annotated[int, typer.Option(min=1, help="Version number in every model.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Export a checkpoint into a complete Triton model repository, checked against PyTorch."""

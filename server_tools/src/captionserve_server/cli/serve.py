@@ -45,6 +45,14 @@ def serve(
             envvar="CAPTIONSERVE_TRITONSERVER",
         ),
     ] = None,
+    response_cache_megabytes: Annotated[
+        int,
+        typer.Option(
+            help="Memory for answers that may be asked for again; 0 turns the cache off.",
+            min=0,
+            envvar="CAPTIONSERVE_RESPONSE_CACHE_MEGABYTES",
+        ),
+    ] = 64,
     start_seconds: Annotated[
         float, typer.Option(help="Seconds that Triton may take to load its models.", min=1)
     ] = 300.0,
@@ -59,6 +67,7 @@ def serve(
         metrics_listen=metrics_listen,
         ready_file=ready_file,
         tritonserver=tritonserver,
+        response_cache_megabytes=response_cache_megabytes,
         start_seconds=start_seconds,
         grace_seconds=grace_seconds,
     )

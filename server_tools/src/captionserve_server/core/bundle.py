@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
+from captionserve_server.core.captions import SpecialTokens
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.search import SpecialTokens
+from captionserve_server.core.quality import Calibration
 
 BUNDLE_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -16,6 +18,7 @@ PREPROCESSOR_FILE = "preprocessor.json"
 ENCODER_GRAPH_FILE = "model.onnx"
 PREFILL_GRAPH_FILE = "prefill.onnx"
 STEP_GRAPH_FILE = "step.onnx"
+TOP_GRAPH_FILE = "top.onnx"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +29,13 @@ class Bundle:
         geometry: the decoder's shapes.
         special: start and end tokens.
         defaults: the checkpoint's own decoding options.
+        calibration: from its token log-probabilities to confidences.
     """
 
     geometry: DecoderGeometry
     special: SpecialTokens
     defaults: DecodingOptions
+    calibration: Calibration
 
     def check(self, options: DecodingOptions) -> None:
         """Refuse options that this checkpoint cannot follow.
@@ -44,15 +49,14 @@ class Bundle:
                 f"must be at most {self.geometry.max_positions} for this checkpoint, "
                 f"is {options.max_length}"
             )
-        if options.num_beams > 1 and self._candidates(options) > self.geometry.vocabulary_size:
-            violations["num_beams"] = (
-                f"is too large for a vocabulary of {self.geometry.vocabulary_size} tokens"
-            )
+        vocabulary = self.geometry.vocabulary_size
+        # A search must be able to go on when every beam's best choice is to end.
+        if options.num_beams > 1 and (1 + len(self.special.end)) * options.num_beams > vocabulary:
+            violations["num_beams"] = f"is too large for a vocabulary of {vocabulary} tokens"
+        if any(token >= vocabulary for token in options.suppress_tokens):
+            violations["suppress_tokens"] = f"must be below {vocabulary}, the vocabulary's size"
         if violations:
             raise InvalidOptionsError(violations)
-
-    def _candidates(self, options: DecodingOptions) -> int:
-        return max(2, 1 + len(self.special.end)) * options.num_beams
 
     def to_json(self) -> str:
         """Write as JSON."""
@@ -66,5 +70,14 @@ class Bundle:
         return cls(
             geometry=DecoderGeometry(**values["geometry"]),
             special=SpecialTokens(start=special["start"], end=tuple(special["end"])),
-            defaults=DecodingOptions(**values["defaults"]),
+            defaults=_options(values["defaults"]),
+            calibration=Calibration(**values["calibration"]),
         )
+
+
+def _options(values: dict[str, Any]) -> DecodingOptions:
+    """Options from JSON, which has lists where they have tuples."""
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return DecodingOptions(**given)

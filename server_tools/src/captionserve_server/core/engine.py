@@ -1,37 +1,46 @@
 """The caption engine: decodes many captions together, one step at a time, without I/O.
 
-Rules:
+Rules, which tests/unit/test_engine.py holds on any mixture of requests:
     1. Every submitted caption ends exactly once: in a `step` result, or by `abandon`.
-    2. A caption that ends frees its slot in the same call.
-    3. Captions are admitted in the order in which they were submitted; without a free slot they
-    wait. 4. What a caption becomes does not depend on what else is in the batch.
+    2. A caption that ends frees its slot in the same call; no slot is in two captions' hands.
+    3. Captions are admitted in the order in which they were submitted. One that finds no room
+       waits, and so do all behind it: short ones never pass a long one by.
+    4. What a caption becomes does not depend on what else is in the batch.
+    5. Live captions stay within the limits of rows and entries; one alone may exceed them.
+    6. Newcomers cost live captions at most `max_admissions` prefills at a step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from captionserve_server.core.errors import ModelFaultError
-from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.search import (
-    DecodedCaption,
-    Search,
-    SpecialTokens,
-    start_search,
+from captionserve_server.core.captions import CaptionPlan, DecodedCaption
+from captionserve_server.core.errors import (
+    CaptionServeError,
+    InvalidOptionsError,
+    ModelFaultError,
 )
+from captionserve_server.core.search import Search, Vocabulary, search_kind, start_search
+from captionserve_server.core.search.base import Asked
+from captionserve_server.core.search.filters import joined
 from captionserve_server.core.step_model import (
     NO_SLOT,
-    Candidates,
+    BoolArray,
     Float32Array,
+    Int64Array,
+    RowRequests,
+    ScoreEdits,
+    StepAnswer,
     StepBatch,
     StepModel,
 )
 
-Outcome = list[DecodedCaption] | ModelFaultError
+Outcome = list[DecodedCaption] | CaptionServeError
 
 
 @dataclass(frozen=True)
@@ -41,37 +50,69 @@ class CaptionTask:
     Attributes:
         key: the caller's own name for it.
         states: [image tokens, encoder width], float32.
-        options: how to decode.
+        plan: how to decode.
     """
 
     key: Hashable
     states: Float32Array
-    options: DecodingOptions
+    plan: CaptionPlan
+
+    @property
+    def rows(self) -> int:
+        """Most rows it takes at a step."""
+        return self.plan.options.rows
+
+    @property
+    def entries(self) -> int:
+        """Most keys and values it remembers in each layer."""
+        return self.rows * self.plan.options.max_length
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What live captions may take together.
+
+    Attributes:
+        max_rows: rows, summed over the live captions; bounds a step's time.
+        max_entries: rows x max_length, likewise; bounds the memory of keys and values.
+        max_admissions: images taken in between two steps of live captions.
+    """
+
+    max_rows: int = 128
+    max_entries: int = 8192
+    max_admissions: int = 4
 
 
 @dataclass
-class _Live:
-    slot: int
+class _Lanes:
+    """A search and what stands in its lanes, in their order."""
+
     search: Search
-    num_beams: int
+    tasks: list[CaptionTask] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+
+    def leave(self, staying: BoolArray) -> None:
+        self.search.leave(staying)
+        self.tasks = [task for task, stays in zip(self.tasks, staying, strict=True) if stays]
+        self.slots = [slot for slot, stays in zip(self.slots, staying, strict=True) if stays]
 
 
 class CaptionEngine:
     """Steps all live captions together and admits waiting ones between steps."""
 
-    def __init__(self, step_model: StepModel, special: SpecialTokens, max_rows: int) -> None:
+    def __init__(self, step_model: StepModel, vocabulary: Vocabulary, limits: EngineLimits) -> None:
         """Begin with nothing to do.
 
         Args:
             step_model: the decoder.
-            special: the checkpoint's start and end tokens.
-            max_rows: most beams, summed over the live captions; bounds a step's time and memory.
+            vocabulary: the checkpoint's tokens.
+            limits: what live captions may take together.
         """
         self._step_model = step_model
-        self._special = special
-        self._max_rows = max_rows
+        self._vocabulary = vocabulary
+        self._limits = limits
         self._waiting: deque[CaptionTask] = deque()
-        self._live: dict[Hashable, _Live] = {}
+        self._live: dict[Hashable, _Lanes] = {}
         # Images worth offering: not known until the model refuses one, then as many as were freed.
         self._offers: int | None = None
 
@@ -87,34 +128,56 @@ class CaptionEngine:
     def abandon(self, key: Hashable) -> None:
         """Forget a caption wherever it stands; a key that is not here is ignored."""
         self._waiting = deque(task for task in self._waiting if task.key != key)
-        if key in self._live:
-            self._release([key])
+        found = self._find(key)
+        if found is not None:
+            lanes, lane = found
+            self._release({id(lanes): np.arange(len(lanes.tasks)) == lane})
 
     def abandon_all(self) -> None:
         """Forget every caption; the engine is empty even when the model fails to free the slots."""
-        slots = [live.slot for live in self._live.values()]
+        slots = [slot for lanes in self._live.values() for slot in lanes.slots]
         self._live.clear()
         self._offers = None
         self._waiting.clear()
         if slots:
             self._step_model.free(np.array(slots, dtype=np.int64))
 
+    def best_so_far(self, key: Hashable) -> list[DecodedCaption]:
+        """The best captions that a live caption has now; empty for one that has not begun."""
+        found = self._find(key)
+        return [] if found is None else found[0].search.best_so_far(found[1])
+
+    def certain_tokens(self, key: Hashable) -> tuple[int, ...]:
+        """The generated tokens with which a live caption will begin, whatever comes."""
+        found = self._find(key)
+        return () if found is None else found[0].search.certain_tokens(found[1])
+
     def step(self) -> dict[Hashable, Outcome]:
         """Admit who finds room, then decode one token of every live caption.
 
         Returns:
-            what became of the captions that ended with this step, by key: the captions, or a
-            ModelFaultError where the model gave no numbers.
+            what became of the captions that ended with this step, by key: the captions, or an
+            error where the model gave no numbers or no caption obeys the options.
         """
         self._admit()
         if not self._live:
             return {}
-        ended: dict[Hashable, Outcome] = dict(self._advance())
-        for key, live in self._live.items():
-            if key not in ended and live.search.finished:
-                ended[key] = live.search.captions()
-        self._release(list(ended))
+        faulty = self._advance()
+        ended: dict[Hashable, Outcome] = {}
+        leaving: dict[int, BoolArray] = {}
+        for lanes, faults in zip(self._live.values(), faulty, strict=True):
+            leaving[id(lanes)] = faults | lanes.search.finished
+            for lane in np.flatnonzero(leaving[id(lanes)]):
+                ended[lanes.tasks[lane].key] = _outcome(lanes, int(lane), faulty=bool(faults[lane]))
+        self._release(leaving)
         return ended
+
+    def _find(self, key: Hashable) -> tuple[_Lanes, int] | None:
+        for lanes in self._live.values():
+            for lane, task in enumerate(lanes.tasks):
+                if task.key == key:
+                    return lanes, lane
+        return None
 
     def _admit(self) -> None:
         tasks = self._next_tasks()
@@ -125,68 +188,136 @@ class CaptionEngine:
         for task, slot in zip(tasks, slots, strict=True):
             if slot == NO_SLOT:
                 refused.append(task)
-                continue
-            search = start_search(task.options, self._special)
-            self._live[task.key] = _Live(int(slot), search, task.options.num_beams)
+            else:
+                self._enter(task, int(slot))
         self._waiting.extendleft(reversed(refused))
         if refused:
             self._offers = 0
         elif self._offers is not None:
             self._offers = max(0, self._offers - len(tasks))
 
+    def _enter(self, task: CaptionTask, slot: int) -> None:
+        options = task.plan.options
+        kind = search_kind(options, self._vocabulary)
+        if kind not in self._live:
+            self._live[kind] = _Lanes(start_search(options, self._vocabulary))
+        lanes = self._live[kind]
+        lanes.search.join(task.plan)
+        lanes.tasks.append(task)
+        lanes.slots.append(slot)
+
     def _next_tasks(self) -> list[CaptionTask]:
-        """Take from the queue, in order, what the bounds allow; at least one when none is live."""
-        rows = sum(live.num_beams for live in self._live.values())
-        offers = self._offers if self._live or self._offers is None else max(1, self._offers)
+        """Take from the queue, in order, what the limits allow; at least one when none is live."""
+        live = [task for lanes in self._live.values() for task in lanes.tasks]
+        rows, entries = sum(task.rows for task in live), sum(task.entries for task in live)
+        most = self._limits.max_admissions if live else len(self._waiting)
+        if self._offers is not None:
+            most = min(most, self._offers if live else max(1, self._offers))
         tasks: list[CaptionTask] = []
-        while self._waiting and (offers is None or len(tasks) < offers):
-            rows += self._waiting[0].options.num_beams
-            if rows > self._max_rows and (tasks or self._live):
+        while self._waiting and len(tasks) < most:
+            rows += self._waiting[0].rows
+            entries += self._waiting[0].entries
+            full = rows > self._limits.max_rows or entries > self._limits.max_entries
+            if full and (tasks or live):
                 break
             tasks.append(self._waiting.popleft())
         return tasks
 
-    def _advance(self) -> dict[Hashable, ModelFaultError]:
-        """One step of all; the faults, by key, of captions that cannot go on."""
-        searches = [live.search for live in self._live.values()]
-        tokens = [search.tokens for search in searches]
-        counts = np.array([len(part) for part in tokens], dtype=np.int64)
-        candidates = self._step_model.step(
-            StepBatch(
-                slots=np.array([live.slot for live in self._live.values()], dtype=np.int64),
-                row_counts=counts,
-                tokens=np.concatenate(tokens),
-                parents=np.concatenate([search.parents for search in searches]),
-                num_candidates=max(search.num_candidates for search in searches),
-            )
+    def _advance(self) -> list[BoolArray]:
+        """One step of all; for each search, which lanes got no numbers."""
+        all_lanes = list(self._live.values())
+        asked = [lanes.search.ask() for lanes in all_lanes]
+        slots = np.array([slot for lanes in all_lanes for slot in lanes.slots], np.int64)
+        answer = self._step_model.step(_batch(slots, asked))
+        faulty: list[BoolArray] = []
+        for lanes, part, own in zip(all_lanes, asked, _parted(answer, asked), strict=True):
+            faulty.append(_lanes_without_numbers(part, own))
+            lanes.search.advance(own)
+        return faulty
+
+    def _release(self, leaving: dict[int, BoolArray]) -> None:
+        """Let lanes go and free their slots; `leaving` has a mask for each search by identity."""
+        slots: list[int] = []
+        for kind, lanes in list(self._live.items()):
+            mask = leaving.get(id(lanes))
+            if mask is None or not mask.any():
+                continue
+            slots += [slot for slot, goes in zip(lanes.slots, mask, strict=True) if goes]
+            lanes.leave(~mask)
+            if not lanes.tasks:
+                del self._live[kind]
+        if slots:
+            if self._offers is not None:
+                self._offers += len(slots)
+            self._step_model.free(np.array(slots, dtype=np.int64))
+
+
+def _outcome(lanes: _Lanes, lane: int, *, faulty: bool) -> Outcome:
+    if faulty:
+        return ModelFaultError("the model gave no number for a token's probability")
+    captions = lanes.search.captions(lane)
+    if captions:
+        return captions
+    text = "no caption of max_length has them all under the other options"
+    return InvalidOptionsError({"force_words": text})
+
+
+def _batch(slots: Int64Array, asked: Sequence[Asked]) -> StepBatch:
+    """What all searches ask for, as one step; row numbers shift as the rows line up."""
+    begins = np.cumsum([0, *(len(part.rows.tokens) for part in asked)])
+    shifted = [
+        dataclasses.replace(
+            part.rows,
+            edits=dataclasses.replace(part.rows.edits, rows=part.rows.edits.rows + begin),
+            probe_rows=part.rows.probe_rows + begin,
+            attention_rows=part.rows.attention_rows + begin,
         )
-        faulty = _hand_out(searches, counts.tolist(), candidates)
-        fault = ModelFaultError("the model gave no number for a token's probability")
-        return {key: fault for key, live in self._live.items() if live.search in faulty}
-
-    def _release(self, keys: list[Hashable]) -> None:
-        if not keys:
-            return
-        slots = [self._live.pop(key).slot for key in keys]
-        if self._offers is not None:
-            self._offers += len(slots)
-        self._step_model.free(np.array(slots, dtype=np.int64))
+        for part, begin in zip(asked, begins, strict=False)
+    ]
+    return StepBatch(
+        slots=slots,
+        row_counts=np.concatenate([part.row_counts for part in asked]),
+        rows=_side_by_side(shifted),
+    )
 
 
-def _hand_out(searches: list[Search], counts: list[int], candidates: Candidates) -> list[Search]:
-    """Give each search the candidates of its own rows, as many as it asked for.
+def _side_by_side(parts: Sequence[RowRequests]) -> RowRequests:
+    if len(parts) == 1:
+        return parts[0]
+    edits: ScoreEdits = joined([part.edits for part in parts])
+    arrays = {
+        name.name: np.concatenate([getattr(part, name.name) for part in parts])
+        for name in dataclasses.fields(RowRequests)
+        if name.name != "edits"
+    }
+    return RowRequests(edits=edits, **arrays)
 
-    Returns:
-        the searches that got none, because there was a NaN among them.
-    """
-    faulty: list[Search] = []
-    begin = 0
-    for search, count in zip(searches, counts, strict=True):
-        rows, wanted = slice(begin, begin + count), search.num_candidates
-        begin += count
-        logprobs = candidates.logprobs[rows, :wanted]
-        if np.isnan(logprobs).any():
-            faulty.append(search)
-        else:
-            search.advance(logprobs, candidates.tokens[rows, :wanted])
-    return faulty
+
+def _parted(answer: StepAnswer, asked: Sequence[Asked]) -> list[StepAnswer]:
+    """Each search's own part of the answer."""
+    candidates = np.cumsum([int(part.rows.candidate_counts.sum()) for part in asked])[:-1]
+    probes = np.cumsum([len(part.rows.probe_rows) for part in asked])[:-1]
+    attended = np.cumsum([len(part.rows.attention_rows) for part in asked])[:-1]
+    return [
+        StepAnswer(*parts)
+        for parts in zip(
+            np.split(answer.logprobs, candidates),
+            np.split(answer.tokens, candidates),
+            np.split(answer.probe_logprobs, probes),
+            np.split(answer.attention, attended),
+            strict=True,
+        )
+    ]
+
+
+def _lanes_without_numbers(asked: Asked, answer: StepAnswer) -> BoolArray:
+    """[lanes], whether any candidate of a lane is not a number."""
+    if not np.isnan(answer.logprobs).any():
+        return np.zeros(len(asked.row_counts), np.bool_)
+    lane_of_row = np.repeat(np.arange(len(asked.row_counts)), asked.row_counts)
+    lane_of_candidate = np.repeat(lane_of_row, asked.rows.candidate_counts)
+    faults = np.bincount(
+        lane_of_candidate[np.isnan(answer.logprobs)], minlength=len(asked.row_counts)
+    )
+    without: BoolArray = faults > 0
+    return without

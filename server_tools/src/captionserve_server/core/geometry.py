@@ -14,6 +14,8 @@ class DecoderGeometry:
         heads: attention heads of each block.
         head_dim: width of one head.
         image_tokens: encoder states per image; patches plus class and distillation tokens.
+        grid_rows: rows of image patches.
+        grid_cols: columns of image patches.
         encoder_width: width of an encoder state.
         vocabulary_size: logits per row.
         max_positions: longest sequence the position embeddings allow, start token included.
@@ -23,6 +25,8 @@ class DecoderGeometry:
     heads: int
     head_dim: int
     image_tokens: int
+    grid_rows: int
+    grid_cols: int
     encoder_width: int
     vocabulary_size: int
     max_positions: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,12 +11,13 @@ from numpy.typing import NDArray
 
 from captionserve_server.core import graph_tensors as names
 from captionserve_server.core.geometry import DecoderGeometry
+from captionserve_server.core.selection import select
 from captionserve_server.core.slots import SlotStore
 from captionserve_server.core.step_model import (
     NO_SLOT,
-    Candidates,
     Float32Array,
     Int64Array,
+    StepAnswer,
     StepBatch,
 )
 
@@ -25,61 +27,110 @@ Array = NDArray[Any]
 class Graph(Protocol):
     """Something that runs an exported graph."""
 
-    def run(self, inputs: Mapping[str, Array]) -> list[Array]:
-        """All outputs, in the graph's order."""
+    def run(
+        self, inputs: Mapping[str, Array], into: Mapping[str, Array] | None = None
+    ) -> list[Array]:
+        """All outputs, in the graph's order; those named in `into` are written there."""
+
+
+@dataclass(frozen=True)
+class DecoderGraphs:
+    """The decoder's exported graphs.
+
+    Attributes:
+        prefill: encoder states to cross-attention keys and values.
+        step: one token of every row to logits.
+        top: logits to the best tokens.
+    """
+
+    prefill: Graph
+    step: Graph
+    top: Graph
 
 
 class GraphStepModel:
     """The decoder as its graphs: what decoder_step runs in Triton, and the edge mode in process."""
 
-    def __init__(
-        self, prefill_graph: Graph, step_graph: Graph, geometry: DecoderGeometry, capacity: int
-    ) -> None:
+    def __init__(self, graphs: DecoderGraphs, geometry: DecoderGeometry, capacity: int) -> None:
         """Reserve `capacity` slots."""
-        self._prefill_graph = prefill_graph
-        self._step_graph = step_graph
+        self._graphs = graphs
         self._geometry = geometry
         self._slots = SlotStore(geometry, capacity)
+        # Logits are the one large output; they are written to the same pages at every step.
+        self._logits = np.empty((0, geometry.vocabulary_size), np.float32)
+
+    @property
+    def slots_used(self) -> int:
+        """Captions in slots."""
+        return len(self._slots)
+
+    @property
+    def bytes_used(self) -> int:
+        """Memory of the keys and values of the captions in slots."""
+        geometry = self._geometry
+        per_token = 2 * geometry.layers * geometry.heads * geometry.head_dim * 4
+        return per_token * (len(self._slots) * geometry.image_tokens + self._slots.entries)
 
     def prefill(self, states: Float32Array) -> Int64Array:
         """Project as many images as find room; [images, S, E] to slots [images]."""
         slots = np.full(len(states), NO_SLOT, dtype=np.int64)
         taken = min(len(states), self._slots.room)
         if taken:
-            cross = self._prefill_graph.run({names.ENCODER_STATES: states[:taken]})
+            cross = self._graphs.prefill.run({names.ENCODER_STATES: states[:taken]})
             for image in range(taken):
                 slots[image] = self._slots.add(cross, image)
         return slots
 
-    def step(self, batch: StepBatch) -> Candidates:
+    def step(self, batch: StepBatch) -> StepAnswer:
         """Run one token of every row; KeyError for a slot that is not held."""
-        slots = self._slots
+        slots, requests = self._slots, batch.rows
         places = slots.places(batch.slots)
         row_places = np.repeat(places, batch.row_counts)
         rows = _index_within(batch.row_counts)
-        count, most_rows = int(places.max()) + 1, int(batch.row_counts.max())
-        slots.descend(row_places, batch.parents, rows)
-        cell_row = np.zeros((count, most_rows), dtype=np.int64)
-        cell_row[row_places, rows] = np.arange(len(rows))
-        inputs = {
-            names.TOKENS: batch.tokens,
-            names.POSITIONS: slots.positions(row_places),
-            names.CELL_ROW: cell_row,
-            names.ROW_CELL: row_places * most_rows + rows,
-            names.ENTRY_BIAS: slots.entry_bias(count, most_rows),
-            names.CANDIDATE_RANKS: np.arange(batch.num_candidates),
-        }
-        layers = self._geometry.layers
-        inputs |= dict(zip(names.cross_names(layers), slots.cross(count), strict=True))
-        inputs |= dict(zip(names.self_names(layers), slots.remembered(count), strict=True))
-        logprobs, tokens, keys, values = self._step_graph.run(inputs)
+        slots.descend(row_places, requests.parents, rows)
+        inputs = self._inputs(row_places, rows, requests.tokens)
+        logits = self._logits_of(len(rows))
+        _, normalisers, attention, keys, values = self._graphs.step.run(
+            inputs, into={names.LOGITS: logits}
+        )
         slots.append(row_places, rows, keys, values)
-        return Candidates(logprobs, tokens)
+        logprobs, tokens, probes = select(logits, normalisers, requests, self._top)
+        return StepAnswer(logprobs, tokens, probes, attention[requests.attention_rows])
 
     def free(self, slots: Int64Array) -> None:
         """Give slots back; KeyError for one that is not held."""
         for slot in slots:
             self._slots.remove(int(slot))
+
+    def _inputs(
+        self, row_places: Int64Array, rows: Int64Array, tokens: Int64Array
+    ) -> dict[str, Array]:
+        """The step graph's inputs for rows, given their places and numbers within their caption."""
+        slots, layers = self._slots, self._geometry.layers
+        count, most_rows = int(row_places.max()) + 1, int(rows.max()) + 1
+        cell_row = np.zeros((count, most_rows), dtype=np.int64)
+        cell_row[row_places, rows] = np.arange(len(rows))
+        inputs = {
+            names.TOKENS: tokens,
+            names.POSITIONS: slots.positions(row_places),
+            names.CELL_ROW: cell_row,
+            names.ROW_CELL: row_places * most_rows + rows,
+            names.ENTRY_BIAS: slots.entry_bias(count, most_rows),
+        }
+        inputs |= dict(zip(names.cross_names(layers), slots.cross(count), strict=True))
+        inputs |= dict(zip(names.self_names(layers), slots.remembered(count), strict=True))
+        return inputs
+
+    def _logits_of(self, rows: int) -> Float32Array:
+        if rows > len(self._logits):
+            self._logits = np.empty((rows, self._geometry.vocabulary_size), np.float32)
+        return self._logits[:rows]
+
+    def _top(self, logits: Float32Array, count: int) -> tuple[Float32Array, Int64Array]:
+        best, tokens = self._graphs.top.run(
+            {names.LOGITS: logits, names.CANDIDATE_RANKS: np.arange(count)}
+        )
+        return best, tokens
 
 
 def _index_within(counts: Int64Array) -> Int64Array:

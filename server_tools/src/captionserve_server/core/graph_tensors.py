@@ -5,7 +5,7 @@ Letters used for dims, here and wherever the graphs' arrays are documented:
     B captions    K most rows of any caption    R rows (live beams of all captions)
     L layers      H heads                       D width of a head
     S image tokens                              P remembered entries per caption    C candidates
-    E encoder width
+    E encoder width                             V vocabulary
 
 Rows are what the decoder computes: one per live beam, packed without gaps. Attention over what a
 caption's beams share wants them in a [B, K] grid instead; CELL_ROW and ROW_CELL map between the
@@ -29,16 +29,24 @@ ROW_CELL = "row_cell"
 """int64 [R], the flat cell (caption x K + beam) of each row."""
 ENTRY_BIAS = "entry_bias"
 """float32 [B, 1, K, P], 0 where a beam descends from the entry, else a large negative number."""
-CANDIDATE_RANKS = "candidate_ranks"
-"""int64 [C]; only its length counts, it says how many candidates to return per row."""
-CANDIDATE_LOGPROBS = "candidate_logprobs"
-"""float32 [R, C], descending."""
-CANDIDATE_TOKENS = "candidate_tokens"
-"""int64 [R, C]."""
+LOGITS = "logits"
+"""float32 [R, V]."""
+LOG_NORMALISERS = "log_normalisers"
+"""float32 [R], log(sum(exp(logits)))."""
+ATTENTION = "attention"
+"""float32 [R, S], cross-attention, mean over layers and heads."""
 NEW_KEYS = "new_keys"
 """float32 [L, R, H, D], this step's self-attention keys."""
 NEW_VALUES = "new_values"
 """float32 [L, R, H, D]."""
+
+
+CANDIDATE_RANKS = "candidate_ranks"
+"""int64 [C]; only its length counts, it says how many of the best to find."""
+BEST = "best"
+"""float32 [R, C], the highest logits, descending."""
+BEST_TOKENS = "best_tokens"
+"""int64 [R, C], their tokens."""
 
 
 def cross_names(layers: int) -> list[str]:
@@ -53,10 +61,10 @@ def self_names(layers: int) -> list[str]:
 
 def step_input_names(layers: int) -> list[str]:
     """All inputs of the step graph, in order."""
-    head = [TOKENS, POSITIONS, CELL_ROW, ROW_CELL, ENTRY_BIAS, CANDIDATE_RANKS]
+    head = [TOKENS, POSITIONS, CELL_ROW, ROW_CELL, ENTRY_BIAS]
     return head + cross_names(layers) + self_names(layers)
 
 
 def step_output_names() -> list[str]:
     """All outputs of the step graph, in order."""
-    return [CANDIDATE_LOGPROBS, CANDIDATE_TOKENS, NEW_KEYS, NEW_VALUES]
+    return [LOGITS, LOG_NORMALISERS, ATTENTION, NEW_KEYS, NEW_VALUES]

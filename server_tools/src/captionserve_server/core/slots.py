@@ -58,6 +58,11 @@ class SlotStore:
         return len(self._handles)
 
     @property
+    def entries(self) -> int:
+        """Self-attention entries remembered for all captions."""
+        return int(self._used[: len(self)].sum())
+
+    @property
     def room(self) -> int:
         """Captions that could still be taken in."""
         return self._capacity - len(self)
@@ -129,7 +134,7 @@ class SlotStore:
         """
         most = int(rows.max()) + 1
         if most > self._visible.shape[1]:
-            self._visible = _grown(self._visible, axis=1, size=most)
+            self._visible = _grown(self._visible, axis=1, size=most, live=len(self))
         self._visible[places, rows] = self._visible[places, parents]
 
     def entry_bias(self, count: int, most_rows: int) -> Float32Array:
@@ -163,8 +168,9 @@ class SlotStore:
         if needed <= present:
             return
         size = -(-max(needed, 2 * present) // ENTRY_BLOCK) * ENTRY_BLOCK
-        self._self = [_grown(store, axis=2, size=size) for store in self._self]
-        self._visible = _grown(self._visible, axis=2, size=size)
+        live = len(self)
+        self._self = [_grown(store, axis=2, size=size, live=live) for store in self._self]
+        self._visible = _grown(self._visible, axis=2, size=size, live=live)
 
     def _reserve_entries(self, entries: int) -> None:
         geometry = self._geometry
@@ -177,10 +183,14 @@ class SlotStore:
             store[target] = store[source]
 
 
-def _grown(array: NDArray[_Element], axis: int, size: int) -> NDArray[_Element]:
-    """A copy of `array` that is `size` long along `axis`, filled up with zeros."""
+def _grown(array: NDArray[_Element], axis: int, size: int, live: int) -> NDArray[_Element]:
+    """`array` made `size` long along `axis`; the first `live` places are copied, the rest is zero.
+
+    What is not copied takes no memory until it is used.
+    """
     shape = list(array.shape)
     shape[axis] = size
     grown = np.zeros(shape, array.dtype)
-    grown[tuple(slice(0, length) for length in array.shape)] = array
+    kept = (slice(live), *(slice(length) for length in array.shape[1:]))
+    grown[kept] = array[:live]
     return grown

@@ -6,7 +6,7 @@ ONNX Runtime in one process, and on a fake in tests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -14,9 +14,64 @@ from numpy.typing import NDArray
 
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
+Float64Array = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 NO_SLOT = -1
 """Stands for a slot where none was free."""
+
+FORBIDDEN = np.float32(np.inf)
+"""The factor of an edit that forbids its token."""
+
+
+def no_indices() -> Int64Array:
+    """An empty list of rows or tokens."""
+    return np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class ScoreEdits:
+    """Changes to single tokens' scores before the candidates are chosen.
+
+    A negative score is multiplied by its factor and any other divided by it, as transformers'
+    repetition penalty does; FORBIDDEN makes it -inf. Of two edits of one score the later one holds.
+
+    Attributes:
+        rows: [edits].
+        tokens: [edits].
+        factors: float32 [edits], above 0.
+    """
+
+    rows: Int64Array = field(default_factory=no_indices)
+    tokens: Int64Array = field(default_factory=no_indices)
+    factors: Float32Array = field(default_factory=lambda: np.zeros(0, np.float32))
+
+
+@dataclass(frozen=True)
+class RowRequests:
+    """What is wanted of a step, row by row.
+
+    Attributes:
+        tokens: [rows], newest token of each row.
+        parents: [rows], which row of the caption's previous step each row continues; 0 at the
+            first.
+        candidate_counts: [rows], best next tokens wanted; 0 for a row that is only remembered.
+        normalise_first: bool [rows], whether edits act on log-probabilities, as in beam search, or
+            on logits, whose log-probabilities then follow from the edited ones.
+        edits: changed scores.
+        probe_rows: [probes], rows of which one token's log-probability is wanted.
+        probe_tokens: [probes].
+        attention_rows: [attended], rows of which the cross-attention is wanted.
+    """
+
+    tokens: Int64Array
+    parents: Int64Array
+    candidate_counts: Int64Array
+    normalise_first: BoolArray
+    edits: ScoreEdits = field(default_factory=ScoreEdits)
+    probe_rows: Int64Array = field(default_factory=no_indices)
+    probe_tokens: Int64Array = field(default_factory=no_indices)
+    attention_rows: Int64Array = field(default_factory=no_indices)
 
 
 @dataclass(frozen=True)
@@ -26,30 +81,30 @@ class StepBatch:
     Attributes:
         slots: [captions], from `prefill`.
         row_counts: [captions], rows of each caption.
-        tokens: [rows], newest token of each row; a caption's rows stand together, in its order.
-        parents: [rows], which row of the caption's previous step each row continues; 0 at the
-        first.
-        num_candidates: best next tokens wanted per row.
+        rows: what is wanted of each row; a caption's rows stand together, in its order.
     """
 
     slots: Int64Array
     row_counts: Int64Array
-    tokens: Int64Array
-    parents: Int64Array
-    num_candidates: int
+    rows: RowRequests
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """The best next tokens of each row.
+class StepAnswer:
+    """What may follow each row.
 
     Attributes:
-        logprobs: [rows, num_candidates], natural log-probabilities, descending.
-        tokens: [rows, num_candidates].
+        logprobs: float32, natural log-probabilities of each row's candidates, descending; one row's
+            candidate_counts after the other's.
+        tokens: int64, likewise.
+        probe_logprobs: float32 [probes].
+        attention: float32 [attended, image tokens], mean over layers and heads.
     """
 
     logprobs: Float32Array
     tokens: Int64Array
+    probe_logprobs: Float32Array
+    attention: Float32Array
 
 
 class StepModel(Protocol):
@@ -65,7 +120,7 @@ class StepModel(Protocol):
             [images], a slot each; NO_SLOT for those that found no room.
         """
 
-    def step(self, batch: StepBatch) -> Candidates:
+    def step(self, batch: StepBatch) -> StepAnswer:
         """Append each row's newest token and return what may follow it."""
 
     def free(self, slots: Int64Array) -> None:

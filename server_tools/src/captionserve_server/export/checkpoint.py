@@ -25,14 +25,36 @@ from transformers import (
 )
 
 from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.captions import SpecialTokens
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.options import MAX_MAX_LENGTH, DecodingOptions, EarlyStopping
 from captionserve_server.core.preprocessing import PreprocessorConfig, read_preprocessor_config
-from captionserve_server.core.search import SpecialTokens
+from captionserve_server.core.quality import Calibration
 
 SUPPORTED_ENCODERS = ("vit", "deit")
 SUPPORTED_DECODERS = ("gpt2",)
+CALIBRATION_FILE = "confidence.json"
+
+
+# What of generation_config.json has the same name and meaning here.
+_GENERATION_DEFAULTS = (
+    "num_beams",
+    "min_length",
+    "length_penalty",
+    "num_return_sequences",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "num_beam_groups",
+    "diversity_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "suppress_tokens",
+)
+# What would change captions and cannot be followed; words are text here.
+_UNSUPPORTED_GENERATION = ("bad_words_ids", "force_words_ids", "forced_bos_token_id")
 
 
 class UnsupportedCheckpointError(ValueError):
@@ -69,20 +91,24 @@ def load_checkpoint(name: str) -> Checkpoint:
 
     Raises:
         UnsupportedCheckpointError: if its architecture, weights or image processor cannot be
-        served.
+        served, or its confidence.json cannot be read.
     """
     config = _load_config(name)
     _check_architecture(config)
     preprocessor = _load_preprocessor(name)
     _check_image_size(config, preprocessor)
+    calibration = _load_calibration(name)
     model = _load_model(name, config)
     tokenizer = _load_tokenizer(name)
-    return Checkpoint(model, tokenizer, preprocessor, _bundle(model))
+    return Checkpoint(model, tokenizer, preprocessor, _bundle(model, calibration))
 
 
 def encoder_image_size(encoder: Any) -> tuple[int, int]:
     """(height, width) of a ViT configuration's image_size, a number or a pair."""
-    size = encoder.image_size
+    return _pair(encoder.image_size)
+
+
+def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -110,6 +136,14 @@ def _find_file(name: str, filename: str) -> Path | None:
         raise UnsupportedCheckpointError(
             f"{name!r} is neither a local folder nor a hub id that can be reached"
         ) from error
+
+
+def _find_optional_file(name: str, filename: str) -> Path | None:
+    try:
+        return _find_file(name, filename)
+    except UnsupportedCheckpointError:
+        # Without a network, a hub checkpoint in the cache has only what was downloaded.
+        return None
 
 
 def _load_config(name: str) -> Any:
@@ -152,6 +186,17 @@ def _check_image_size(config: Any, preprocessor: PreprocessorConfig) -> None:
         )
 
 
+def _load_calibration(name: str) -> Calibration:
+    """The checkpoint's own calibration, or the default where it has none."""
+    path = _find_optional_file(name, CALIBRATION_FILE)
+    if path is None:
+        return Calibration()
+    try:
+        return Calibration.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedCheckpointError(f"its {CALIBRATION_FILE}: {error}") from error
+
+
 def _load_model(name: str, config: Any) -> VisionEncoderDecoderModel:
     loaded: Any = VisionEncoderDecoderModel.from_pretrained(
         name, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True
@@ -174,23 +219,27 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _bundle(model: VisionEncoderDecoderModel) -> Bundle:
+def _bundle(model: VisionEncoderDecoderModel, calibration: Calibration) -> Bundle:
     encoder: Any = model.config.encoder
     decoder: Any = model.config.decoder
     generation: Any = model.generation_config
     height, width = encoder_image_size(encoder)
+    patch_height, patch_width = _pair(encoder.patch_size)
     return Bundle(
         geometry=DecoderGeometry(
             layers=decoder.n_layer,
             heads=decoder.n_head,
             head_dim=decoder.n_embd // decoder.n_head,
             image_tokens=_image_tokens(model.encoder, height, width),
+            grid_rows=height // patch_height,
+            grid_cols=width // patch_width,
             encoder_width=encoder.hidden_size,
             vocabulary_size=decoder.vocab_size,
             max_positions=decoder.n_positions,
         ),
         special=_special_tokens(generation),
         defaults=_default_options(generation, decoder.n_positions),
+        calibration=calibration,
     )
 
 
@@ -212,12 +261,20 @@ def _special_tokens(generation: GenerationConfig) -> SpecialTokens:
 
 
 def _default_options(generation: GenerationConfig, max_positions: int) -> DecodingOptions:
-    """The checkpoint's own generation defaults, where it has them."""
+    """The checkpoint's own generation defaults, where it has them.
+
+    Sampling is not among them, only how it is done: whoever wants captions that differ each time
+    must say so.
+    """
     given: dict[str, Any] = {
         name: getattr(generation, name)
-        for name in ("num_beams", "length_penalty", "num_return_sequences")
+        for name in _GENERATION_DEFAULTS
         if getattr(generation, name, None) is not None
     }
+    given["suppress_tokens"] = tuple(given.get("suppress_tokens", ()))
+    for name in _UNSUPPORTED_GENERATION:
+        if getattr(generation, name, None) is not None:
+            raise UnsupportedCheckpointError(f"its generation defaults have {name}")
     early_stopping = getattr(generation, "early_stopping", None)
     if early_stopping is not None:
         given["early_stopping"] = early_stopping_name(early_stopping)

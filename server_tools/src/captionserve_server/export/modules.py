@@ -5,8 +5,9 @@ VisionEncoderDecoderModel computes, cut where serving needs it cut:
 
 - EncoderModule: pixels to states, rescale and normalisation included.
 - PrefillModule: states to every layer's cross-attention keys and values, once per image.
-- StepModule: one token for every row. Remembered keys and values come in and are never copied:
-  attention over [remembered | new] is two products whose scores meet in one softmax.
+- StepModule: one token for every row, up to the logits. Remembered keys and values come in and are
+  never copied: attention over [remembered | new] is two products whose scores meet in one softmax.
+- TopModule: the best tokens of each row's logits.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class PrefillModule(nn.Module):
 
 
 class StepModule(nn.Module):
-    """One decoding step for every row, with the best candidates of each."""
+    """One decoding step for every row."""
 
     def __init__(self, decoder: nn.Module) -> None:
         """Keep the decoder's layers; they stay shared with the checkpoint."""
@@ -82,19 +83,19 @@ class StepModule(nn.Module):
         cell_row: Tensor,
         row_cell: Tensor,
         entry_bias: Tensor,
-        candidate_ranks: Tensor,
         cross: list[Tensor],
         remembered: list[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One step; shapes as in core/graph_tensors.py.
 
         Returns:
-            candidate log-probabilities [R, C], candidate tokens [R, C], new keys [L, R, H, D] and
-            new values [L, R, H, D].
+            logits [R, V], log-normalisers [R], attention [R, S], new keys [L, R, H, D] and new
+            values [L, R, H, D].
         """
         hidden = self.token_embedding(tokens) + self.position_embedding(positions)
         new_keys: list[Tensor] = []
         new_values: list[Tensor] = []
+        looked_at: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             memory = remembered[2 * layer], remembered[2 * layer + 1]
             attended, keys, values = _self_attention(
@@ -102,16 +103,32 @@ class StepModule(nn.Module):
             )
             hidden = hidden + attended
             image = cross[2 * layer], cross[2 * layer + 1]
-            hidden = hidden + _cross_attention(
+            attended, weights = _cross_attention(
                 block.crossattention, block.ln_cross_attn(hidden), image, cell_row, row_cell
             )
+            hidden = hidden + attended
+            looked_at.append(weights)
             hidden = hidden + _mlp(block.mlp, block.ln_2(hidden))
             new_keys.append(keys)
             new_values.append(values)
         logits = self.head(self.final_norm(hidden))
-        best, best_tokens = torch.topk(logits, candidate_ranks.shape[0], dim=-1)
-        logprobs = best - torch.logsumexp(logits, dim=-1, keepdim=True)
-        return logprobs, best_tokens, torch.stack(new_keys), torch.stack(new_values)
+        attention = _to_rows(torch.stack(looked_at).mean(dim=0)[:, None], row_cell)
+        return (
+            logits,
+            torch.logsumexp(logits, dim=-1),
+            attention,
+            torch.stack(new_keys),
+            torch.stack(new_values),
+        )
+
+
+class TopModule(nn.Module):
+    """The best tokens of each row."""
+
+    def forward(self, logits: Tensor, candidate_ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 [R, V] and int64 [C] to the best logits and their tokens, [R, C]."""
+        best, tokens = torch.topk(logits, candidate_ranks.shape[0], dim=-1)
+        return best, tokens
 
 
 def _conv1d(layer: Any, inputs: Tensor) -> Tensor:
@@ -186,10 +203,15 @@ def _cross_attention(
     image: tuple[Tensor, Tensor],
     cell_row: Tensor,
     row_cell: Tensor,
-) -> Tensor:
-    """Each row over its image's states; an image's beams share keys and values, [B, H, S, D]."""
+) -> tuple[Tensor, Tensor]:
+    """Each row over its image's states; an image's beams share keys and values, [B, H, S, D].
+
+    Returns:
+        attended [R, H * D], and how much each state was attended to, mean over heads [B, K, S].
+    """
     queries = _split_heads(_to_grid(_conv1d(attention.q_attn, hidden), cell_row), attention)
     keys, values = image
     scores = torch.matmul(queries * attention.scaling, keys.transpose(-1, -2))
-    attended = torch.matmul(torch.softmax(scores, dim=-1), values)
-    return _conv1d(attention.c_proj, _to_rows(attended, row_cell))
+    weights = torch.softmax(scores, dim=-1)
+    attended = torch.matmul(weights, values)
+    return _conv1d(attention.c_proj, _to_rows(attended, row_cell)), weights.mean(dim=1)

@@ -14,7 +14,7 @@ from torch.export import Dim
 from captionserve_server.core import graph_tensors as names
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.export.checkpoint import Checkpoint
-from captionserve_server.export.modules import EncoderModule, PrefillModule, StepModule
+from captionserve_server.export.modules import EncoderModule, PrefillModule, StepModule, TopModule
 
 OPSET = 18
 # protobuf's limit is 2 GiB; a graph near it keeps its weights in a file beside it.
@@ -28,12 +28,10 @@ class StepShape:
     Attributes:
         rows_per_caption: live beams of each of the captions.
         entries: P, remembered entries per caption.
-        candidates: C.
     """
 
     rows_per_caption: tuple[int, ...] = (2, 3)
     entries: int = 5
-    candidates: int = 4
 
 
 def encoder_module(checkpoint: Checkpoint) -> EncoderModule:
@@ -93,6 +91,19 @@ def export_step(checkpoint: Checkpoint, path: Path) -> None:
     )
 
 
+def export_top(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the graph that finds the best tokens."""
+    vocabulary = checkpoint.bundle.geometry.vocabulary_size
+    _export(
+        TopModule(),
+        (torch.zeros(2, vocabulary), torch.arange(4)),
+        ({0: Dim("rows")}, {0: Dim("candidates")}),
+        [names.LOGITS, names.CANDIDATE_RANKS],
+        [names.BEST, names.BEST_TOKENS],
+        path,
+    )
+
+
 def step_example(
     geometry: DecoderGeometry, shape: StepShape, generator: torch.Generator | None = None
 ) -> tuple[Tensor | list[Tensor], ...]:
@@ -122,7 +133,6 @@ def step_example(
         cell_row.view(captions, most),
         row_cell,
         bias,
-        torch.arange(shape.candidates),
         arrays(geometry.image_tokens),
         arrays(shape.entries),
     )
@@ -130,14 +140,13 @@ def step_example(
 
 def _step_dims(layers: int) -> tuple[object, ...]:
     rows, captions, most = Dim("rows"), Dim("captions"), Dim("most_rows")
-    entries, candidates = Dim("entries"), Dim("candidates")
+    entries = Dim("entries")
     return (
         {0: rows},
         {0: rows},
         {0: captions, 1: most},
         {0: rows},
         {0: captions, 2: most, 3: entries},
-        {0: candidates},
         [{0: captions}] * (2 * layers),
         [{0: captions, 2: entries}] * (2 * layers),
     )

@@ -14,7 +14,12 @@ from pathlib import Path
 from captionserve_server.core import bundle as files
 from captionserve_server.core import tensors
 from captionserve_server.export.checkpoint import Checkpoint, load_checkpoint
-from captionserve_server.export.onnx_export import export_encoder, export_prefill, export_step
+from captionserve_server.export.onnx_export import (
+    export_encoder,
+    export_prefill,
+    export_step,
+    export_top,
+)
 from captionserve_server.export.verify import Verification, verify_export
 
 Progress = Callable[[str], None]
@@ -56,7 +61,7 @@ def export_checkpoint(
     Args:
         checkpoint_name: a local folder in Hugging Face layout, or a hub id.
         output: the model repository to write or to add to.
-        version: the version number in all four models.
+        version: the version number in every model.
         progress: told what begins.
 
     Raises:
@@ -81,7 +86,7 @@ def export_checkpoint(
 
 
 def static_repository() -> Path:
-    """The four models' configuration and code, as they are kept in the package."""
+    """The models' configuration and code, as they are kept in the package."""
     return Path(str(resources.files("captionserve_server") / "model_repository"))
 
 
@@ -92,6 +97,7 @@ def _export_graphs(
         (export_encoder, tensors.VISION_ENCODER, files.ENCODER_GRAPH_FILE),
         (export_prefill, tensors.DECODER_STEP, files.PREFILL_GRAPH_FILE),
         (export_step, tensors.DECODER_STEP, files.STEP_GRAPH_FILE),
+        (export_top, tensors.DECODER_STEP, files.TOP_GRAPH_FILE),
     )
     graphs: dict[str, Path] = {}
     for export, model, filename in jobs:
@@ -103,9 +109,10 @@ def _export_graphs(
 
 
 def _write_settings(checkpoint: Checkpoint, staging: Path, version: int) -> None:
-    captioner = _version_folder(staging, tensors.CAPTIONER, version)
-    (captioner / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
-    checkpoint.tokenizer.backend_tokenizer.save(str(captioner / files.TOKENIZER_FILE))
+    for model in (tensors.CAPTIONER, tensors.CAPTIONER_STREAM):
+        folder = _version_folder(staging, model, version)
+        (folder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
+        checkpoint.tokenizer.backend_tokenizer.save(str(folder / files.TOKENIZER_FILE))
     decoder = _version_folder(staging, tensors.DECODER_STEP, version)
     (decoder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
     preprocess = _version_folder(staging, tensors.PREPROCESS, version)

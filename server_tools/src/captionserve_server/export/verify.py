@@ -19,9 +19,10 @@ from captionserve_server.core.bundle import (
     ENCODER_GRAPH_FILE,
     PREFILL_GRAPH_FILE,
     STEP_GRAPH_FILE,
+    TOP_GRAPH_FILE,
 )
-from captionserve_server.core.graph_step_model import GraphStepModel
-from captionserve_server.core.step_model import StepBatch
+from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepModel
+from captionserve_server.core.step_model import Int64Array, RowRequests, StepBatch
 from captionserve_server.export.checkpoint import Checkpoint
 from captionserve_server.export.onnx_export import encoder_module
 from captionserve_server.runtime.onnx_graph import OnnxGraph
@@ -95,37 +96,45 @@ def _decoder_error(
     """Decode random tokens along branching rows; compare every step's log-probabilities."""
     geometry = checkpoint.bundle.geometry
     steps = min(_STEPS, geometry.max_positions)
-    step_model = GraphStepModel(
+    decoder = DecoderGraphs(
         OnnxGraph(graphs[PREFILL_GRAPH_FILE]),
         OnnxGraph(graphs[STEP_GRAPH_FILE]),
-        geometry,
-        capacity=_IMAGES,
+        OnnxGraph(graphs[TOP_GRAPH_FILE]),
     )
+    step_model = GraphStepModel(decoder, geometry, capacity=_IMAGES)
     slots = step_model.prefill(states.numpy())
     rows_of = [1 if step == 0 else _ROWS for step in range(steps)]
     sequences = [torch.empty(0, dtype=torch.int64)] * _IMAGES
+    candidates = min(16, geometry.vocabulary_size)
     worst = 0.0
     for step, rows in enumerate(rows_of):
         previous = rows_of[step - 1] if step else 1
         parents = torch.randint(previous, (_IMAGES, rows), generator=generator)
         tokens = torch.randint(geometry.vocabulary_size, (_IMAGES, rows), generator=generator)
-        candidates = step_model.step(
-            StepBatch(
-                slots=slots,
-                row_counts=np.full(_IMAGES, rows, dtype=np.int64),
-                tokens=tokens.flatten().numpy(),
-                parents=parents.flatten().numpy(),
-                num_candidates=min(16, geometry.vocabulary_size),
-            )
-        )
+        answer = step_model.step(_step_batch(slots, tokens, parents, candidates))
         sequences = [
             _extended(sequence, parents[image], tokens[image])
             for image, sequence in enumerate(sequences)
         ]
         expected = _reference_logprobs(checkpoint, torch.cat(sequences), states, rows)
-        chosen = np.take_along_axis(expected.numpy(), candidates.tokens, axis=1)
-        worst = max(worst, float(np.abs(candidates.logprobs - chosen).max()))
+        chosen = np.take_along_axis(expected.numpy(), answer.tokens.reshape(-1, candidates), axis=1)
+        worst = max(worst, float(np.abs(answer.logprobs - chosen.ravel()).max()))
     return worst
+
+
+def _step_batch(slots: Int64Array, tokens: Tensor, parents: Tensor, candidates: int) -> StepBatch:
+    """A step of equally many rows for each slot; tokens and parents [images, rows]."""
+    images, rows = tokens.shape
+    return StepBatch(
+        slots=slots,
+        row_counts=np.full(images, rows, dtype=np.int64),
+        rows=RowRequests(
+            tokens=tokens.flatten().numpy(),
+            parents=parents.flatten().numpy(),
+            candidate_counts=np.full(images * rows, candidates),
+            normalise_first=np.zeros(images * rows, np.bool_),
+        ),
+    )
 
 
 def _extended(sequence: Tensor, parents: Tensor, tokens: Tensor) -> Tensor:

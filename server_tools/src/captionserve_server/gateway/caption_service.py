@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -15,8 +15,21 @@ from captionserve_server.core.errors import (
     ModelFaultError,
     OverloadedError,
 )
-from captionserve_server.gateway.conversion import caption_response, captioner_inputs
-from captionserve_server.gateway.triton_client import TritonClient
+from captionserve_server.gateway.conversion import (
+    caption_part,
+    caption_response,
+    captioner_inputs,
+    nonce_if_needed,
+)
+from captionserve_server.gateway.triton_client import CaptionerAnswer, TimeLimit, TritonClient
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+# Of the time left, what a partial caption needs to come to the end of a decoding step and back.
+_PARTIAL_MARGIN = 0.1
+_LEAST_MARGIN_SECONDS = 0.05
+_MOST_MARGIN_SECONDS = 0.5
+_LEAST_MODEL_SECONDS = 0.001
 
 SERVICE_NAME = caption_pb2.DESCRIPTOR.services_by_name["CaptionService"].full_name
 
@@ -49,21 +62,30 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
     async def Caption(  # noqa: N802 - the name is the API's.
         self,
         request: caption_pb2.CaptionRequest,
-        context: grpc.aio.ServicerContext[Any, Any],
+        context: Context,
     ) -> caption_pb2.CaptionResponse:
         """Describe one image."""
         self._begin(context)
         with self._admitted():
-            inputs = captioner_inputs(request)
-            outputs, version = await self._triton.infer_captions(
-                inputs, self._seconds_left(context)
-            )
-            try:
-                return caption_response(outputs, version)
-            except (ValueError, KeyError) as error:
-                raise ModelFaultError("the model gave an answer that cannot be read") from error
+            inputs = captioner_inputs(request) | nonce_if_needed(request)
+            time_limit = self._time_limit(request, context)
+            return _response(await self._triton.infer_captions(inputs, time_limit))
 
-    def _begin(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def StreamCaption(  # noqa: N802 - the name is the API's.
+        self,
+        request: caption_pb2.StreamCaptionRequest,
+        context: Context,
+    ) -> AsyncIterator[caption_pb2.StreamCaptionResponse]:
+        """Describe one image, word by word."""
+        self._begin(context)
+        with self._admitted():
+            inputs = captioner_inputs(request.request)
+            time_limit = self._time_limit(request.request, context)
+            async with aclosing(self._triton.stream_captions(inputs, time_limit)) as answers:
+                async for answer in answers:
+                    yield _stream_response(answer)
+
+    def _begin(self, context: Context) -> None:
         self._unfinished += 1
         self._idle.clear()
         # Any: the stubs' type of a callback is a class that no method is of.
@@ -85,10 +107,35 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
         finally:
             self._working -= 1
 
-    def _seconds_left(self, context: grpc.aio.ServicerContext[Any, Any]) -> float:
+    def _time_limit(self, request: caption_pb2.CaptionRequest, context: Context) -> TimeLimit:
+        seconds = self._seconds_left(context)
+        if not request.options.allow_partial:
+            return TimeLimit(call_seconds=seconds, model_seconds=seconds)
+        margin = min(max(_PARTIAL_MARGIN * seconds, _LEAST_MARGIN_SECONDS), _MOST_MARGIN_SECONDS)
+        return TimeLimit(seconds, max(seconds - margin, _LEAST_MODEL_SECONDS))
+
+    def _seconds_left(self, context: Context) -> float:
         remaining: float | None = context.time_remaining()
         if remaining is None:
             return self._deadline_cap_seconds
         if remaining <= 0:
             raise DeadlineExceededError("the deadline passed before the caption was begun")
         return min(remaining, self._deadline_cap_seconds)
+
+
+def _response(answer: CaptionerAnswer) -> caption_pb2.CaptionResponse:
+    try:
+        return caption_response(
+            answer.outputs, model_version=answer.model_version, request_id=answer.request_id
+        )
+    except (ValueError, KeyError) as error:
+        raise ModelFaultError("the model gave an answer that cannot be read") from error
+
+
+def _stream_response(answer: CaptionerAnswer) -> caption_pb2.StreamCaptionResponse:
+    if answer.is_final:
+        return caption_pb2.StreamCaptionResponse(response=_response(answer))
+    try:
+        return caption_pb2.StreamCaptionResponse(part=caption_part(answer.outputs))
+    except KeyError as error:
+        raise ModelFaultError("the model gave an answer that cannot be read") from error

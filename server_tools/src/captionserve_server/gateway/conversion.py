@@ -1,8 +1,9 @@
-"""Between the public API's messages and what the `captioner` model takes and gives."""
+"""Between the public API's messages and what the `captioner` models take and give."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,12 @@ from numpy.typing import NDArray
 
 from captionserve_server.core import tensors
 from captionserve_server.core.errors import ImageMissingError, InvalidOptionsError
-from captionserve_server.core.options import EARLY_STOPPING_VALUES, EarlyStopping
+from captionserve_server.core.options import EARLY_STOPPING_VALUES, MAX_SEED, EarlyStopping
 from captionserve_server.core.tensors import TensorSpec
+from captionserve_server.gateway.kserve import Element
+
+Inputs = dict[TensorSpec, Sequence[Element]]
+Outputs = Mapping[TensorSpec, NDArray[Any]]
 
 EARLY_STOPPING: Mapping[int, EarlyStopping] = {
     caption_pb2.EARLY_STOPPING_FALSE: "false",
@@ -22,12 +27,11 @@ EARLY_STOPPING: Mapping[int, EarlyStopping] = {
 FINISH_REASONS: Mapping[str, caption_pb2.FinishReason.ValueType] = {
     "eos": caption_pb2.FINISH_REASON_EOS,
     "length": caption_pb2.FINISH_REASON_LENGTH,
+    "deadline": caption_pb2.FINISH_REASON_DEADLINE,
 }
 
 
-def captioner_inputs(
-    request: caption_pb2.CaptionRequest,
-) -> dict[TensorSpec, bytes | str | int | float]:
+def captioner_inputs(request: caption_pb2.CaptionRequest) -> Inputs:
     """The captioner's inputs: the image, and the options that the caller set.
 
     Raises:
@@ -36,12 +40,21 @@ def captioner_inputs(
     """
     if request.image.WhichOneof("content") is None:
         raise ImageMissingError("the request holds no image")
-    inputs: dict[TensorSpec, bytes | str | int | float] = {tensors.IMAGE: request.image.encoded}
+    inputs: Inputs = {tensors.IMAGE: [request.image.encoded]}
     for field, value in request.options.ListFields():
         if field.name == "early_stopping":
             value = _early_stopping(value)
-        inputs[tensors.OPTION_TENSORS[field.name]] = value
+        inputs[tensors.OPTION_TENSORS[field.name]] = list(value) if field.is_repeated else [value]
     return inputs
+
+
+def nonce_if_needed(request: caption_pb2.CaptionRequest) -> Inputs:
+    """What keeps an answer out of the response cache, where it must not come from there."""
+    options = request.options
+    seedless = options.do_sample and not options.HasField("seed")
+    if request.bypass_cache or options.allow_partial or seedless:
+        return {tensors.NONCE: [secrets.randbelow(MAX_SEED)]}
+    return {}
 
 
 def _early_stopping(value: int) -> EarlyStopping:
@@ -51,41 +64,73 @@ def _early_stopping(value: int) -> EarlyStopping:
     return EARLY_STOPPING[value]
 
 
+def caption_part(outputs: Outputs) -> caption_pb2.CaptionPart:
+    """A part of a caption; KeyError where an output is missing."""
+    return caption_pb2.CaptionPart(
+        text=outputs[tensors.NEW_TEXT][0], token_ids=outputs[tensors.NEW_TOKEN_IDS].tolist()
+    )
+
+
 def caption_response(
-    outputs: Mapping[TensorSpec, NDArray[Any]], model_version: int
+    outputs: Outputs, *, model_version: int, request_id: str
 ) -> caption_pb2.CaptionResponse:
     """The response for the captioner's outputs.
 
+    Args:
+        outputs: what the model gave.
+        model_version: which one it was.
+        request_id: of the request; one that was computed for another was there already.
+
     Raises:
         ValueError: if the outputs do not belong together.
-        KeyError: if a finish reason is not one of ours.
+        KeyError: if an output is missing, or a finish reason is not one of ours.
     """
-    rows = zip(
-        outputs[tensors.TEXT],
-        outputs[tensors.SCORE],
-        outputs[tensors.FINISH_REASON],
-        outputs[tensors.TOKEN_IDS],
-        outputs[tensors.TOKEN_LOGPROBS],
-        strict=True,
-    )
-    captions = [_caption(*row) for row in rows]
+    columns = [outputs[spec] for spec in _CAPTION_COLUMNS]
+    captions = [
+        _caption(dict(zip(_CAPTION_COLUMNS, row, strict=True)))
+        for row in zip(*columns, strict=True)
+    ]
     if not captions:
         raise ValueError("no captions")
-    return caption_pb2.CaptionResponse(captions=captions, model_version=model_version)
-
-
-def _caption(
-    text: str,
-    score: np.float64,
-    finish_reason: str,
-    token_ids: NDArray[np.int32],
-    token_logprobs: NDArray[np.float32],
-) -> caption_pb2.Caption:
-    real = token_ids != tensors.PADDING_TOKEN_ID
-    return caption_pb2.Caption(
-        text=text,
-        score=float(score),
-        token_ids=token_ids[real].tolist(),
-        token_logprobs=token_logprobs[real].tolist(),
-        finish_reason=FINISH_REASONS[finish_reason],
+    _add_attention(captions, outputs)
+    return caption_pb2.CaptionResponse(
+        captions=captions,
+        model_version=model_version,
+        cached=outputs[tensors.COMPUTED_FOR][0] != request_id,
     )
+
+
+# One entry, or row, for each caption.
+_CAPTION_COLUMNS = (
+    tensors.TEXT,
+    tensors.SCORE,
+    tensors.FINISH_REASON,
+    tensors.CONFIDENCE,
+    tensors.DEGENERATE,
+    tensors.TOKEN_IDS,
+    tensors.TOKEN_LOGPROBS,
+    tensors.TOKEN_TEXTS,
+)
+
+
+def _caption(row: Mapping[TensorSpec, Any]) -> caption_pb2.Caption:
+    real = row[tensors.TOKEN_IDS] != tensors.PADDING_TOKEN_ID
+    return caption_pb2.Caption(
+        text=row[tensors.TEXT],
+        score=float(row[tensors.SCORE]),
+        token_ids=row[tensors.TOKEN_IDS][real].tolist(),
+        token_logprobs=row[tensors.TOKEN_LOGPROBS][real].tolist(),
+        token_texts=row[tensors.TOKEN_TEXTS][real].tolist(),
+        finish_reason=FINISH_REASONS[row[tensors.FINISH_REASON]],
+        confidence=float(row[tensors.CONFIDENCE]),
+        degenerate=bool(row[tensors.DEGENERATE]),
+    )
+
+
+def _add_attention(captions: Iterable[caption_pb2.Caption], outputs: Outputs) -> None:
+    if tensors.ATTENTIONS not in outputs:
+        return
+    for caption, attention in zip(captions, outputs[tensors.ATTENTIONS], strict=True):
+        grids: NDArray[np.float32] = attention[: len(caption.token_ids)]
+        caption.attention.rows, caption.attention.cols = grids.shape[1:]
+        caption.attention.values.extend(grids.ravel().tolist())

@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -107,20 +107,30 @@ def _checked(handler: Handler) -> Handler:
 
     gRPC deserialises outside of every interceptor's wrapper and would show the exception's text.
     """
-    kind = "unary_unary"
-    behaviour: Behaviour | None = getattr(handler, kind)
     deserialize = handler.request_deserializer
-    if behaviour is None or deserialize is None:
+    if deserialize is None or handler.request_streaming:
         return handler
 
-    async def call(request: bytes, context: Context) -> object:
+    def message(request: bytes) -> object:
         try:
-            message = deserialize(request)
+            return deserialize(request)
         except DecodeError as error:
             raise InvalidRequestError("the request is not a valid message") from error
-        return await behaviour(message, context)
 
-    checked: Handler = _HANDLER_KINDS[kind](call, None, handler.response_serializer)
+    kind = "unary_stream" if handler.response_streaming else "unary_unary"
+    behaviour: Behaviour = getattr(handler, kind)
+
+    async def call(request: bytes, context: Context) -> object:
+        return await behaviour(message(request), context)
+
+    async def stream(request: bytes, context: Context) -> AsyncIterator[object]:
+        async with aclosing(behaviour(message(request), context)) as responses:
+            async for response in responses:
+                yield response
+
+    checked: Handler = _HANDLER_KINDS[kind](
+        _same_form(behaviour, call, stream), None, handler.response_serializer
+    )
     return checked
 
 
@@ -144,9 +154,13 @@ def _surrounded(behaviour: Behaviour, around: Around) -> Behaviour:
             return await behaviour(request, context)
 
     async def stream(request: object, context: Context) -> AsyncIterator[object]:
-        async with around(context):
-            async for response in behaviour(request, context):
+        async with around(context), aclosing(behaviour(request, context)) as responses:
+            async for response in responses:
                 yield response
 
-    # gRPC tells the two ways of writing a streaming handler apart like this.
+    return _same_form(behaviour, call, stream)
+
+
+def _same_form(behaviour: Behaviour, call: Behaviour, stream: Behaviour) -> Behaviour:
+    """Whichever is written as the behaviour is: gRPC tells the two ways of streaming apart so."""
     return stream if inspect.isasyncgenfunction(behaviour) else call

@@ -6,7 +6,7 @@ Tensors travel as raw bytes: little-endian numbers, and strings each behind a 4-
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from captionserve_server.core.tensors import DataType, ModelSpec, TensorSpec
 
 _STRING_TYPE: DataType = "TYPE_STRING"
 _NUMPY_TYPES: dict[DataType, str] = {
+    "TYPE_BOOL": "?",
     "TYPE_UINT8": "u1",
     "TYPE_INT32": "<i4",
     "TYPE_INT64": "<i8",
@@ -26,40 +27,47 @@ _NUMPY_TYPES: dict[DataType, str] = {
 _LENGTH = struct.Struct("<I")
 
 Element = bytes | str | int | float
+"""One value of a tensor; a bool is an int."""
 
 
 def infer_request(
-    model: ModelSpec, inputs: Mapping[TensorSpec, Element], timeout_microseconds: int
+    model: ModelSpec,
+    inputs: Mapping[TensorSpec, Sequence[Element]],
+    *,
+    request_id: str,
+    timeout_microseconds: int,
 ) -> service_pb2.ModelInferRequest:
-    """A request of one-element tensors.
+    """A request of one-dimensional tensors.
 
     Args:
         model: whom to ask.
-        inputs: each input's only element.
+        inputs: each input's elements.
+        request_id: names the request in Triton's logs and in what it answers.
         timeout_microseconds: the time left, for Triton's queues and the model itself.
     """
-    request = service_pb2.ModelInferRequest(model_name=model.name)
+    request = service_pb2.ModelInferRequest(model_name=model.name, id=request_id)
     request.parameters["timeout"].int64_param = timeout_microseconds
-    for spec, element in inputs.items():
-        request.inputs.add(name=spec.name, datatype=kserve_type(spec.data_type), shape=[1])
-        request.raw_input_contents.append(_encode(spec.data_type, element))
+    for spec, elements in inputs.items():
+        datatype = kserve_type(spec.data_type)
+        request.inputs.add(name=spec.name, datatype=datatype, shape=[len(elements)])
+        request.raw_input_contents.append(_encode(spec.data_type, elements))
     return request
 
 
 def read_outputs(
     response: service_pb2.ModelInferResponse, specs: Iterable[TensorSpec]
 ) -> dict[TensorSpec, NDArray[Any]]:
-    """The outputs as arrays of the shape that the response gives; strings as str objects.
+    """The outputs that there are, as arrays of the response's shapes; strings as str objects.
 
     Raises:
-        ValueError: if an output is missing or is not what its spec says.
+        ValueError: if an output is not what its spec says.
     """
     pairs = zip(response.outputs, response.raw_output_contents, strict=True)
     found = {output.name: (output, raw) for output, raw in pairs}
     arrays: dict[TensorSpec, NDArray[Any]] = {}
     for spec in specs:
         if spec.name not in found:
-            raise ValueError(f"output {spec.name} is missing")
+            continue
         output, raw = found[spec.name]
         if output.datatype != kserve_type(spec.data_type) or len(output.shape) != len(spec.dims):
             raise ValueError(f"output {spec.name} is {output.datatype} {list(output.shape)}")
@@ -96,11 +104,12 @@ def decode_strings(raw: bytes) -> list[bytes]:
     return strings
 
 
-def _encode(data_type: DataType, element: Element) -> bytes:
+def _encode(data_type: DataType, elements: Sequence[Element]) -> bytes:
     if data_type == _STRING_TYPE:
-        text = element if isinstance(element, bytes) else str(element).encode()
-        return encode_strings([text])
-    return np.array([element], dtype=_NUMPY_TYPES[data_type]).tobytes()
+        return encode_strings(
+            element if isinstance(element, bytes) else str(element).encode() for element in elements
+        )
+    return np.array(elements, dtype=_NUMPY_TYPES[data_type]).tobytes()
 
 
 def _decode(data_type: DataType, raw: bytes) -> NDArray[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from numpy.typing import NDArray
-from tritonclient.grpc import service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from captionserve_server.core import tensors
 from captionserve_server.core.errors import (
@@ -20,8 +22,9 @@ from captionserve_server.core.errors import (
     OverloadedError,
     from_wire,
 )
-from captionserve_server.core.tensors import TensorSpec
-from captionserve_server.gateway.kserve import Element, infer_request, read_outputs
+from captionserve_server.core.tensors import ModelSpec, TensorSpec
+from captionserve_server.gateway.conversion import Inputs
+from captionserve_server.gateway.kserve import infer_request, read_outputs
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +49,39 @@ _UNAVAILABLE = "the model server cannot answer now"
 _FAULT = "the model server failed"
 
 
+@dataclass(frozen=True)
+class TimeLimit:
+    """How long a request may take.
+
+    Attributes:
+        call_seconds: until the connection gives up.
+        model_seconds: until the model must answer with what it has.
+    """
+
+    call_seconds: float
+    model_seconds: float
+
+
+@dataclass(frozen=True)
+class CaptionerAnswer:
+    """One response of a captioner model.
+
+    Attributes:
+        outputs: those that there are.
+        request_id: which request it answers.
+        model_version: which version answered.
+    """
+
+    outputs: dict[TensorSpec, NDArray[Any]]
+    request_id: str
+    model_version: int
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it has the captions."""
+        return tensors.TEXT in self.outputs
+
+
 class TritonClient:
     """A connection to one Triton."""
 
@@ -54,35 +90,75 @@ class TritonClient:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
-    async def infer_captions(
-        self, inputs: Mapping[TensorSpec, Element], timeout_seconds: float
-    ) -> tuple[dict[TensorSpec, NDArray[Any]], int]:
+    async def infer_captions(self, inputs: Inputs, time_limit: TimeLimit) -> CaptionerAnswer:
         """Caption one image; cancelling the task cancels the work in Triton.
 
         Args:
-            inputs: the captioner's inputs, one element each.
-            timeout_seconds: how long it may take.
-
-        Returns:
-            the captioner's outputs and the version of the model.
+            inputs: the captioner's inputs.
+            time_limit: how long it may take.
 
         Raises:
             CaptionServeError: whatever went wrong.
         """
-        request = infer_request(tensors.CAPTIONER, inputs, int(timeout_seconds * 1e6))
+        request = _request(tensors.CAPTIONER, inputs, time_limit)
         try:
-            response = await self._stub.ModelInfer(request, timeout=timeout_seconds)
+            response = await self._stub.ModelInfer(request, timeout=time_limit.call_seconds)
         except grpc.aio.AioRpcError as error:
             raise error_of_triton(error.code(), error.details() or "") from error
+        return _answer(tensors.CAPTIONER, response)
+
+    async def stream_captions(
+        self, inputs: Inputs, time_limit: TimeLimit
+    ) -> AsyncGenerator[CaptionerAnswer, None]:
+        """Caption one image and yield what becomes known of it, at last the captions.
+
+        Closing the generator cancels the work in Triton. Arguments and errors are those of
+        `infer_captions`.
+        """
+        request = _request(tensors.CAPTIONER_STREAM, inputs, time_limit)
+        call = self._stub.ModelStreamInfer(_once(request), timeout=time_limit.call_seconds)
         try:
-            outputs = read_outputs(response, tensors.CAPTIONER.outputs)
-            return outputs, int(response.model_version)
-        except ValueError as error:
-            raise ModelFaultError("the model gave an answer that cannot be read") from error
+            async for response in call:
+                if response.error_message:
+                    raise error_of_triton(grpc.StatusCode.INTERNAL, response.error_message)
+                answer = _answer(tensors.CAPTIONER_STREAM, response.infer_response)
+                yield answer
+                if answer.is_final:
+                    return
+        except grpc.aio.AioRpcError as error:
+            raise error_of_triton(error.code(), error.details() or "") from error
+        finally:
+            call.cancel()
+        raise ModelFaultError("the model ended without an answer")
 
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
         await self._channel.close()
+
+
+def _request(
+    model: ModelSpec, inputs: Inputs, time_limit: TimeLimit
+) -> service_pb2.ModelInferRequest:
+    return infer_request(
+        model,
+        inputs,
+        request_id=uuid.uuid4().hex,
+        timeout_microseconds=int(time_limit.model_seconds * 1e6),
+    )
+
+
+def _answer(model: ModelSpec, response: service_pb2.ModelInferResponse) -> CaptionerAnswer:
+    try:
+        outputs = read_outputs(response, model.outputs)
+        return CaptionerAnswer(outputs, response.id, int(response.model_version))
+    except ValueError as error:
+        raise ModelFaultError("the model gave an answer that cannot be read") from error
+
+
+async def _once(
+    request: service_pb2.ModelInferRequest,
+) -> AsyncIterator[service_pb2.ModelInferRequest]:
+    yield request
 
 
 def error_of_triton(code: grpc.StatusCode, details: str) -> CaptionServeError:

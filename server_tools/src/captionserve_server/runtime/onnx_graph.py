@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 
 from captionserve_server.core.graph_step_model import Array
@@ -33,7 +34,30 @@ class OnnxGraph:
         self.input_names = [node.name for node in self._session.get_inputs()]
         self.output_names = [node.name for node in self._session.get_outputs()]
 
-    def run(self, inputs: Mapping[str, Array]) -> list[Array]:
-        """All outputs, in the graph's order."""
-        outputs: list[Array] = self._session.run(None, dict(inputs))
-        return outputs
+    def run(
+        self, inputs: Mapping[str, Array], into: Mapping[str, Array] | None = None
+    ) -> list[Array]:
+        """All outputs, in the graph's order.
+
+        Args:
+            inputs: C-contiguous arrays by name; they are read where they lie.
+            into: arrays that outputs of theirs names, shapes and types are written to.
+        """
+        if not into:
+            outputs: list[Array] = self._session.run(None, dict(inputs))
+            return outputs
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in self.output_names:
+            if name in into:
+                _bind_output(binding, name, into[name])
+            else:
+                binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        values = zip(self.output_names, binding.get_outputs(), strict=True)
+        return [into[name] if name in into else value.numpy() for name, value in values]
+
+
+def _bind_output(binding: onnxruntime.IOBinding, name: str, array: Array) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -15,7 +15,7 @@ from captionserve_server.core import tensors
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.config import GatewayConfig
 from captionserve_server.gateway.server import Gateway
-from captionserve_server.gateway.triton_client import TritonClient
+from captionserve_server.gateway.triton_client import TimeLimit, TritonClient
 from captionserve_server.serving.installation import find_triton
 from captionserve_server.serving.ready import ReadyReport, ready_file
 from captionserve_server.serving.triton_process import TritonProcess, TritonStartError
@@ -38,6 +38,7 @@ class ServeOptions:
         metrics_listen: host:port of the gateway's Prometheus metrics.
         ready_file: written as JSON once captions can be answered, removed at the end.
         tritonserver: the tritonserver executable; None finds one.
+        response_cache_megabytes: memory for answers that may be asked for again; 0 for none.
         start_seconds: how long Triton may take to load its models.
         grace_seconds: how long calls in flight may take at the end.
     """
@@ -47,6 +48,7 @@ class ServeOptions:
     metrics_listen: str = "127.0.0.1:0"
     ready_file: Path | None = None
     tritonserver: Path | None = None
+    response_cache_megabytes: int = 64
     start_seconds: float = 300.0
     grace_seconds: float = 30.0
 
@@ -85,7 +87,11 @@ def _stop_on_signals() -> asyncio.Event:
 
 @contextlib.asynccontextmanager
 async def _triton(options: ServeOptions, stop: asyncio.Event) -> AsyncIterator[TritonProcess]:
-    triton = TritonProcess(find_triton(options.tritonserver), options.model_repository)
+    triton = TritonProcess(
+        find_triton(options.tritonserver),
+        options.model_repository,
+        response_cache_bytes=options.response_cache_megabytes * 2**20,
+    )
     try:
         await _first(triton.wait_ready(options.start_seconds), stop.wait())
         yield triton
@@ -97,7 +103,9 @@ async def _caption_once(triton: TritonProcess, timeout_seconds: float) -> None:
     """Prove with a real caption that Triton is ready; it says so before anything has decoded."""
     client = TritonClient(triton.addresses.grpc)
     try:
-        await client.infer_captions({tensors.IMAGE: _CANARY_IMAGE}, timeout_seconds)
+        await client.infer_captions(
+            {tensors.IMAGE: [_CANARY_IMAGE]}, TimeLimit(timeout_seconds, timeout_seconds)
+        )
     except CaptionServeError as error:
         raise TritonStartError(f"the first caption failed: {error.message}") from error
     finally:

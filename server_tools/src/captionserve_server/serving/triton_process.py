@@ -45,13 +45,19 @@ class TritonProcess:
     """A running tritonserver of our own."""
 
     def __init__(
-        self, installation: TritonInstallation, repository: Path, *, exit_seconds: int = 30
+        self,
+        installation: TritonInstallation,
+        repository: Path,
+        *,
+        response_cache_bytes: int = 0,
+        exit_seconds: int = 30,
     ) -> None:
         """Start the server; use `wait_ready` before relying on it.
 
         Args:
             installation: what to run.
             repository: the model repository.
+            response_cache_bytes: size of the response cache; 0 for none.
             exit_seconds: how long Triton may take to end its models before it is killed.
         """
         self._exit_seconds = exit_seconds
@@ -63,7 +69,8 @@ class TritonProcess:
         assemble_backends(installation, backends)
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
-        self._process = self._start(installation, repository, backends, ports)
+        cache = _cache_arguments(installation, response_cache_bytes)
+        self._process = self._start(installation, repository, backends, ports, cache)
 
     @property
     def pid(self) -> int:
@@ -119,6 +126,7 @@ class TritonProcess:
         repository: Path,
         backends: Path,
         ports: list[int],
+        cache: list[str],
     ) -> subprocess.Popen[bytes]:
         command = [
             str(installation.binary),
@@ -132,6 +140,7 @@ class TritonProcess:
             f"--grpc-port={ports[0]}",
             f"--http-port={ports[1]}",
             f"--metrics-port={ports[2]}",
+            *cache,
         ]
         with self._log_path.open("wb") as log:
             return subprocess.Popen(
@@ -148,6 +157,12 @@ class TritonProcess:
         lines = self._log_path.read_text(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("E")] or lines
         return "\n".join(errors[-_LOG_TAIL_LINES:])
+
+
+def _cache_arguments(installation: TritonInstallation, size_bytes: int) -> list[str]:
+    if not size_bytes:
+        return []
+    return [f"--cache-config=local,size={size_bytes}", f"--cache-directory={installation.caches}"]
 
 
 async def _is_ready(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> bool:

@@ -1,14 +1,17 @@
-"""The `decoder_step` model: owns the slots and runs the prefill and step graphs.
+"""The `decoder_step` model: owns the slots and runs the decoder's graphs.
 
 One model with three operations, because they share memory that must not leave the process:
 
-    PREFILL  IMAGE_STATES                                        -> NEW_SLOTS
-    STEP     SLOTS, ROW_COUNTS, TOKENS, PARENTS, NUM_CANDIDATES  -> CANDIDATE_*
-    FREE     SLOTS                                               -> nothing
+    PREFILL  IMAGE_STATES                   -> NEW_SLOTS
+    STEP     SLOTS, ROW_COUNTS, TOKENS, ... -> CANDIDATE_*, PROBE_LOGPROBS, ATTENTION
+    FREE     SLOTS                          -> nothing
+
+Each is done for an OWNER, whose slots nobody else reaches; see core/slot_owners.py.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,24 @@ from captionserve_server.core.bundle import (
     BUNDLE_FILE,
     PREFILL_GRAPH_FILE,
     STEP_GRAPH_FILE,
+    TOP_GRAPH_FILE,
     Bundle,
 )
 from captionserve_server.core.errors import InvalidRequestError
-from captionserve_server.core.graph_step_model import GraphStepModel
-from captionserve_server.core.step_model import StepBatch
+from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepModel
+from captionserve_server.core.slot_owners import SlotOwners
+from captionserve_server.core.step_model import (
+    NO_SLOT,
+    RowRequests,
+    ScoreEdits,
+    StepAnswer,
+    StepBatch,
+)
+from captionserve_server.core.tensors import TensorSpec
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 from captionserve_server.triton.requests import (
+    Array,
+    Gauge,
     ModelArguments,
     Request,
     error_response,
@@ -39,21 +53,29 @@ FREE = "FREE"
 
 
 class TritonPythonModel:
-    """The StepModel behind Triton's interface."""
+    """StepModels behind Triton's interface, one for each owner."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load both graphs and run each once, so that the first caption finds them warm."""
+        """Load the graphs and run each once, so that the first caption finds them warm."""
         arguments = ModelArguments(args)
         folder = Path(arguments.repository) / str(arguments.version)
         geometry = Bundle.from_json((folder / BUNDLE_FILE).read_text()).geometry
         threads = arguments.number("intra_op_thread_count")
-        self._step_model = GraphStepModel(
-            OnnxGraph(folder / PREFILL_GRAPH_FILE, threads=threads),
-            OnnxGraph(folder / STEP_GRAPH_FILE, threads=threads),
-            geometry,
-            arguments.number("slots"),
+        graphs = DecoderGraphs(
+            *(
+                OnnxGraph(folder / name, threads=threads)
+                for name in (PREFILL_GRAPH_FILE, STEP_GRAPH_FILE, TOP_GRAPH_FILE)
+            )
         )
-        _warm_up(self._step_model, geometry.image_tokens, geometry.encoder_width)
+        capacity = arguments.number("slots")
+        self._owners = SlotOwners(
+            lambda: GraphStepModel(graphs, geometry, capacity),
+            capacity,
+            lease_seconds=arguments.number("lease_seconds"),
+            clock=time.monotonic,
+        )
+        _warm_up(GraphStepModel(graphs, geometry, 1), geometry.image_tokens, geometry.encoder_width)
+        self._gauges = _SlotGauges(arguments.version, capacity)
         self._operations = {PREFILL: self._prefill, STEP: self._step, FREE: self._free}
 
     def execute(self, requests: list[Request]) -> list[Any]:
@@ -62,40 +84,106 @@ class TritonPythonModel:
 
     def _answer(self, request: Request) -> Any:
         try:
-            name = bytes(read_required(request, tensors.OPERATION)[0]).decode()
+            name = _text(request, tensors.OPERATION)
             if name not in self._operations:
                 raise InvalidRequestError(f"OPERATION must be one of {', '.join(self._operations)}")
-            return self._operations[name](request)
+            memory = self._owners.memory_of(_text(request, tensors.OWNER))
+            answer = self._operations[name](memory, request)
+            self._gauges.show(self._owners.memories)
+            return answer
         except Exception as error:  # Whatever goes wrong is this request's answer.
             return error_response(error)
 
-    def _prefill(self, request: Request) -> Any:
-        slots = self._step_model.prefill(read_required(request, tensors.IMAGE_STATES))
+    def _prefill(self, memory: GraphStepModel, request: Request) -> Any:
+        states = read_required(request, tensors.IMAGE_STATES)
+        slots = np.full(len(states), NO_SLOT, np.int64)
+        taken = min(len(states), self._owners.room)
+        slots[:taken] = memory.prefill(states[:taken])
         return response({tensors.NEW_SLOTS: slots})
 
-    def _step(self, request: Request) -> Any:
-        batch = StepBatch(
-            slots=read_required(request, tensors.SLOTS),
-            row_counts=read_required(request, tensors.ROW_COUNTS),
-            tokens=read_required(request, tensors.TOKENS),
-            parents=read_required(request, tensors.PARENTS),
-            num_candidates=int(read_required(request, tensors.NUM_CANDIDATES)[0]),
-        )
-        candidates = self._step_model.step(batch)
-        return response(
-            {
-                tensors.CANDIDATE_LOGPROBS: candidates.logprobs,
-                tensors.CANDIDATE_TOKENS: candidates.tokens,
-            }
-        )
+    def _step(self, memory: GraphStepModel, request: Request) -> Any:
+        return response(answer_tensors(memory.step(_step_batch(request))))
 
-    def _free(self, request: Request) -> Any:
-        self._step_model.free(read_required(request, tensors.SLOTS))
+    def _free(self, memory: GraphStepModel, request: Request) -> Any:
+        memory.free(read_required(request, tensors.SLOTS))
         return response({})
+
+
+class _SlotGauges:
+    """The slots' use among Triton's metrics."""
+
+    def __init__(self, version: int, capacity: int) -> None:
+        labels = {"version": str(version)}
+        self._capacity = Gauge(
+            "captionserve_slots", "Captions that can be decoded at once.", labels
+        )
+        self._capacity.set(capacity)
+        self._used = Gauge("captionserve_slots_used", "Captions being decoded.", labels)
+        self._bytes = Gauge(
+            "captionserve_slot_bytes_used", "Memory of the keys and values in use.", labels
+        )
+        self.show([])
+
+    def show(self, memories: list[GraphStepModel]) -> None:
+        """Set the gauges to what the memories hold now."""
+        self._used.set(sum(memory.slots_used for memory in memories))
+        self._bytes.set(sum(memory.bytes_used for memory in memories))
+
+
+def step_tensors(batch: StepBatch) -> dict[TensorSpec, Array]:
+    """A step as the tensors of STEP."""
+    rows = batch.rows
+    arrays = (
+        batch.slots,
+        batch.row_counts,
+        rows.tokens,
+        rows.parents,
+        rows.candidate_counts,
+        rows.normalise_first,
+        rows.edits.rows,
+        rows.edits.tokens,
+        rows.edits.factors,
+        rows.probe_rows,
+        rows.probe_tokens,
+        rows.attention_rows,
+    )
+    return dict(zip(tensors.STEP_INPUTS, arrays, strict=True))
+
+
+def _step_batch(request: Request) -> StepBatch:
+    """The step that the tensors of STEP describe."""
+    values = [read_required(request, spec) for spec in tensors.STEP_INPUTS]
+    slots, row_counts, tokens, parents, counts, normalise, *rest = values
+    edit_rows, edit_tokens, edit_factors, probe_rows, probe_tokens, attention_rows = rest
+    return StepBatch(
+        slots=slots,
+        row_counts=row_counts,
+        rows=RowRequests(
+            tokens=tokens,
+            parents=parents,
+            candidate_counts=counts,
+            normalise_first=normalise,
+            edits=ScoreEdits(edit_rows, edit_tokens, edit_factors),
+            probe_rows=probe_rows,
+            probe_tokens=probe_tokens,
+            attention_rows=attention_rows,
+        ),
+    )
+
+
+def answer_tensors(answer: StepAnswer) -> dict[TensorSpec, Array]:
+    """A step's answer as the tensors of STEP."""
+    arrays = (answer.logprobs, answer.tokens, answer.probe_logprobs, answer.attention)
+    return dict(zip(tensors.STEP_OUTPUTS, arrays, strict=True))
+
+
+def _text(request: Request, spec: TensorSpec) -> str:
+    return bytes(read_required(request, spec)[0]).decode()
 
 
 def _warm_up(step_model: GraphStepModel, image_tokens: int, encoder_width: int) -> None:
     slots = step_model.prefill(np.zeros((1, image_tokens, encoder_width), np.float32))
-    zero = np.zeros(1, np.int64)
-    step_model.step(StepBatch(slots, np.ones(1, np.int64), zero, zero, num_candidates=1))
+    zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
+    rows = RowRequests(zero, zero, one, np.zeros(1, np.bool_))
+    step_model.step(StepBatch(slots, one, rows))
     step_model.free(slots)

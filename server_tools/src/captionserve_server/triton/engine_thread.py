@@ -1,35 +1,55 @@
 """The thread that drives the caption engine.
 
 Other threads hand encoded images in at any time; between two decoding steps the engine takes all of
-them in, and lets go of those whose callers have gone. When the step model fails, every caption
-under way fails with it and the engine goes on empty.
+them in, lets go of those whose callers have gone or have no time left, and tells those who listen
+which words have become certain. When the step model fails, every caption under way fails with it
+and the engine goes on empty.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
 
+from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.engine import CaptionEngine, CaptionTask
 from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,
+    DeadlineExceededError,
+    ModelFaultError,
     ModelUnavailableError,
 )
-from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.search import DecodedCaption
 from captionserve_server.core.step_model import Float32Array
 
 Captions = list[DecodedCaption]
 
 
+class Audience(Protocol):
+    """Who waits for a caption; asked and told by the engine's thread, so it must not block."""
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether nobody waits any more."""
+
+    @property
+    def deadline(self) -> float:
+        """When the caption must be there, by time.monotonic()."""
+
+    def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
+        """Called after each step; the argument gives the tokens that are certain by now."""
+
+
 @dataclass(frozen=True)
 class _Submission:
     task: CaptionTask
-    is_abandoned: Callable[[], bool]
+    audience: Audience
     future: Future[Captions] = field(default_factory=Future)
 
 
@@ -48,22 +68,24 @@ class EngineThread:
         self._thread.start()
 
     def submit(
-        self, states: Float32Array, options: DecodingOptions, is_abandoned: Callable[[], bool]
+        self, states: Float32Array, plan: CaptionPlan, audience: Audience
     ) -> Future[Captions]:
         """Queue one image.
 
         Args:
             states: [image tokens, encoder width].
-            options: how to decode.
-            is_abandoned: asked between steps whether the caller has gone.
+            plan: how to decode.
+            audience: who waits.
 
         Returns:
-            a future of the captions; it fails with CancelledError when the caller has gone.
+            a future of the captions; it fails with CancelledError when the audience has gone, with
+            DeadlineExceededError when its deadline has passed, unless the plan allows partial
+            captions and there are some.
 
         Raises:
             ModelUnavailableError: if the thread is closing.
         """
-        submission = _Submission(CaptionTask(object(), states, options), is_abandoned)
+        submission = _Submission(CaptionTask(object(), states, plan), audience)
         with self._wake:
             if self._closing:
                 raise ModelUnavailableError("the server is shutting down")
@@ -81,7 +103,7 @@ class EngineThread:
     def _run(self) -> None:
         while self._take_arrived():
             try:
-                self._drop_abandoned()
+                self._let_go()
                 self._step()
             except Exception as error:  # The model failed, not a request: nobody else may hang.
                 self._log_error(f"decoding failed: {type(error).__name__}: {error}")
@@ -98,21 +120,39 @@ class EngineThread:
                 self._engine.submit(submission.task)
             return not self._closing
 
-    def _drop_abandoned(self) -> None:
+    def _let_go(self) -> None:
+        """Part with those who have gone or have no time left."""
+        now = time.monotonic()
         for key, submission in list(self._under_way.items()):
-            if submission.is_abandoned():
-                del self._under_way[key]
-                submission.future.set_exception(CancelledError("the caller has gone"))
-                self._engine.abandon(key)
+            if submission.audience.has_gone:
+                outcome: Captions | CaptionServeError = CancelledError("the caller has gone")
+            elif submission.audience.deadline <= now:
+                outcome = self._at_deadline(submission)
+            else:
+                continue
+            self._engine.abandon(key)
+            self._end(key, outcome)
+
+    def _at_deadline(self, submission: _Submission) -> Captions | CaptionServeError:
+        late = DeadlineExceededError("the deadline passed before the caption was complete")
+        if not submission.task.plan.options.allow_partial:
+            return late
+        return self._engine.best_so_far(submission.task.key) or late
 
     def _step(self) -> None:
         for key, outcome in self._engine.step().items():
-            future = self._under_way.pop(key).future
-            if isinstance(outcome, CaptionServeError):
+            if isinstance(outcome, ModelFaultError):
                 self._log_error(f"a caption failed: {outcome.message}")
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
+            self._end(key, outcome)
+        for key, submission in self._under_way.items():
+            submission.audience.hear(partial(self._engine.certain_tokens, key))
+
+    def _end(self, key: Hashable, outcome: Captions | CaptionServeError) -> None:
+        future = self._under_way.pop(key).future
+        if isinstance(outcome, CaptionServeError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
     def _fail_all(self, error: Exception) -> None:
         # The model that failed may be unable to free slots as well; the captions fail all the same.

@@ -47,6 +47,11 @@ class ModelArguments:
         config: dict[str, Any] = self._config
         return config
 
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return str(self._config["name"])
+
     def number(self, name: str) -> int:
         """A whole number from the configuration's parameters."""
         return int(self._config["parameters"][name]["string_value"])
@@ -127,6 +132,23 @@ def _output(answer: Any, spec: TensorSpec) -> Array:
     return array
 
 
-def text_array(*texts: str) -> Array:
+class Gauge:
+    """A gauge among Triton's metrics."""
+
+    def __init__(self, name: str, description: str, labels: Mapping[str, str]) -> None:
+        """Add it to Triton's metrics."""
+        # Triton wants the family to live as long as its metric.
+        self._family = pb_utils.MetricFamily(
+            name=name, description=description, kind=pb_utils.MetricFamily.GAUGE
+        )
+        self._metric = self._family.Metric(labels=dict(labels))
+
+    def set(self, value: float) -> None:
+        """Show the present value."""
+        self._metric.set(value)
+
+
+def text_array(*texts: str | bytes) -> Array:
     """Strings as Triton's TYPE_STRING wants them."""
-    return np.array([text.encode() for text in texts], dtype=np.object_)
+    encoded = [text if isinstance(text, bytes) else text.encode() for text in texts]
+    return np.array(encoded, dtype=np.object_)

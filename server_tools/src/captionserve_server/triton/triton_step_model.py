@@ -2,58 +2,48 @@
 
 from __future__ import annotations
 
-import numpy as np
+import uuid
 
 from captionserve_server.core import tensors
 from captionserve_server.core.step_model import (
-    Candidates,
     Float32Array,
     Int64Array,
+    StepAnswer,
     StepBatch,
 )
-from captionserve_server.triton.decoder_step import FREE, PREFILL, STEP
-from captionserve_server.triton.requests import call_model, text_array
+from captionserve_server.core.tensors import TensorSpec
+from captionserve_server.triton.decoder_step import FREE, PREFILL, STEP, step_tensors
+from captionserve_server.triton.requests import Array, call_model, text_array
 
 
 class TritonStepModel:
     """decoder_step of one version, called from inside Triton."""
 
-    def __init__(self, version: int) -> None:
-        """Bind to decoder_step's `version`."""
+    def __init__(self, role: str, version: int) -> None:
+        """Bind to decoder_step's `version` as a new owner of slots, in the place of `role`'s last.
+
+        Args:
+            role: the calling model's name.
+            version: of decoder_step.
+        """
+        self._owner = f"{role}/{uuid.uuid4().hex}"
         self._version = version
 
     def prefill(self, states: Float32Array) -> Int64Array:
         """[images, S, E] to slots [images]; NO_SLOT where there was no room."""
-        (slots,) = call_model(
-            tensors.DECODER_STEP,
-            self._version,
-            {tensors.OPERATION: text_array(PREFILL), tensors.IMAGE_STATES: states},
-            tensors.NEW_SLOTS,
-        )
+        (slots,) = self._call(PREFILL, {tensors.IMAGE_STATES: states}, tensors.NEW_SLOTS)
         return slots
 
-    def step(self, batch: StepBatch) -> Candidates:
+    def step(self, batch: StepBatch) -> StepAnswer:
         """One token of every row."""
-        logprobs, tokens = call_model(
-            tensors.DECODER_STEP,
-            self._version,
-            {
-                tensors.OPERATION: text_array(STEP),
-                tensors.SLOTS: batch.slots,
-                tensors.ROW_COUNTS: batch.row_counts,
-                tensors.TOKENS: batch.tokens,
-                tensors.PARENTS: batch.parents,
-                tensors.NUM_CANDIDATES: np.array([batch.num_candidates], np.int64),
-            },
-            tensors.CANDIDATE_LOGPROBS,
-            tensors.CANDIDATE_TOKENS,
-        )
-        return Candidates(logprobs, tokens)
+        return StepAnswer(*self._call(STEP, step_tensors(batch), *tensors.STEP_OUTPUTS))
 
     def free(self, slots: Int64Array) -> None:
         """Give slots back."""
-        call_model(
-            tensors.DECODER_STEP,
-            self._version,
-            {tensors.OPERATION: text_array(FREE), tensors.SLOTS: slots},
-        )
+        self._call(FREE, {tensors.SLOTS: slots})
+
+    def _call(
+        self, operation: str, inputs: dict[TensorSpec, Array], *outputs: TensorSpec
+    ) -> list[Array]:
+        who = {tensors.OPERATION: text_array(operation), tensors.OWNER: text_array(self._owner)}
+        return call_model(tensors.DECODER_STEP, self._version, who | inputs, *outputs)

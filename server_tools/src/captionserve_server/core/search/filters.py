@@ -1,0 +1,205 @@
+"""The logits processors: which tokens' scores are changed before a step's candidates are chosen.
+
+Each filter is what transformers' processor of the same purpose does, as a list of single changed
+scores (core/step_model.py, ScoreEdits), because the scores themselves stay with the model. Tokens
+that occurred are all of a row's: start token and prefix included, as in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from captionserve_server.core.captions import CaptionPlan, SpecialTokens
+from captionserve_server.core.step_model import (
+    FORBIDDEN,
+    BoolArray,
+    Float64Array,
+    Int64Array,
+    ScoreEdits,
+)
+
+
+@dataclass(frozen=True)
+class FilterRows:
+    """The rows about to be asked for candidates.
+
+    Attributes:
+        plans: the captions' plans.
+        caption: [rows], which of the plans each row belongs to.
+        tokens: [rows, longest], all tokens of each row so far.
+        lengths: [rows], how many of them count.
+        special: the checkpoint's special tokens.
+    """
+
+    plans: Sequence[CaptionPlan]
+    caption: Int64Array
+    tokens: Int64Array
+    lengths: Int64Array
+    special: SpecialTokens
+
+    def option(self, name: str) -> Float64Array:
+        """An option's value for each row, float64 [rows]."""
+        values = np.array([getattr(plan.options, name) for plan in self.plans], np.float64)
+        chosen: Float64Array = values[self.caption]
+        return chosen
+
+    def rows_of(self, caption: int) -> Int64Array:
+        """The rows of one caption."""
+        return np.flatnonzero(self.caption == caption)
+
+
+class LogitFilter(Protocol):
+    """One reason to change scores."""
+
+    def applies(self, plan: CaptionPlan) -> bool:
+        """Whether the plan asks for it at all."""
+
+    def edits(self, rows: FilterRows) -> ScoreEdits:
+        """What it changes."""
+
+
+class RepetitionPenalty:
+    """Makes tokens that have occurred likelier or unlikelier."""
+
+    def applies(self, plan: CaptionPlan) -> bool:
+        """Whether there is a penalty."""
+        return plan.options.repetition_penalty != 1.0
+
+    def edits(self, rows: FilterRows) -> ScoreEdits:
+        """One edit for each token that a row has."""
+        penalties = rows.option("repetition_penalty").astype(np.float32)
+        present = np.arange(rows.tokens.shape[1]) < rows.lengths[:, None]
+        changed, columns = np.nonzero(present & (penalties != 1.0)[:, None])
+        return ScoreEdits(changed, rows.tokens[changed, columns], penalties[changed])
+
+
+class NoRepeatNgram:
+    """Forbids what would complete an n-gram that the row has already."""
+
+    def applies(self, plan: CaptionPlan) -> bool:
+        """Whether n-grams are watched."""
+        return plan.options.no_repeat_ngram_size > 0
+
+    def edits(self, rows: FilterRows) -> ScoreEdits:
+        """One edit for each earlier occurrence of a row's last n - 1 tokens."""
+        sizes = rows.option("no_repeat_ngram_size")
+        found = [
+            _completions(rows, np.flatnonzero(sizes == size), int(size))
+            for size in np.unique(sizes[sizes > 0])
+        ]
+        return forbid(
+            np.concatenate([part[0] for part in found]), np.concatenate([part[1] for part in found])
+        )
+
+
+def _completions(rows: FilterRows, chosen: Int64Array, size: int) -> tuple[Int64Array, Int64Array]:
+    """Rows among `chosen`, and tokens, that would repeat an n-gram of `size` tokens."""
+    tokens, lengths = rows.tokens[chosen], rows.lengths[chosen]
+    if tokens.shape[1] < size:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, size, axis=1)
+    # Where a row is shorter than size - 1 no window fits and the columns do not matter.
+    columns = np.maximum(lengths[:, None] - (size - 1) + np.arange(size - 1), 0)
+    newest = np.take_along_axis(tokens, columns, axis=1)
+    fits = np.arange(windows.shape[1]) + size <= lengths[:, None]
+    repeated = fits & (windows[:, :, :-1] == newest[:, None]).all(axis=2)
+    found, begins = np.nonzero(repeated)
+    return chosen[found], tokens[found, begins + size - 1]
+
+
+class BadWords:
+    """Forbids the last token of a run of tokens where the row ends with the others."""
+
+    def applies(self, plan: CaptionPlan) -> bool:
+        """Whether words are banned."""
+        return bool(plan.words.bad)
+
+    def edits(self, rows: FilterRows) -> ScoreEdits:
+        """One edit for each run that a row is about to complete."""
+        changed: list[Int64Array] = [np.zeros(0, np.int64)]
+        tokens: list[int] = []
+        for caption, plan in enumerate(rows.plans):
+            own = rows.rows_of(caption)
+            for run in plan.words.bad:
+                # As in transformers, the end of a caption is not a word.
+                if len(run) == 1 and run[0] in rows.special.end:
+                    continue
+                matching = own[_ends_with(rows, own, run[:-1])]
+                changed.append(matching)
+                tokens += [run[-1]] * len(matching)
+        return forbid(np.concatenate(changed), np.array(tokens, np.int64))
+
+
+def _ends_with(rows: FilterRows, chosen: Int64Array, run: tuple[int, ...]) -> BoolArray:
+    """Whether each chosen row ends with `run`, [chosen]."""
+    lengths = rows.lengths[chosen]
+    columns = np.maximum(lengths[:, None] - len(run) + np.arange(len(run)), 0)
+    matches: BoolArray = (rows.tokens[chosen[:, None], columns] == np.array(run, np.int64)).all(
+        axis=1
+    )
+    return matches & (lengths >= len(run))
+
+
+class MinLength:
+    """Forbids the end before a caption has min_length tokens."""
+
+    def applies(self, plan: CaptionPlan) -> bool:
+        """Whether there is a minimum."""
+        return plan.options.min_length > 0
+
+    def edits(self, rows: FilterRows) -> ScoreEdits:
+        """One edit for each end token of each row that is too short."""
+        short = np.flatnonzero(rows.lengths < rows.option("min_length"))
+        return forbid_all(short, rows.special.end)
+
+
+class SuppressTokens:
+    """Forbids given tokens."""
+
+    def applies(self, plan: CaptionPlan) -> bool:
+        """Whether tokens are suppressed."""
+        return bool(plan.options.suppress_tokens)
+
+    def edits(self, rows: FilterRows) -> ScoreEdits:
+        """One edit for each row and token."""
+        return joined(
+            [
+                forbid_all(rows.rows_of(caption), plan.options.suppress_tokens)
+                for caption, plan in enumerate(rows.plans)
+            ]
+        )
+
+
+# What forbids comes last, so that no penalty brings a forbidden token back.
+FILTERS: tuple[LogitFilter, ...] = (
+    RepetitionPenalty(),
+    NoRepeatNgram(),
+    BadWords(),
+    MinLength(),
+    SuppressTokens(),
+)
+
+
+def forbid(rows: Int64Array, tokens: Int64Array) -> ScoreEdits:
+    """Edits that forbid tokens; [edits] both."""
+    return ScoreEdits(rows, tokens, np.full(len(rows), FORBIDDEN, np.float32))
+
+
+def forbid_all(rows: Int64Array, tokens: Sequence[int]) -> ScoreEdits:
+    """Edits that forbid every one of the tokens in every one of the rows."""
+    return forbid(np.repeat(rows, len(tokens)), np.tile(np.array(tokens, np.int64), len(rows)))
+
+
+def joined(parts: Sequence[ScoreEdits]) -> ScoreEdits:
+    """All edits, in their order."""
+    if not parts:
+        return ScoreEdits()
+    return ScoreEdits(
+        np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.factors for part in parts]),
+    )

@@ -1,0 +1,238 @@
+"""What `captioner` and `captioner_stream` have in common: from a request to decoded captions.
+
+`execute` only accepts. A pool of threads has each image preprocessed and encoded by the other
+models, in parallel, so that Triton's dynamic batcher sees them together; the engine thread decodes
+all of them as one batch. Live captions never wait for an image that is being encoded. A thread of
+its own builds and sends the answers, in their order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+from tokenizers import Tokenizer
+
+from captionserve_server.core import tensors
+from captionserve_server.core.bundle import BUNDLE_FILE, TOKENIZER_FILE, Bundle
+from captionserve_server.core.captions import CaptionPlan
+from captionserve_server.core.engine import CaptionEngine, EngineLimits
+from captionserve_server.core.errors import CancelledError, OverloadedError
+from captionserve_server.core.options import DecodingOptions
+from captionserve_server.core.search import Vocabulary
+from captionserve_server.core.step_model import Float32Array
+from captionserve_server.core.words import word_tokens
+from captionserve_server.triton.caption_tensors import CaptionWriter
+from captionserve_server.triton.engine_thread import Audience, Captions, EngineThread
+from captionserve_server.triton.requests import (
+    Array,
+    ModelArguments,
+    Request,
+    call_model,
+    error_response,
+    read,
+    read_required,
+    text_array,
+)
+from captionserve_server.triton.triton_step_model import TritonStepModel
+
+# Each thread waits for one image's preprocessing or encoding; twice the encoder's largest batch
+# keeps a full batch gathering while another one runs.
+_ENCODING_THREADS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionRequest:
+    """One request to the model.
+
+    Attributes:
+        image: an encoded image file.
+        plan: how to decode.
+        nonce: sets the request apart from others that are alike; None when it was left out.
+        caller: who asked.
+    """
+
+    image: bytes
+    plan: CaptionPlan
+    nonce: int | None
+    caller: Caller
+
+
+class Caller:
+    """Who sent a request and waits for its answer."""
+
+    def __init__(self, request: Request) -> None:
+        """Take the answer's way back and the time allowed from the request."""
+        self._sender = request.get_response_sender()
+        # Microseconds; 0 where the request has no limit of its own.
+        allowed = request.timeout()
+        self.deadline = time.monotonic() + allowed / 1e6 if allowed else float("inf")
+        self.request_id = str(request.request_id())
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether the caller has cancelled, or its connection's deadline has passed."""
+        return bool(self._sender.is_cancelled())
+
+    @property
+    def waits(self) -> bool:
+        """Whether the caller is there and has time left."""
+        return not self.has_gone and time.monotonic() < self.deadline
+
+    def send(self, part: Any) -> None:
+        """Send one of several responses."""
+        self._sender.send(part)
+
+    def finish(self, answer: Any) -> None:
+        """Send the last response."""
+        self._sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+class CaptionModel(ABC):
+    """A Triton model that captions images; subclasses say how they answer."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the bundle and the tokenizer, and start the engine."""
+        arguments = ModelArguments(args)
+        folder = Path(arguments.repository) / str(arguments.version)
+        self._version = arguments.version
+        self._bundle = Bundle.from_json((folder / BUNDLE_FILE).read_text())
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        self._writer = CaptionWriter(self._bundle, self._tokenizer.decode)
+        self._room = _Room(arguments.number("max_requests"))
+        self._encoding = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encoding")
+        self._answering = ThreadPoolExecutor(1, thread_name_prefix="answering")
+        self._engine = EngineThread(
+            CaptionEngine(
+                TritonStepModel(arguments.name, self._version),
+                Vocabulary(self._bundle.special, self._bundle.geometry.vocabulary_size),
+                EngineLimits(
+                    max_rows=arguments.number("max_rows"),
+                    max_entries=arguments.number("max_entries"),
+                    max_admissions=arguments.number("max_admissions"),
+                ),
+            ),
+            pb_utils.Logger.log_error,
+        )
+
+    def execute(self, requests: list[Request]) -> None:
+        """Accept the requests; they are answered later, through their response senders."""
+        for request in requests:
+            caller = Caller(request)
+            try:
+                accepted = self._read(request, caller)
+                self._room.enter()
+            except Exception as error:  # Whatever goes wrong is this request's answer.
+                caller.finish(error_response(error))
+                continue
+            self._accept(accepted)
+
+    def finalize(self) -> None:
+        """Stop taking work in and end the threads."""
+        self._encoding.shutdown(cancel_futures=True)
+        self._engine.close()
+        self._answering.shutdown()
+
+    @abstractmethod
+    def _accept(self, request: CaptionRequest) -> None:
+        """Begin to answer a request; `_leave` when it is answered."""
+
+    @abstractmethod
+    def _check(self, options: DecodingOptions, nonce: int | None) -> None:
+        """Refuse what this model cannot answer; raises an InvalidRequestError."""
+
+    def _caption(
+        self, request: CaptionRequest, audience: Audience, then: Callable[[Future[Captions]], None]
+    ) -> None:
+        """Encode and decode an image for its audience; `then` is called with the captions."""
+        self._encoding.submit(self._encode_and_decode, request, audience, then)
+
+    def _encode_and_decode(
+        self, request: CaptionRequest, audience: Audience, then: Callable[[Future[Captions]], None]
+    ) -> None:
+        try:
+            if audience.has_gone:
+                raise CancelledError("the caller has gone")
+            future = self._engine.submit(self._encode(request.image), request.plan, audience)
+        except Exception as error:  # Whatever goes wrong is this request's answer.
+            future = Future()
+            future.set_exception(error)
+        future.add_done_callback(lambda done: self._answering.submit(then, done))
+
+    def _leave(self, caller: Caller, answer: Any) -> None:
+        """Answer a caller for the last time and make room for the next."""
+        self._room.leave()
+        caller.finish(answer)
+
+    def _read(self, request: Request, caller: Caller) -> CaptionRequest:
+        image = bytes(read_required(request, tensors.IMAGE)[0])
+        given = {
+            name: _plain(array, one=spec.dims == (1,))
+            for name, spec in tensors.OPTION_TENSORS.items()
+            if (array := read(request, spec)) is not None
+        }
+        options = self._bundle.defaults.with_given(given)
+        self._bundle.check(options)
+        nonce = read(request, tensors.NONCE)
+        number = None if nonce is None else int(nonce[0])
+        self._check(options, number)
+        words = word_tokens(options, self._encode_text)
+        return CaptionRequest(image, CaptionPlan(options, words), number, caller)
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _encode(self, image: bytes) -> Float32Array:
+        """The image's encoder states, [image tokens, encoder width]."""
+        inputs = {tensors.IMAGE: text_array(image)}
+        (pixels,) = call_model(tensors.PREPROCESS, self._version, inputs, tensors.PIXELS)
+        (states,) = call_model(
+            tensors.VISION_ENCODER,
+            self._version,
+            {tensors.PIXELS: pixels[None]},
+            tensors.ENCODER_STATES,
+        )
+        first: Float32Array = states[0]
+        return first
+
+    def _answer(self, done: Future[Captions], request: CaptionRequest, request_id: str) -> Any:
+        """The last response: the captions, or what went wrong."""
+        error = done.exception()
+        if isinstance(error, Exception):
+            return error_response(error)
+        return self._writer.response(done.result(), request.plan, request_id)
+
+
+class _Room:
+    """Counts the requests that are in the model."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._inside = 0
+        self._lock = threading.Lock()
+
+    def enter(self) -> None:
+        """Count one more; raises OverloadedError when there is no room."""
+        with self._lock:
+            if self._inside >= self._most:
+                raise OverloadedError("too many requests are waiting")
+            self._inside += 1
+
+    def leave(self) -> None:
+        """Count one less."""
+        with self._lock:
+            self._inside -= 1
+
+
+def _plain(array: Array, *, one: bool) -> Any:
+    """A tensor as a Python value, or as a tuple of them."""
+    values = [value.decode() if isinstance(value, bytes) else value for value in array.tolist()]
+    return values[0] if one else tuple(values)
