@@ -5,14 +5,22 @@ from captionserve._client import CaptionClient
 from captionserve._errors import CaptionError
 from captionserve._images import ImageInput
 from captionserve._options import GenerationOptions
-from captionserve._results import Caption, CaptionResult, FinishReason
+from captionserve._results import (
+    Attention,
+    Caption,
+    CaptionResult,
+    CaptionUpdate,
+    FinishReason,
+)
 
 __all__ = [
     "AsyncCaptionClient",
+    "Attention",
     "Caption",
     "CaptionClient",
     "CaptionError",
     "CaptionResult",
+    "CaptionUpdate",
     "FinishReason",
     "GenerationOptions",
     "ImageInput",

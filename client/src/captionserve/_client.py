@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from types import TracebackType
 
 import grpc
@@ -9,10 +10,16 @@ import grpc
 from captionserve._errors import errors_mapped
 from captionserve._images import ImageInput
 from captionserve._options import GenerationOptions
-from captionserve._results import CaptionResult, from_proto
+from captionserve._results import (
+    CaptionResult,
+    CaptionUpdate,
+    from_proto,
+    update_from_proto,
+)
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
     build_request,
+    build_stream_request,
     channel_options,
     checked_timeout,
 )
@@ -59,8 +66,39 @@ class CaptionClient:
         options: GenerationOptions | None = None,
         *,
         timeout: float | None = None,
+        bypass_cache: bool = False,
     ) -> CaptionResult:
         """Describe one image.
+
+        Args:
+            image: a path, an encoded image as bytes, a binary file object, a PIL image or a uint8
+                array of shape (height, width, 3).
+            options: how to decode; None leaves everything to the server.
+            timeout: seconds the call may take, retries included; None takes the client's.
+            bypass_cache: have the answer computed anew, whatever the server remembers.
+
+        Raises:
+            CaptionError: if the call failed.
+            TypeError: if the image or an option has the wrong type.
+            ValueError: if the image, an option or the timeout cannot be sent.
+            OSError: if the image's file cannot be read.
+        """
+        seconds = self._timeout_seconds if timeout is None else checked_timeout(timeout)
+        request = build_request(image, options, bypass_cache=bypass_cache)
+        with errors_mapped():
+            return from_proto(self._stub.Caption(request, timeout=seconds))
+
+    def caption_stream(
+        self,
+        image: ImageInput,
+        options: GenerationOptions | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Generator[CaptionUpdate, None, None]:
+        """Describe one image and yield the words as they become certain, at last the result.
+
+        The words of greedy search and sampling come one by one, those of beam search when all beams
+        that are left share them. Leaving the loop early ends the work on the server.
 
         Args:
             image: a path, an encoded image as bytes, a binary file object, a PIL image or a uint8
@@ -75,9 +113,14 @@ class CaptionClient:
             OSError: if the image's file cannot be read.
         """
         seconds = self._timeout_seconds if timeout is None else checked_timeout(timeout)
-        request = build_request(image, options)
+        request = build_stream_request(image, options)
         with errors_mapped():
-            return from_proto(self._stub.Caption(request, timeout=seconds))
+            call = self._stub.StreamCaption(request, timeout=seconds)
+            try:
+                for response in call:
+                    yield update_from_proto(response)
+            finally:
+                call.cancel()
 
     def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""

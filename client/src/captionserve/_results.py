@@ -15,6 +15,8 @@ class FinishReason(str, enum.Enum):
     """The end token was produced."""
     LENGTH = "length"
     """max_length was reached."""
+    DEADLINE = "deadline"
+    """The deadline came first, and allow_partial was set."""
     UNKNOWN = "unknown"
     """The server gave no reason that this client knows."""
 
@@ -24,7 +26,35 @@ class FinishReason(str, enum.Enum):
 _FINISH_REASONS: dict[int, FinishReason] = {
     caption_pb2.FINISH_REASON_EOS: FinishReason.EOS,
     caption_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    caption_pb2.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Where in the image each token looked: cross-attention over the grid of patches.
+
+    Attributes:
+        rows: rows of the grid.
+        cols: columns of the grid.
+        values: [tokens, rows, cols] flattened in that order; a token's values sum to at most 1.
+    """
+
+    rows: int
+    cols: int
+    values: tuple[float, ...]
+
+    def grid(self, token: int) -> list[list[float]]:
+        """One token's values as rows of columns.
+
+        Raises:
+            IndexError: if there is no such token.
+        """
+        size = self.rows * self.cols
+        if not 0 <= token < len(self.values) // size:
+            raise IndexError(f"there is no token {token}")
+        begins = range(token * size, (token + 1) * size, self.cols)
+        return [list(self.values[begin : begin + self.cols]) for begin in begins]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +68,10 @@ class Caption:
             token if it was produced.
         token_logprobs: natural log-probability of each token of token_ids.
         finish_reason: why the caption ended.
+        token_texts: each token's part of the text; empty for special tokens.
+        confidence: how far the caption can be relied on, 0 to 1.
+        degenerate: whether it looks broken: it runs in circles, or ends within a word.
+        attention: where each token looked; None unless output_attentions was set.
     """
 
     text: str
@@ -45,6 +79,10 @@ class Caption:
     token_ids: tuple[int, ...]
     token_logprobs: tuple[float, ...]
     finish_reason: FinishReason
+    token_texts: tuple[str, ...]
+    confidence: float
+    degenerate: bool
+    attention: Attention | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +92,12 @@ class CaptionResult:
     Attributes:
         captions: at least one, best first.
         model_version: the version of the model that answered.
+        cached: whether the answer was there already, or was computed for an identical request.
     """
 
     captions: tuple[Caption, ...]
     model_version: int
+    cached: bool
 
     @property
     def text(self) -> str:
@@ -70,7 +110,30 @@ def from_proto(response: caption_pb2.CaptionResponse) -> CaptionResult:
     return CaptionResult(
         captions=tuple(_caption(message) for message in response.captions),
         model_version=response.model_version,
+        cached=response.cached,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionUpdate:
+    """What has become known of a caption that is being decoded.
+
+    Attributes:
+        text: the text that follows that of the last update; all of them together are the caption.
+        token_ids: its tokens.
+        result: the whole result; only in the last update, which has no text of its own.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    result: CaptionResult | None
+
+
+def update_from_proto(response: caption_pb2.StreamCaptionResponse) -> CaptionUpdate:
+    """Read one message of a stream."""
+    if response.WhichOneof("update") == "response":
+        return CaptionUpdate("", (), from_proto(response.response))
+    return CaptionUpdate(response.part.text, tuple(response.part.token_ids), None)
 
 
 def _caption(message: caption_pb2.Caption) -> Caption:
@@ -80,4 +143,15 @@ def _caption(message: caption_pb2.Caption) -> Caption:
         token_ids=tuple(message.token_ids),
         token_logprobs=tuple(message.token_logprobs),
         finish_reason=_FINISH_REASONS.get(message.finish_reason, FinishReason.UNKNOWN),
+        token_texts=tuple(message.token_texts),
+        confidence=message.confidence,
+        degenerate=message.degenerate,
+        attention=_attention(message),
     )
+
+
+def _attention(message: caption_pb2.Caption) -> Attention | None:
+    if not message.HasField("attention"):
+        return None
+    attention = message.attention
+    return Attention(attention.rows, attention.cols, tuple(attention.values))

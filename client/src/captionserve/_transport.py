@@ -64,10 +64,18 @@ def checked_timeout(seconds: float) -> float:
 
 
 def build_request(
-    image: ImageInput, options: GenerationOptions | None
+    image: ImageInput, options: GenerationOptions | None, *, bypass_cache: bool = False
 ) -> caption_pb2.CaptionRequest:
     """Read and encode the image and put the options beside it; raises as `encode_image` does."""
     return caption_pb2.CaptionRequest(
         image=caption_pb2.Image(encoded=encode_image(image)),
         options=None if options is None else to_proto(options),
+        bypass_cache=bypass_cache,
     )
+
+
+def build_stream_request(
+    image: ImageInput, options: GenerationOptions | None
+) -> caption_pb2.StreamCaptionRequest:
+    """The same for a stream."""
+    return caption_pb2.StreamCaptionRequest(request=build_request(image, options))
