@@ -55,7 +55,7 @@ def service_row(client: CaptionClient, in_flight: int) -> Row:
 
     def run(images: Images) -> None:
         with ThreadPoolExecutor(in_flight) as pool:
-            list(pool.map(lambda image: client.caption(image, options), images))
+            list(pool.map(lambda image: client.caption(image, options, bypass_cache=True), images))
 
     return run
 

@@ -121,6 +121,16 @@ class CaptionEngine:
         """Whether there is nothing to do."""
         return not self._waiting and not self._live
 
+    @property
+    def live(self) -> int:
+        """Captions being decoded."""
+        return sum(len(lanes.tasks) for lanes in self._live.values())
+
+    @property
+    def waiting(self) -> int:
+        """Captions that have not found room yet."""
+        return len(self._waiting)
+
     def submit(self, task: CaptionTask) -> None:
         """Queue a caption."""
         self._waiting.append(task)

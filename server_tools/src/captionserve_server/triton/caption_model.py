@@ -33,6 +33,8 @@ from captionserve_server.triton.caption_tensors import CaptionWriter
 from captionserve_server.triton.engine_thread import Audience, Captions, EngineThread
 from captionserve_server.triton.requests import (
     Array,
+    Counter,
+    Gauge,
     ModelArguments,
     Request,
     call_model,
@@ -109,18 +111,17 @@ class CaptionModel(ABC):
         self._room = _Room(arguments.number("max_requests"))
         self._encoding = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encoding")
         self._answering = ThreadPoolExecutor(1, thread_name_prefix="answering")
-        self._engine = EngineThread(
-            CaptionEngine(
-                TritonStepModel(arguments.name, self._version),
-                Vocabulary(self._bundle.special, self._bundle.geometry.vocabulary_size),
-                EngineLimits(
-                    max_rows=arguments.number("max_rows"),
-                    max_entries=arguments.number("max_entries"),
-                    max_admissions=arguments.number("max_admissions"),
-                ),
+        engine = CaptionEngine(
+            TritonStepModel(arguments.name, self._version),
+            Vocabulary(self._bundle.special, self._bundle.geometry.vocabulary_size),
+            EngineLimits(
+                max_rows=arguments.number("max_rows"),
+                max_entries=arguments.number("max_entries"),
+                max_admissions=arguments.number("max_admissions"),
             ),
-            pb_utils.Logger.log_error,
         )
+        metrics = _EngineMetrics(engine, arguments)
+        self._engine = EngineThread(engine, pb_utils.Logger.log_error, metrics.show)
 
     def execute(self, requests: list[Request]) -> None:
         """Accept the requests; they are answered later, through their response senders."""
@@ -209,6 +210,25 @@ class CaptionModel(ABC):
         if isinstance(error, Exception):
             return error_response(error)
         return self._writer.response(done.result(), request.plan, request_id)
+
+
+class _EngineMetrics:
+    """What the engine does, among Triton's metrics."""
+
+    def __init__(self, engine: CaptionEngine, arguments: ModelArguments) -> None:
+        labels = {"model": arguments.name, "version": str(arguments.version)}
+        self._engine = engine
+        self._live = Gauge("captionserve_live_captions", "Captions being decoded.", labels)
+        self._waiting = Gauge("captionserve_waiting_captions", "Captions without a slot.", labels)
+        self._steps = Counter("captionserve_engine_steps_total", "Decoding steps.", labels)
+        self._seconds = Counter("captionserve_engine_seconds_total", "Time spent decoding.", labels)
+
+    def show(self, seconds: float) -> None:
+        """Count a step that took so long."""
+        self._live.set(self._engine.live)
+        self._waiting.set(self._engine.waiting)
+        self._steps.add(1)
+        self._seconds.add(seconds)
 
 
 class _Room:

@@ -11,7 +11,6 @@ from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.detokenise import Decode, caption_text, token_texts
 from captionserve_server.core.quality import is_degenerate
-from captionserve_server.core.step_model import Float32Array
 from captionserve_server.core.tensors import TensorSpec
 from captionserve_server.triton.requests import Array, response, text_array
 

@@ -12,6 +12,7 @@ Each is done for an OWNER, whose slots nobody else reaches; see core/slot_owners
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ from captionserve_server.core.step_model import (
 )
 from captionserve_server.core.tensors import TensorSpec
 from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.runtime.timed_graph import TimedGraph
 from captionserve_server.triton.requests import (
     Array,
+    Counter,
     Gauge,
     ModelArguments,
     Request,
@@ -51,6 +54,13 @@ PREFILL = "PREFILL"
 STEP = "STEP"
 FREE = "FREE"
 
+# By their names in DecoderGraphs.
+_GRAPH_FILES = {
+    "prefill": PREFILL_GRAPH_FILE,
+    "step": STEP_GRAPH_FILE,
+    "top": TOP_GRAPH_FILE,
+}
+
 
 class TritonPythonModel:
     """StepModels behind Triton's interface, one for each owner."""
@@ -61,12 +71,11 @@ class TritonPythonModel:
         folder = Path(arguments.repository) / str(arguments.version)
         geometry = Bundle.from_json((folder / BUNDLE_FILE).read_text()).geometry
         threads = arguments.number("intra_op_thread_count")
-        graphs = DecoderGraphs(
-            *(
-                OnnxGraph(folder / name, threads=threads)
-                for name in (PREFILL_GRAPH_FILE, STEP_GRAPH_FILE, TOP_GRAPH_FILE)
-            )
-        )
+        timed = {
+            role: TimedGraph(OnnxGraph(folder / name, threads=threads))
+            for role, name in _GRAPH_FILES.items()
+        }
+        graphs = DecoderGraphs(**timed)
         capacity = arguments.number("slots")
         self._owners = SlotOwners(
             lambda: GraphStepModel(graphs, geometry, capacity),
@@ -75,7 +84,7 @@ class TritonPythonModel:
             clock=time.monotonic,
         )
         _warm_up(GraphStepModel(graphs, geometry, 1), geometry.image_tokens, geometry.encoder_width)
-        self._gauges = _SlotGauges(arguments.version, capacity)
+        self._metrics = _Metrics(arguments.version, capacity, timed)
         self._operations = {PREFILL: self._prefill, STEP: self._step, FREE: self._free}
 
     def execute(self, requests: list[Request]) -> list[Any]:
@@ -89,7 +98,7 @@ class TritonPythonModel:
                 raise InvalidRequestError(f"OPERATION must be one of {', '.join(self._operations)}")
             memory = self._owners.memory_of(_text(request, tensors.OWNER))
             answer = self._operations[name](memory, request)
-            self._gauges.show(self._owners.memories)
+            self._metrics.show(self._owners.memories)
             return answer
         except Exception as error:  # Whatever goes wrong is this request's answer.
             return error_response(error)
@@ -109,10 +118,10 @@ class TritonPythonModel:
         return response({})
 
 
-class _SlotGauges:
-    """The slots' use among Triton's metrics."""
+class _Metrics:
+    """The slots' use and the graphs' time among Triton's metrics."""
 
-    def __init__(self, version: int, capacity: int) -> None:
+    def __init__(self, version: int, capacity: int, graphs: Mapping[str, TimedGraph]) -> None:
         labels = {"version": str(version)}
         self._capacity = Gauge(
             "captionserve_slots", "Captions that can be decoded at once.", labels
@@ -122,12 +131,21 @@ class _SlotGauges:
         self._bytes = Gauge(
             "captionserve_slot_bytes_used", "Memory of the keys and values in use.", labels
         )
+        self._seconds = [
+            (
+                graph,
+                Counter(f"captionserve_{name}_seconds_total", f"Time in the {name} graph.", labels),
+            )
+            for name, graph in graphs.items()
+        ]
         self.show([])
 
     def show(self, memories: list[GraphStepModel]) -> None:
-        """Set the gauges to what the memories hold now."""
+        """Show what the memories hold now, and how long the graphs have run."""
         self._used.set(sum(memory.slots_used for memory in memories))
         self._bytes.set(sum(memory.bytes_used for memory in memories))
+        for graph, counter in self._seconds:
+            counter.raise_to(graph.seconds)
 
 
 def step_tensors(batch: StepBatch) -> dict[TensorSpec, Array]:

@@ -56,10 +56,22 @@ class _Submission:
 class EngineThread:
     """Runs a CaptionEngine for many submitters."""
 
-    def __init__(self, engine: CaptionEngine, log_error: Callable[[str], None]) -> None:
-        """Start the thread; `log_error` is told of failures of the model."""
+    def __init__(
+        self,
+        engine: CaptionEngine,
+        log_error: Callable[[str], None],
+        after_step: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            engine: what it drives.
+            log_error: told of failures of the model.
+            after_step: told how long each round took, from waking to the last answer handed over.
+        """
         self._engine = engine
         self._log_error = log_error
+        self._after_step = after_step
         self._arrived: list[_Submission] = []
         self._under_way: dict[Hashable, _Submission] = {}
         self._wake = threading.Condition()
@@ -102,12 +114,14 @@ class EngineThread:
 
     def _run(self) -> None:
         while self._take_arrived():
+            begin = time.perf_counter()
             try:
                 self._let_go()
                 self._step()
             except Exception as error:  # The model failed, not a request: nobody else may hang.
                 self._log_error(f"decoding failed: {type(error).__name__}: {error}")
                 self._fail_all(error)
+            self._after_step(time.perf_counter() - begin)
         self._fail_all(ModelUnavailableError("the server is shutting down"))
 
     def _take_arrived(self) -> bool:

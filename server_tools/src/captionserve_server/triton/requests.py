@@ -133,7 +133,7 @@ def _output(answer: Any, spec: TensorSpec) -> Array:
 
 
 class Gauge:
-    """A gauge among Triton's metrics."""
+    """A value among Triton's metrics that goes up and down."""
 
     def __init__(self, name: str, description: str, labels: Mapping[str, str]) -> None:
         """Add it to Triton's metrics."""
@@ -146,6 +146,27 @@ class Gauge:
     def set(self, value: float) -> None:
         """Show the present value."""
         self._metric.set(value)
+
+
+class Counter:
+    """A value among Triton's metrics that only goes up."""
+
+    def __init__(self, name: str, description: str, labels: Mapping[str, str]) -> None:
+        """Add it to Triton's metrics, at zero."""
+        self._family = pb_utils.MetricFamily(
+            name=name, description=description, kind=pb_utils.MetricFamily.COUNTER
+        )
+        self._metric = self._family.Metric(labels=dict(labels))
+        self._shown = 0.0
+
+    def add(self, amount: float) -> None:
+        """Go up by `amount`."""
+        self._metric.increment(amount)
+
+    def raise_to(self, total: float) -> None:
+        """Go up to `total`."""
+        self.add(total - self._shown)
+        self._shown = total
 
 
 def text_array(*texts: str | bytes) -> Array:

@@ -12,6 +12,7 @@ from captionserve_server.core.search.base import (
     Choices,
     Search,
     Vocabulary,
+    is_one_of,
     length_penalised,
     shared_beginning,
 )
@@ -58,7 +59,13 @@ class Limits:
 
     def lanes(self, index: Int64Array) -> Limits:
         """Those of the lanes at `index`."""
-        return Limits(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
+        return Limits(
+            self.given[index],
+            self.longest[index],
+            self.length_penalty[index],
+            self.stops_when_full[index],
+            self.hopes_for_longest[index],
+        )
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,7 @@ class BeamSearch(Search):
         """Begin without lanes; `rows` beams in `groups` groups of equal size."""
         super().__init__(vocabulary, rows)
         self._groups = [self._new_group(rows // groups) for _ in range(groups)]
+        self._note_options()
 
     def join(self, plan: CaptionPlan) -> None:
         """Take a caption in, as the last lane."""
@@ -223,6 +231,10 @@ class BeamSearch(Search):
                 lengths.append(hypotheses.lengths[lane, chosen] - self._given[lane])
         return shared_beginning(np.concatenate(rows), np.concatenate(lengths))
 
+    def _note_options(self) -> None:
+        super()._note_options()
+        self._obeyed = Limits.of(self._plans, self._given, self._limits)
+
     def _new_group(self, beams: int) -> BeamGroup:
         return BeamGroup(beams)
 
@@ -261,7 +273,7 @@ class BeamSearch(Search):
         )
 
     def _extend(self, choices: Choices, probe_logprobs: Float32Array) -> None:
-        limits = Limits.of(self._plans, self._given, self._limits)
+        limits = self._obeyed
         taken = np.zeros((len(choices.lanes), 0), np.int64)
         for number, group in enumerate(self._groups):
             own = slice(number * group.beams, (number + 1) * group.beams)
@@ -359,7 +371,7 @@ def extended(
     np.put_along_axis(result.logprobs, columns, logprobs[:, :, None], axis=2)
     np.put_along_axis(result.origins, columns, origins[:, :, None], axis=2)
     result.lengths += 1
-    result.ended = np.isin(tokens, ends) | (result.lengths >= longest[:, None])
+    result.ended = is_one_of(tokens, ends) | (result.lengths >= longest[:, None])
     return result
 
 

@@ -97,7 +97,10 @@ class Hypotheses:
         )
 
     def _arrays(self) -> list[tuple[str, NDArray[Any]]]:
-        return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        return [(name, getattr(self, name)) for name in _NAMES]
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(Hypotheses))
 
 
 def best(scores: Float32Array, count: int) -> Int64Array:
