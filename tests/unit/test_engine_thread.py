@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from captionserve_server.core.engine import CaptionEngine
-from captionserve_server.core.errors import CancelledError, ModelFaultError, ModelUnavailableError
+from captionserve_server.core.captions import CaptionPlan, SpecialTokens
+from captionserve_server.core.engine import CaptionEngine, EngineLimits
+from captionserve_server.core.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    ModelFaultError,
+    ModelUnavailableError,
+)
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.search import SpecialTokens
-from captionserve_server.core.step_model import Candidates, Float32Array, StepBatch
+from captionserve_server.core.search import Vocabulary
+from captionserve_server.core.step_model import Float32Array, StepAnswer, StepBatch
 from captionserve_server.triton.engine_thread import EngineThread
 
-from tests.unit.fake_step_model import END, START, FakeStepModel
+from tests.unit.fake_step_model import END, START, VOCABULARY_SIZE, FakeStepModel
 
 WAIT_SECONDS = 30.0
-OPTIONS = DecodingOptions(num_beams=2, max_length=8)
+PLAN = CaptionPlan(DecodingOptions(num_beams=2, max_length=8))
+PARTIAL = CaptionPlan(DecodingOptions(num_beams=2, max_length=8, allow_partial=True))
+LIMITS = EngineLimits(max_rows=8)
 
 
 class HeldModel(FakeStepModel):
@@ -30,7 +40,7 @@ class HeldModel(FakeStepModel):
         self.stepping = threading.Event()
         self.failing = False
 
-    def step(self, batch: StepBatch) -> Candidates:
+    def step(self, batch: StepBatch) -> StepAnswer:
         self.stepping.set()
         assert self.may_step.wait(WAIT_SECONDS)
         if self.failing:
@@ -44,7 +54,9 @@ class Setup:
     def __init__(self) -> None:
         self.model = HeldModel()
         self.log: list[str] = []
-        engine = CaptionEngine(self.model, SpecialTokens(START, (END,)), max_rows=8)
+        engine = CaptionEngine(
+            self.model, Vocabulary(SpecialTokens(START, (END,)), VOCABULARY_SIZE), LIMITS
+        )
         self.thread = EngineThread(engine, self.log.append)
 
 
@@ -60,8 +72,20 @@ def states(image: int) -> Float32Array:
     return np.full((2, 3), image, np.float32)
 
 
-def stays() -> bool:
-    return False
+class Audience:
+    """Who waits, for as long as a test says."""
+
+    def __init__(self, deadline: float = math.inf) -> None:
+        self.gone = threading.Event()
+        self.deadline = deadline
+        self.heard: list[tuple[int, ...]] = []
+
+    @property
+    def has_gone(self) -> bool:
+        return self.gone.is_set()
+
+    def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
+        self.heard.append(certain_tokens())
 
 
 def test_many_submitters_get_each_their_own(setup: Setup) -> None:
@@ -69,7 +93,7 @@ def test_many_submitters_get_each_their_own(setup: Setup) -> None:
     with ThreadPoolExecutor(16) as pool:
         futures = list(
             pool.map(
-                lambda image: setup.thread.submit(states(image % 8), OPTIONS, stays), range(64)
+                lambda image: setup.thread.submit(states(image % 8), PLAN, Audience()), range(64)
             )
         )
     results = [future.result(WAIT_SECONDS) for future in futures]
@@ -79,11 +103,11 @@ def test_many_submitters_get_each_their_own(setup: Setup) -> None:
 
 
 def test_a_caller_that_has_gone_frees_its_slot_and_nobody_else_notices(setup: Setup) -> None:
-    gone = threading.Event()
-    leaving = setup.thread.submit(states(1), OPTIONS, gone.is_set)
-    staying = setup.thread.submit(states(2), OPTIONS, stays)
+    audience = Audience()
+    leaving = setup.thread.submit(states(1), PLAN, audience)
+    staying = setup.thread.submit(states(2), PLAN, Audience())
     assert setup.model.stepping.wait(WAIT_SECONDS)
-    gone.set()
+    audience.gone.set()
     setup.model.may_step.set()
 
     with pytest.raises(CancelledError):
@@ -94,20 +118,20 @@ def test_a_caller_that_has_gone_frees_its_slot_and_nobody_else_notices(setup: Se
 
 def test_a_model_that_fails_fails_who_is_under_way_and_serves_the_next(setup: Setup) -> None:
     setup.model.failing = True
-    failing = setup.thread.submit(states(1), OPTIONS, stays)
+    failing = setup.thread.submit(states(1), PLAN, Audience())
     setup.model.may_step.set()
     with pytest.raises(ModelFaultError):
         failing.result(WAIT_SECONDS)
     assert setup.log
 
     setup.model.failing = False
-    assert setup.thread.submit(states(1), OPTIONS, stays).result(WAIT_SECONDS)
+    assert setup.thread.submit(states(1), PLAN, Audience()).result(WAIT_SECONDS)
     assert setup.model.histories == {}
 
 
 def test_closing_fails_who_is_under_way_and_refuses_the_next() -> None:
     setup = Setup()
-    waiting = setup.thread.submit(states(1), OPTIONS, stays)
+    waiting = setup.thread.submit(states(1), PLAN, Audience())
     assert setup.model.stepping.wait(WAIT_SECONDS)
     closer = threading.Thread(target=setup.thread.close)
     closer.start()
@@ -117,4 +141,44 @@ def test_closing_fails_who_is_under_way_and_refuses_the_next() -> None:
     with pytest.raises(ModelUnavailableError):
         waiting.result(WAIT_SECONDS)
     with pytest.raises(ModelUnavailableError):
-        setup.thread.submit(states(1), OPTIONS, stays)
+        setup.thread.submit(states(1), PLAN, Audience())
+
+
+def test_the_deadline_ends_a_caption_between_steps(setup: Setup) -> None:
+    late = setup.thread.submit(states(1), PLAN, Audience(deadline=time.monotonic()))
+    staying = setup.thread.submit(states(2), PLAN, Audience())
+    setup.model.may_step.set()
+
+    with pytest.raises(DeadlineExceededError):
+        late.result(WAIT_SECONDS)
+    assert staying.result(WAIT_SECONDS)
+    assert setup.model.histories == {}
+
+
+def test_the_deadline_gives_the_best_so_far_to_who_allows_it(setup: Setup) -> None:
+    audience = Audience()
+    partial = setup.thread.submit(states(1), PARTIAL, audience)
+    assert setup.model.stepping.wait(WAIT_SECONDS)
+    audience.deadline = time.monotonic()
+    setup.model.may_step.set()
+
+    (caption,) = partial.result(WAIT_SECONDS)
+    assert caption.finish_reason == "deadline"
+    assert len(caption.token_ids) == 1
+    assert setup.model.histories == {}
+
+
+def test_nothing_so_far_is_an_error_also_for_who_allows_partial_captions(setup: Setup) -> None:
+    setup.model.may_step.set()
+    late = setup.thread.submit(states(1), PARTIAL, Audience(deadline=time.monotonic()))
+    with pytest.raises(DeadlineExceededError):
+        late.result(WAIT_SECONDS)
+
+
+def test_the_audience_hears_after_each_step_what_is_certain(setup: Setup) -> None:
+    setup.model.may_step.set()
+    audience = Audience()
+    plan = CaptionPlan(DecodingOptions(max_length=8))
+    (caption,) = setup.thread.submit(states(1), plan, audience).result(WAIT_SECONDS)
+    steps = range(1, len(caption.token_ids))
+    assert audience.heard == [caption.token_ids[:step] for step in steps]

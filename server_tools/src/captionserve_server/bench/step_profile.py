@@ -2,10 +2,11 @@
 
     python -m captionserve_server.bench.step_profile --model-repository DIR [--json FILE]
 
-Serves a model repository, keeps a number of captions decoding at once, and reads from Triton's
-metrics how long the engine's steps took and how much of that ONNX Runtime ran. What is left is
-ours: BLS and its transport, numpy, scheduling. Only time in which exactly that many captions were
-live is counted.
+Serves a model repository with room for a number of captions, keeps more than that in flight, and
+reads from Triton's metrics how long the engine's steps took and how much of that ONNX Runtime ran.
+What is left is ours: BLS and its transport, numpy, scheduling. Only time in which captions waited
+for room is counted: then the batch is full, leavers are replaced at once, and newcomers are encoded
+and prefilled as they are in service.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import statistics
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -27,18 +30,22 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
+from captionserve_server.core.tensors import CAPTIONER
 from captionserve_server.serving.launch import launched_service
 
 _TIMEOUT_SECONDS = 600.0
 _POLL_SECONDS = 0.05
 _GRAPHS = ("prefill", "step", "top")
-# A window shorter than this many steps is not worth a line.
-_FEWEST_STEPS = 5
+# Steps of one window; a window is one sample of the median.
+_WINDOW_STEPS = 20
+# Captions in flight, and captions in all, for each that is live.
+_IN_FLIGHT = 2
+_IN_ALL = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A time in which the same number of captions was live.
+    """A time in which the batch was full.
 
     Attributes:
         steps: decoding steps in it.
@@ -84,57 +91,68 @@ def read_metrics(address: str) -> _Reading:
 
 
 def measure(metrics_address: str, client: CaptionClient, live: int, tokens: int) -> list[Window]:
-    """Caption `live` images at once with 4 beams; the windows in which all of them were live."""
+    """Caption many images with 4 beams, `live` at once; the windows in which others waited."""
     options = GenerationOptions(num_beams=4, min_length=tokens, max_length=tokens)
+    windows: list[Window] = []
     with _captioning(client, options, live) as futures:
-        windows: list[Window] = []
         first: _Reading | None = None
-        last: _Reading | None = None
         while not all(future.done() for future in futures):
             reading = read_metrics(metrics_address)
-            if reading.live == live:
-                first, last = first or reading, reading
-            elif first is not None and last is not None:
-                windows += _window(first, last)
-                first = last = None
+            if not reading.waiting:
+                first = None
+            elif first is None:
+                first = reading
+            elif reading.steps - first.steps >= _WINDOW_STEPS:
+                windows.append(_window(first, reading))
+                first = reading
             time.sleep(_POLL_SECONDS)
     return windows
 
 
-def _window(first: _Reading, last: _Reading) -> list[Window]:
+def _window(first: _Reading, last: _Reading) -> Window:
     steps = last.steps - first.steps
-    if steps < _FEWEST_STEPS:
-        return []
-    return [
-        Window(
-            steps,
-            1e3 * (last.engine_seconds - first.engine_seconds) / steps,
-            1e3 * (last.graph_seconds - first.graph_seconds) / steps,
-        )
-    ]
+    return Window(
+        steps,
+        1e3 * (last.engine_seconds - first.engine_seconds) / steps,
+        1e3 * (last.graph_seconds - first.graph_seconds) / steps,
+    )
 
 
 @contextmanager
 def _captioning(
-    client: CaptionClient, options: GenerationOptions, images: int
+    client: CaptionClient, options: GenerationOptions, live: int
 ) -> Iterator[list[Future[CaptionResult]]]:
-    pixels = np.random.default_rng(0).integers(0, 256, (images, 64, 64, 3), dtype=np.uint8)
-    with ThreadPoolExecutor(images) as pool:
+    shape = (_IN_ALL * live, 64, 64, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    with ThreadPoolExecutor(_IN_FLIGHT * live) as pool:
         yield [pool.submit(client.caption, image, options, bypass_cache=True) for image in pixels]
 
 
-def profile(repository: Path, live: int, tokens: int, rounds: int) -> list[Window]:
-    """Serve a model repository and measure it `rounds` times, after a round to warm up."""
+@contextmanager
+def _with_room_for(repository: Path, live: int) -> Iterator[Path]:
+    """The same model repository, with room in its captioner for `live` captions of 4 beams."""
+    with tempfile.TemporaryDirectory(prefix="captionserve-profile-") as name:
+        folder = Path(name)
+        for model in repository.iterdir():
+            (folder / model.name).mkdir()
+            for entry in model.iterdir():
+                (folder / model.name / entry.name).symlink_to(entry.resolve())
+        config = folder / CAPTIONER.name / "config.pbtxt"
+        text = config.read_text()
+        config.unlink()
+        limited = f'"max_rows" value {{ string_value: "{4 * live}" }}'
+        config.write_text(re.sub(r'"max_rows" value { string_value: "\d+" }', limited, text))
+        yield folder
+
+
+def profile(repository: Path, live: int, tokens: int) -> list[Window]:
+    """Serve a model repository and measure it."""
     with (
-        launched_service(repository) as service,
+        _with_room_for(repository, live) as limited,
+        launched_service(limited) as service,
         CaptionClient(service.grpc, timeout=_TIMEOUT_SECONDS) as client,
     ):
-        measure(service.triton_metrics, client, live, tokens)
-        return [
-            window
-            for _ in range(rounds)
-            for window in measure(service.triton_metrics, client, live, tokens)
-        ]
+        return measure(service.triton_metrics, client, live, tokens)
 
 
 def _table(windows: list[Window], live: int) -> Table:
@@ -157,15 +175,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model-repository", type=Path, required=True)
     parser.add_argument("--live", type=int, default=16, help="captions decoded at once")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens of each caption")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of each caption")
     parser.add_argument("--json", type=Path, help="file to write the windows to")
     arguments = parser.parse_args()
-    windows = profile(
-        arguments.model_repository, arguments.live, arguments.tokens, arguments.rounds
-    )
+    windows = profile(arguments.model_repository, arguments.live, arguments.tokens)
     if not windows:
-        raise SystemExit("no time in which all captions were live; give them more tokens")
+        raise SystemExit("captions never waited for room")
     Console().print(_table(windows, arguments.live))
     if arguments.json:
         values = [dataclasses.asdict(window) | {"ours": window.ours} for window in windows]

@@ -89,7 +89,12 @@ class DecodingOptions:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be decoded, all fields at once."""
-        _raise_if_any(_contradictions(self) | _range_violations(self))
+        violations = _range_violations(self)
+        for pair in _contradictions(self):
+            # A field that is out of range contradicts others in no way worth telling.
+            if not violations.keys() & pair.keys():
+                violations |= pair
+        _raise_if_any(violations)
 
     @property
     def rows(self) -> int:
@@ -174,19 +179,15 @@ def _text_violations(options: DecodingOptions) -> Iterator[tuple[str, str]]:
         yield "prefix", f"must be at most {MAX_PREFIX_CHARACTERS} characters"
 
 
-def _contradictions(options: DecodingOptions) -> dict[str, str]:
-    """Pairs of fields, each fine alone, that cannot be followed together."""
-    return {
-        name: text
-        for pair in (
-            _return_sequences(options),
-            _groups(options),
-            _forced(options),
-            _lengths(options),
-            _size(options),
-        )
-        for name, text in pair.items()
-    }
+def _contradictions(options: DecodingOptions) -> list[dict[str, str]]:
+    """Groups of fields, each fine alone, that cannot be followed together."""
+    return [
+        _return_sequences(options),
+        _groups(options),
+        _forced(options),
+        _lengths(options),
+        _size(options),
+    ]
 
 
 def _return_sequences(options: DecodingOptions) -> dict[str, str]:
