@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test lint format generate evaluate train-demo bench clean
+.PHONY: setup demo test lint format generate evaluate calibrate train-demo soak profile bench clean
 
 setup: $(VENV)/installed
 
@@ -40,8 +40,21 @@ generate: setup  ## Regenerate the gRPC code from proto/.
 evaluate: setup  ## Accuracy of the demo checkpoint on held-out scenes, through the whole stack.
 	$(BIN)/captionserve evaluate --checkpoint demo/checkpoint
 
+calibrate: setup  ## The demo checkpoint's confidences, fitted and measured on held-out scenes.
+	$(BIN)/captionserve calibrate --checkpoint demo/checkpoint --output demo/checkpoint/confidence.json
+
 train-demo: setup  ## Train the demo checkpoint anew; takes most of an hour on 2 cores.
 	$(BIN)/python -m captionserve_server.demo.train --output build/demo-checkpoint
+
+soak: setup  ## 2,000 mixed requests, a third given up; everything must be back where it was.
+	$(BIN)/python -m pytest tests/faults/test_soak.py --soak-requests 2000 \
+		--log-cli-level INFO
+
+profile: setup  ## Where a decoding step's time goes, on the full-size model with random weights.
+	$(BIN)/captionserve make-checkpoint build/full-size
+	$(BIN)/captionserve export build/full-size --output build/full-size-repository
+	$(BIN)/python -m captionserve_server.bench.step_profile \
+		--model-repository build/full-size-repository --json docs/measurements/step-fp32.json
 
 bench: setup  ## The service against transformers' generate(), on the demo checkpoint.
 	$(BIN)/python -m captionserve_server.bench.throughput

@@ -21,6 +21,13 @@ DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 CHECKPOINT_NAMES = (*RANDOM_CHECKPOINTS, DEMO)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make soak` ask for more."""
+    parser.addoption(
+        "--soak-requests", type=int, default=400, help="requests of tests/faults/test_soak.py"
+    )
+
+
 @pytest.fixture(scope="session")
 def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Checkpoint name to its folder; random ones are made when first asked for."""

@@ -57,7 +57,10 @@ def test_json_is_for_scripts(service: Callable[[str], ReadyReport], tmp_path: Pa
     assert process.returncode == 5
     good, refused, missing = json.loads(process.stdout)
     assert [set(caption) for caption in good["captions"]] == [
-        {"text", "score", "token_ids", "token_logprobs", "finish_reason"}
+        {
+            *("text", "score", "token_ids", "token_logprobs", "token_texts"),
+            *("finish_reason", "confidence", "degenerate"),
+        }
     ] * 2
     assert refused["error"]["reason"] == "UNSUPPORTED_IMAGE_FORMAT"
     assert missing["error"]["reason"] == "UNREADABLE"

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.quality import Calibration
 from captionserve_server.export import checkpoint as checkpoint_module
 from captionserve_server.export import repository as repository_module
 from captionserve_server.export.checkpoint import (
@@ -20,6 +22,7 @@ from captionserve_server.export.checkpoint import (
 from captionserve_server.export.onnx_export import export_step
 from captionserve_server.export.repository import export_checkpoint
 from captionserve_server.export.verify import GraphMismatchError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 
@@ -122,6 +125,24 @@ def test_the_bundle_carries_the_checkpoints_own_defaults(
     assert (bundle.defaults.num_beams, bundle.defaults.max_length) == (3, 12)
 
 
+def test_the_bundle_carries_the_checkpoints_calibration(checkpoint: Path) -> None:
+    assert load_checkpoint(str(checkpoint)).bundle.calibration == Calibration()
+    calibration = Calibration(slope=0.8, intercept=-4.5)
+    (checkpoint / "confidence.json").write_text(calibration.to_json())
+    bundle = load_checkpoint(str(checkpoint)).bundle
+    assert bundle.calibration == calibration
+    assert Bundle.from_json(bundle.to_json()) == bundle
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b'{"slope": -1.0, "intercept": 0.0}', b'{"slope": "steep"}', b"\xff"]
+)
+def test_a_malformed_calibration_is_refused_by_name(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "confidence.json").write_bytes(content)
+    with pytest.raises(UnsupportedCheckpointError, match=r"confidence\.json"):
+        load_checkpoint(str(checkpoint))
+
+
 @pytest.mark.parametrize(("value", "name"), [(True, "true"), (False, "false"), ("never", "never")])
 def test_early_stopping_has_its_three_forms(value: bool | str, name: str) -> None:
     assert early_stopping_name(value) == name
@@ -135,6 +156,25 @@ def test_a_checkpoint_may_be_a_hub_id(
     monkeypatch.setattr(checkpoint_module, "hf_hub_download", lambda _, name: folder / name)
     assert checkpoint_module._load_config("someone/a-captioner").decoder.n_layer == 3
     assert checkpoint_module._load_preprocessor("someone/a-captioner").height == 32
+
+
+def test_a_hub_checkpoint_may_have_a_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = Calibration(slope=0.8, intercept=-4.5)
+    (tmp_path / "confidence.json").write_text(calibration.to_json())
+    monkeypatch.setattr(checkpoint_module, "hf_hub_download", lambda _, name: tmp_path / name)
+    assert checkpoint_module._load_calibration("someone/a-captioner") == calibration
+
+
+def test_a_cached_hub_checkpoint_without_calibration_loads_offline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offline(_: str, name: str) -> str:
+        raise LocalEntryNotFoundError(f"no network, and {name} is not in the cache")
+
+    monkeypatch.setattr(checkpoint_module, "hf_hub_download", offline)
+    assert checkpoint_module._load_calibration("someone/a-captioner") == Calibration()
 
 
 @pytest.mark.parametrize("name", ["no such folder", "demo/no/such/folder"])

@@ -89,6 +89,13 @@ def test_what_is_given_replaces_the_default() -> None:
     assert options == DecodingOptions(num_beams=5, max_length=12, num_return_sequences=5)
 
 
+def test_who_samples_does_not_mean_the_checkpoints_beams() -> None:
+    defaults = DecodingOptions(num_beams=4, num_beam_groups=2, diversity_penalty=0.5)
+    assert defaults.with_given({"do_sample": True}).num_beams == 1
+    with pytest.raises(InvalidOptionsError):
+        defaults.with_given({"do_sample": True, "num_beams": 4})
+
+
 def test_options_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DecodingOptions().num_beams = 2  # type: ignore[misc]

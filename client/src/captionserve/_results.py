@@ -51,7 +51,7 @@ class Attention:
             IndexError: if there is no such token.
         """
         size = self.rows * self.cols
-        if not 0 <= token < len(self.values) // size:
+        if not 0 <= token * size < len(self.values):
             raise IndexError(f"there is no token {token}")
         begins = range(token * size, (token + 1) * size, self.cols)
         return [list(self.values[begin : begin + self.cols]) for begin in begins]

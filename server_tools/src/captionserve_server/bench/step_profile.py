@@ -175,7 +175,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model-repository", type=Path, required=True)
     parser.add_argument("--live", type=int, default=16, help="captions decoded at once")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens of each caption")
+    # Enough that decoding takes longer than encoding, so that captions wait for room.
+    parser.add_argument("--tokens", type=int, default=40, help="tokens of each caption")
     parser.add_argument("--json", type=Path, help="file to write the windows to")
     arguments = parser.parse_args()
     windows = profile(arguments.model_repository, arguments.live, arguments.tokens)

@@ -73,12 +73,12 @@ def _answer(
 
 def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> dict[str, object]:
     """Print one image's words as they come; its error where it has one."""
-    output.print(f"{image}: ", end="", markup=False)
+    text = f"{image}: "
     try:
         for update in client.caption_stream(image, options):
-            output.print(update.text, end="", markup=False)
+            output.print(text + update.text, end="", markup=False)
+            text = ""
     except (CaptionError, OSError) as error:
-        output.print()
         problem = _problem(image, error)
         _print(problem)
         return problem

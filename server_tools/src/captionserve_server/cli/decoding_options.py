@@ -33,7 +33,11 @@ _TABLE: dict[str, tuple[Any, str, str | None]] = {
     "bad_words": (list[str], "Word that must not occur; may be repeated.", "--bad-word"),
     "force_words": (list[str], "Word that must occur; may be repeated.", "--force-word"),
     "prefix": (str, "Text with which captions begin.", None),
-    "suppress_tokens": (list[int], "Token id that must not occur.", "--suppress-token"),
+    "suppress_tokens": (
+        list[int],
+        "Token id that must not occur; may be repeated.",
+        "--suppress-token",
+    ),
     "output_attentions": (bool, "Put where each token looked into the JSON.", "--attention"),
     "allow_partial": (bool, "At the deadline, give the best so far.", "--allow-partial"),
 }

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
-from captionserve import CaptionClient, GenerationOptions
-from PIL import Image
-from rich.progress import track
+from captionserve import GenerationOptions
 from rich.table import Table
 
-from captionserve_server.cli.console import messages, output, print_json
-from captionserve_server.cli.served import served_with_progress
+from captionserve_server.cli.captioning import caption_all, service_at
+from captionserve_server.cli.console import output, print_json
 from captionserve_server.evaluation.held_out import Split, held_out_scenes
 
 if TYPE_CHECKING:
     from captionserve_server.evaluation.metrics import EvaluationReport
-
-# Enough that encoding and decoding batches stay full.
-_IN_FLIGHT = 16
-_TIMEOUT_SECONDS = 120.0
 
 
 def evaluate(
@@ -42,7 +33,7 @@ def evaluate(
     """Caption held-out demo scenes through the whole stack and score the captions."""
     options = GenerationOptions(num_beams=num_beams)
     splits: tuple[Split, ...] = get_args(Split)
-    with _service(target, checkpoint) as address:
+    with service_at(target, checkpoint) as address:
         reports = {split: _report(address, split, scenes, seed, options) for split in splits}
     if as_json:
         print_json({split: dataclasses.asdict(report) for split, report in reports.items()})
@@ -50,35 +41,16 @@ def evaluate(
         output.print(_table(reports))
 
 
-@contextmanager
-def _service(target: str | None, checkpoint: Path) -> Iterator[str]:
-    if target is not None:
-        yield target
-        return
-    with served_with_progress(str(checkpoint)) as service:
-        yield service.grpc
-
-
 def _report(
     target: str, split: Split, count: int, seed: int, options: GenerationOptions
 ) -> EvaluationReport:
-    # Imported here: the metrics' library is wanted by this command alone.
+    # Imported here: the metrics' library is wanted by the commands that judge captions alone.
     from captionserve_server.evaluation.metrics import score_captions
 
     scenes = list(held_out_scenes(split, count, seed))
     images = [scene.image for scene in scenes]
-    return score_captions(scenes, _captions(target, images, options, label=split))
-
-
-def _captions(
-    target: str, images: Sequence[Image.Image], options: GenerationOptions, label: str
-) -> list[str]:
-    with (
-        CaptionClient(target, timeout=_TIMEOUT_SECONDS) as client,
-        ThreadPoolExecutor(_IN_FLIGHT) as pool,
-    ):
-        results = pool.map(lambda image: client.caption(image, options).text, images)
-        return list(track(results, label, total=len(images), console=messages, transient=True))
+    results = caption_all(target, images, options, label=split)
+    return score_captions(scenes, [result.text for result in results])
 
 
 def _table(reports: dict[Split, EvaluationReport]) -> Table:

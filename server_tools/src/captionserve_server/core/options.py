@@ -109,6 +109,8 @@ class DecodingOptions:
     def with_given(self, given: Mapping[str, Any]) -> DecodingOptions:
         """These options with the caller's own in their places.
 
+        Who asks for sampling does not mean the beams of a checkpoint's defaults.
+
         Args:
             given: option name to value, holding only what the caller set.
 
@@ -118,6 +120,8 @@ class DecodingOptions:
         """
         unknown = set(given) - {field.name for field in dataclasses.fields(self)}
         _raise_if_any(dict.fromkeys(sorted(unknown), "is not an option"))
+        if given.get("do_sample"):
+            given = {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0} | dict(given)
         options = dataclasses.replace(self, **given)
         _raise_if_any(_meaningless(options, given))
         return options

@@ -20,7 +20,6 @@ _HIGHEST_MEAN_LOGPROB = -1e-6
 # With the straight apostrophe and the typographic one.
 _WORD = re.compile(r"[\w'\u2019-]+")
 _INCOMPLETE_CHARACTER = "\ufffd"
-_LONGEST_LOOP_WORDS = 6
 _PHRASE_WORDS = 3
 _REPEATS = 3
 
@@ -104,8 +103,9 @@ def is_degenerate(token_texts: Sequence[str], finished: bool) -> bool:
     A caption is degenerate if
 
     - it has no word, or
-    - 1 to 6 words occur three times in a row ("a dog, a dog, a dog"), or
-    - the same 3 words occur in three places that do not overlap, or
+    - the same 1 or 2 words occur three times in a row ("a dog, a dog, a dog"), or
+    - the same 3 words occur in three places that do not overlap, as they do when a longer phrase
+      is repeated in a row, or
     - it is not finished and its text ends in an incomplete character (U+FFFD), or
     - it is not finished and its text ends in a word of several tokens, so that the word may go on.
       A word that breaks off after its first token cannot be told from a whole one.
@@ -122,8 +122,8 @@ def is_degenerate(token_texts: Sequence[str], finished: bool) -> bool:
 
 
 def _goes_round(words: Sequence[str]) -> bool:
-    """Whether 1 to _LONGEST_LOOP_WORDS words occur _REPEATS times in a row."""
-    return any(_is_loop_of(size, words) for size in range(1, _LONGEST_LOOP_WORDS + 1))
+    """Whether fewer than _PHRASE_WORDS words occur _REPEATS times in a row."""
+    return any(_is_loop_of(size, words) for size in range(1, _PHRASE_WORDS))
 
 
 def _is_loop_of(size: int, words: Sequence[str]) -> bool:

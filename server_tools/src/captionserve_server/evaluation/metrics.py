@@ -69,10 +69,15 @@ def score_captions(scenes: Sequence[TrueScene], predictions: Sequence[str]) -> E
         colour_accuracy=_share(_colours_named(*pair) for pair in pairs),
         relation_accuracy=_share(_relation_named(*pair) for pair in pairs),
         background_accuracy=_share(_background_named(*pair) for pair in pairs),
-        exact_captions=sum(map(str.__eq__, said, true)) / len(true),
+        exact_captions=sum(map(is_exact, predictions, true)) / len(true),
         bleu_4=_bleu_4(said, true),
         cider_d=_cider_d(said, true),
     )
+
+
+def is_exact(said: str, true: str) -> bool:
+    """Tell whether a caption is right word for word; case and spacing do not matter."""
+    return _normalise(said) == true
 
 
 def _bleu_4(said: Sequence[str], true: Sequence[str]) -> float:

@@ -108,7 +108,8 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
             self._working -= 1
 
     def _time_limit(self, request: caption_pb2.CaptionRequest, context: Context) -> TimeLimit:
-        seconds = self._seconds_left(context)
+        # Triton takes a limit of 0 for none.
+        seconds = max(self._seconds_left(context), _LEAST_MODEL_SECONDS)
         if not request.options.allow_partial:
             return TimeLimit(call_seconds=seconds, model_seconds=seconds)
         margin = min(max(_PARTIAL_MARGIN * seconds, _LEAST_MARGIN_SECONDS), _MOST_MARGIN_SECONDS)
@@ -128,7 +129,7 @@ def _response(answer: CaptionerAnswer) -> caption_pb2.CaptionResponse:
         return caption_response(
             answer.outputs, model_version=answer.model_version, request_id=answer.request_id
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError) as error:
         raise ModelFaultError("the model gave an answer that cannot be read") from error
 
 
@@ -137,5 +138,5 @@ def _stream_response(answer: CaptionerAnswer) -> caption_pb2.StreamCaptionRespon
         return caption_pb2.StreamCaptionResponse(response=_response(answer))
     try:
         return caption_pb2.StreamCaptionResponse(part=caption_part(answer.outputs))
-    except KeyError as error:
+    except LookupError as error:
         raise ModelFaultError("the model gave an answer that cannot be read") from error

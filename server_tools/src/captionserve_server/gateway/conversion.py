@@ -65,7 +65,7 @@ def _early_stopping(value: int) -> EarlyStopping:
 
 
 def caption_part(outputs: Outputs) -> caption_pb2.CaptionPart:
-    """A part of a caption; KeyError where an output is missing."""
+    """A part of a caption; LookupError where an output is missing."""
     return caption_pb2.CaptionPart(
         text=outputs[tensors.NEW_TEXT][0], token_ids=outputs[tensors.NEW_TOKEN_IDS].tolist()
     )
@@ -83,7 +83,7 @@ def caption_response(
 
     Raises:
         ValueError: if the outputs do not belong together.
-        KeyError: if an output is missing, or a finish reason is not one of ours.
+        LookupError: if an output is missing or too short, or a finish reason is not one of ours.
     """
     columns = [outputs[spec] for spec in _CAPTION_COLUMNS]
     captions = [
@@ -132,5 +132,7 @@ def _add_attention(captions: Iterable[caption_pb2.Caption], outputs: Outputs) ->
         return
     for caption, attention in zip(captions, outputs[tensors.ATTENTIONS], strict=True):
         grids: NDArray[np.float32] = attention[: len(caption.token_ids)]
+        if len(grids) < len(caption.token_ids):
+            raise ValueError("attention is missing")
         caption.attention.rows, caption.attention.cols = grids.shape[1:]
         caption.attention.values.extend(grids.ravel().tolist())

@@ -5,7 +5,6 @@ Without the first, gRPC would show a caller the text of whatever exception escap
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -69,11 +68,13 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
         with self._metrics.call() as record:
             try:
                 yield
-            except asyncio.CancelledError:
-                record.code = _cancellation_code(context)
-                raise
             except grpc.aio.AbortError:
                 record.code = context.code()
+                raise
+            # A call that nobody waits for any more ends as CancelledError, as GeneratorExit where a
+            # stream was writing, or as the failure of an abort that came too late.
+            except BaseException:
+                record.code = _cancellation_code(context)
                 raise
 
 

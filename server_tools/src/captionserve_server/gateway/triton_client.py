@@ -42,6 +42,8 @@ _CHANNEL_OPTIONS = [
 
 # How Triton words a full queue and a request that waited too long, both UNAVAILABLE.
 _OVERLOAD_TEXTS = ("Exceeds maximum queue size", "Request timeout expired")
+# How Triton words, on a stream without status codes, a model that is being loaded.
+_UNKNOWN_MODEL_TEXT = "Request for unknown model"
 # How Triton words a model whose Python process has died.
 _DEAD_STUB_TEXT = "is not healthy"
 
@@ -182,6 +184,6 @@ def error_of_triton(code: grpc.StatusCode, details: str) -> CaptionServeError:
     # NOT_FOUND: between the unloading and loading of a model that is being revived.
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND):
         return ModelUnavailableError(_UNAVAILABLE)
-    if _DEAD_STUB_TEXT in details:
+    if _DEAD_STUB_TEXT in details or _UNKNOWN_MODEL_TEXT in details:
         return ModelUnavailableError(_UNAVAILABLE)
     return ModelFaultError(_FAULT)

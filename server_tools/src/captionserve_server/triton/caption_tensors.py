@@ -56,8 +56,9 @@ class CaptionWriter:
         texts = [caption_text(self._decode, [*prefix, *caption.token_ids]) for caption in captions]
         parts = [token_texts(self._decode, prefix, caption.token_ids) for caption in captions]
         padded = [text_array(*own, *[""] * (longest - len(own))) for own in parts]
+        given = self._decode(prefix)
         degenerate = [
-            is_degenerate(own, finished=caption.finish_reason == "eos")
+            is_degenerate([given, *own], finished=caption.finish_reason == "eos")
             for own, caption in zip(parts, captions, strict=True)
         ]
         return {

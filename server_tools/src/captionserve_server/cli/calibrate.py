@@ -1,0 +1,119 @@
+"""`captionserve calibrate`: confidences fitted to demo scenes, and measured on others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from captionserve import GenerationOptions
+from rich.table import Table
+
+from captionserve_server.cli.captioning import caption_all, service_at
+from captionserve_server.cli.console import ExitCode, messages, output, print_json
+from captionserve_server.evaluation.calibration import (
+    CalibrationReport,
+    CannotCalibrateError,
+    JudgedCaption,
+    Reliability,
+    ReliabilityBin,
+)
+from captionserve_server.evaluation.calibration import calibrate as fit_and_measure
+from captionserve_server.evaluation.held_out import Split, held_out_scenes
+
+
+def calibrate(
+    target: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a running service; else one is started.")
+    ] = None,
+    checkpoint: Annotated[
+        Path, typer.Option(help="Checkpoint to serve when no target is given.")
+    ] = Path("demo/checkpoint"),
+    scenes: Annotated[
+        int, typer.Option(help="Held-out scenes of each split to fit to, and to measure on.", min=1)
+    ] = 1000,
+    num_beams: Annotated[int, typer.Option(help="Beams of the beam search.", min=1)] = 4,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the scenes to fit to; the next one's are measured on.")
+    ] = 1,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="confidence.json to write.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Fit the confidence in a caption to held-out demo scenes and measure it on others."""
+    options = GenerationOptions(num_beams=num_beams)
+    with service_at(target, checkpoint) as address:
+        fitting = _judged_captions(address, scenes, seed, options)
+        measuring = _judged_captions(address, scenes, seed + 1, options)
+    try:
+        report = fit_and_measure([one for some in fitting.values() for one in some], measuring)
+    except CannotCalibrateError as error:
+        messages.print(f"error: {error}", markup=False)
+        raise typer.Exit(ExitCode.FAILED) from error
+    if output_file is not None:
+        output_file.write_text(report.calibration.to_json(), encoding="utf-8")
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        _print(report)
+
+
+def _judged_captions(
+    target: str, count: int, seed: int, options: GenerationOptions
+) -> dict[str, list[JudgedCaption]]:
+    """Each split's captions: one split is nearly always right, the other one mostly wrong."""
+    splits: tuple[Split, ...] = get_args(Split)
+    return {split: _judged_split(target, split, count, seed, options) for split in splits}
+
+
+def _judged_split(
+    target: str, split: Split, count: int, seed: int, options: GenerationOptions
+) -> list[JudgedCaption]:
+    # Imported here: the metrics' library is wanted by the commands that judge captions alone.
+    from captionserve_server.evaluation.metrics import is_exact
+
+    scenes = list(held_out_scenes(split, count, seed))
+    images = [scene.image for scene in scenes]
+    results = caption_all(target, images, options, label=f"{split}, seed {seed}")
+    return [
+        JudgedCaption(result.captions[0].token_logprobs, is_exact(result.text, scene.caption))
+        for scene, result in zip(scenes, results, strict=True)
+    ]
+
+
+def _print(report: CalibrationReport) -> None:
+    calibration = report.calibration
+    output.print(f"slope {calibration.slope:.4f}, intercept {calibration.intercept:.4f}")
+    output.print(_figures_table(report))
+    output.print(_bins_table("uncalibrated", report.uncalibrated.bins))
+    output.print(_bins_table("calibrated", report.calibrated.bins))
+
+
+def _figures_table(report: CalibrationReport) -> Table:
+    columns = {
+        "uncalibrated": report.uncalibrated,
+        "calibrated": report.calibrated,
+        **report.by_kind,
+    }
+    names = [name.replace("_", " ") for name in columns]
+    table = Table("", *names, title="on scenes that the fit did not see")
+    for field in dataclasses.fields(Reliability):
+        if field.name != "bins":
+            values = [getattr(column, field.name) for column in columns.values()]
+            table.add_row(field.name.replace("_", " "), *map(_as_text, values))
+    return table
+
+
+def _bins_table(title: str, bins: Sequence[ReliabilityBin]) -> Table:
+    table = Table("confidence", "captions", "mean confidence", "right", title=title)
+    for one in bins:
+        values = (one.captions, one.mean_confidence, one.right)
+        table.add_row(f"{one.lower:.1f} to {one.upper:.1f}", *map(_as_text, values))
+    return table
+
+
+def _as_text(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

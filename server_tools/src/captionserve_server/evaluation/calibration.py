@@ -1,0 +1,248 @@
+"""Fits confidences to captions known to be right or wrong, and measures what they are worth.
+
+The fit is Platt's (1999, "Probabilistic outputs for support vector machines"): a logistic
+regression on one score, whose targets keep a little off 0 and 1 so that few captions, or captions
+that the score tells apart without fault, do not give a confidence without doubt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from captionserve_server.core.quality import Calibration, mean_log_odds
+
+NUM_BINS = 10
+_MOST_NEWTON_STEPS = 100
+_CONVERGED = 1e-9
+
+Float64Array = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+
+class CannotCalibrateError(ValueError):
+    """The captions give no calibration; the message says why."""
+
+
+@dataclass(frozen=True)
+class JudgedCaption:
+    """A caption of which it is known whether it is right.
+
+    Attributes:
+        token_logprobs: natural log-probability of each generated token.
+        right: whether it is right.
+    """
+
+    token_logprobs: Sequence[float]
+    right: bool
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """The captions whose confidence is in [lower, upper); the last bin's upper end belongs to it.
+
+    Attributes:
+        lower: lower end, 0..1.
+        upper: upper end, 0..1.
+        captions: how many there are.
+        mean_confidence: their mean confidence, 0..1; None if there are none.
+        right: the share of them that is right, 0..1; None if there are none.
+    """
+
+    lower: float
+    upper: float
+    captions: int
+    mean_confidence: float | None
+    right: float | None
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How well confidences agree with what turned out right.
+
+    Attributes:
+        captions: how many were judged.
+        right: the share of them that is right, 0..1.
+        mean_confidence: 0..1; above `right` where the captioner thinks too well of itself.
+        expected_calibration_error: over the bins, the mean distance between mean confidence and
+            share of right captions, weighted by captions; 0..1.
+        brier_score: mean squared distance of the confidence from 1 for right captions and 0 for
+            wrong ones; 0..1.
+        auc: chance that a right caption has a higher confidence than a wrong one, ties counted
+            half; None unless there are both.
+        bins: ten of equal width, from confidence 0 to 1.
+    """
+
+    captions: int
+    right: float
+    mean_confidence: float
+    expected_calibration_error: float
+    brier_score: float
+    auc: float | None
+    bins: tuple[ReliabilityBin, ...]
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """A calibration and what it is worth on captions that it was not fitted to.
+
+    Attributes:
+        calibration: the one fitted.
+        uncalibrated: of the default calibration, over all kinds of captions.
+        calibrated: of the fitted one, over all kinds of captions.
+        by_kind: of the fitted one, on each kind of captions alone.
+    """
+
+    calibration: Calibration
+    uncalibrated: Reliability
+    calibrated: Reliability
+    by_kind: dict[str, Reliability]
+
+
+def calibrate(
+    fitting: Sequence[JudgedCaption], measuring: Mapping[str, Sequence[JudgedCaption]]
+) -> CalibrationReport:
+    """Fit a calibration to some captions and measure it on others.
+
+    Args:
+        fitting: the captions to fit to.
+        measuring: name of a kind of captions to captions of it; at least one of each kind.
+
+    Raises:
+        CannotCalibrateError: as `fit_calibration` does.
+    """
+    calibration = fit_calibration(fitting)
+    together = [caption for captions in measuring.values() for caption in captions]
+    return CalibrationReport(
+        calibration=calibration,
+        uncalibrated=_reliability(Calibration(), together),
+        calibrated=_reliability(calibration, together),
+        by_kind={kind: _reliability(calibration, some) for kind, some in measuring.items()},
+    )
+
+
+def fit_calibration(captions: Sequence[JudgedCaption]) -> Calibration:
+    """Fit a calibration to captions.
+
+    Raises:
+        CannotCalibrateError: unless there are right and wrong captions, and the right ones tend to
+            have likelier tokens.
+    """
+    log_odds = np.array([mean_log_odds(caption.token_logprobs) for caption in captions])
+    labels = np.array([caption.right for caption in captions], dtype=np.bool_)
+    if labels.all() or not labels.any():
+        raise CannotCalibrateError("both right and wrong captions are needed")
+    if np.ptp(log_odds) == 0:
+        raise CannotCalibrateError("all captions are equally likely")
+    features = np.stack((np.ones_like(log_odds), log_odds), axis=1)
+    intercept, slope = fit_logistic(features, _platt_targets(labels))
+    if slope <= 0:
+        raise CannotCalibrateError("captions of likelier tokens are not more often right")
+    return Calibration(slope=float(slope), intercept=float(intercept))
+
+
+def fit_logistic(features: Float64Array, targets: Float64Array) -> Float64Array:
+    """Fit a logistic regression by Newton's method.
+
+    Args:
+        features: [n, k], linearly independent columns.
+        targets: [n], strictly between 0 and 1.
+
+    Returns:
+        [k], the weights with which logistic(features @ weights) comes closest to the targets in
+        cross-entropy.
+    """
+    weights = np.zeros(features.shape[1])
+    for _ in range(_MOST_NEWTON_STEPS):
+        step = _newton_step(features, targets, weights)
+        weights = weights + step
+        if np.abs(step).max() < _CONVERGED:
+            break
+    return weights
+
+
+def measure_reliability(confidences: Sequence[float], right: Sequence[bool]) -> Reliability:
+    """Compare confidences, each 0..1, with whether each caption is right; at least one caption."""
+    confidence, labels = np.array(confidences), np.array(right, dtype=np.bool_)
+    bins = _bins(confidence, labels)
+    return Reliability(
+        captions=len(confidence),
+        right=float(labels.mean()),
+        mean_confidence=float(confidence.mean()),
+        expected_calibration_error=_expected_calibration_error(bins),
+        brier_score=float(((confidence - labels) ** 2).mean()),
+        auc=_auc(confidence, labels),
+        bins=bins,
+    )
+
+
+def _reliability(calibration: Calibration, captions: Sequence[JudgedCaption]) -> Reliability:
+    confidences = [calibration.confidence(caption.token_logprobs) for caption in captions]
+    return measure_reliability(confidences, [caption.right for caption in captions])
+
+
+def _platt_targets(labels: BoolArray) -> Float64Array:
+    right, wrong = int(labels.sum()), int((~labels).sum())
+    return np.where(labels, (right + 1) / (right + 2), 1 / (wrong + 2))
+
+
+def _newton_step(
+    features: Float64Array, targets: Float64Array, weights: Float64Array
+) -> Float64Array:
+    """A Newton step, halved until it lowers the loss: far from the best, full ones overshoot."""
+    predicted = _logistic(features @ weights)
+    gradient = features.T @ (predicted - targets)
+    curvature = (features * (predicted * (1 - predicted))[:, None]).T @ features
+    step: Float64Array = -np.linalg.solve(curvature, gradient)
+    present = _cross_entropy(features @ weights, targets)
+    while _cross_entropy(features @ (weights + step), targets) > present:
+        step = step / 2
+    return step
+
+
+def _logistic(log_odds: Float64Array) -> Float64Array:
+    probabilities: Float64Array = 0.5 + 0.5 * np.tanh(0.5 * log_odds)
+    return probabilities
+
+
+def _cross_entropy(log_odds: Float64Array, targets: Float64Array) -> float:
+    return float((np.logaddexp(0.0, log_odds) - targets * log_odds).sum())
+
+
+def _bins(confidence: Float64Array, labels: BoolArray) -> tuple[ReliabilityBin, ...]:
+    members = np.minimum((confidence * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+    return tuple(
+        _bin(number, confidence[members == number], labels[members == number])
+        for number in range(NUM_BINS)
+    )
+
+
+def _bin(number: int, confidence: Float64Array, labels: BoolArray) -> ReliabilityBin:
+    return ReliabilityBin(
+        lower=number / NUM_BINS,
+        upper=(number + 1) / NUM_BINS,
+        captions=len(confidence),
+        mean_confidence=float(confidence.mean()) if len(confidence) else None,
+        right=float(labels.mean()) if len(labels) else None,
+    )
+
+
+def _expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    distances = (
+        one.captions * abs(one.mean_confidence - one.right)
+        for one in bins
+        if one.mean_confidence is not None and one.right is not None
+    )
+    return sum(distances) / sum(one.captions for one in bins)
+
+
+def _auc(confidence: Float64Array, labels: BoolArray) -> float | None:
+    right, wrong = confidence[labels], np.sort(confidence[~labels])
+    if not len(right) or not len(wrong):
+        return None
+    below = np.searchsorted(wrong, right, side="left")
+    not_above = np.searchsorted(wrong, right, side="right")
+    return float((below + not_above).mean() / 2 / len(wrong))

@@ -1,0 +1,47 @@
+"""`captionserve calibrate` on a running service."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from captionserve_server.core.quality import Calibration
+from captionserve_server.serving.ready import ReadyReport
+
+from tests.conftest import DEMO
+from tests.e2e.test_cli import run
+
+
+def test_calibrate_fits_measures_and_writes(
+    service: Callable[[str], ReadyReport], tmp_path: Path
+) -> None:
+    written = tmp_path / "confidence.json"
+    process = run(
+        *("calibrate", "--target", service(DEMO).grpc, "--scenes", "60", "--json"),
+        *("--output", str(written)),
+    )
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
+    assert Calibration.from_json(written.read_text()) == Calibration(**report["calibration"])
+    before, after = report["uncalibrated"], report["calibrated"]
+    assert before["captions"] == after["captions"] == 120
+    assert len(after["bins"]) == 10
+    assert after["expected_calibration_error"] < before["expected_calibration_error"]
+    assert after["brier_score"] < before["brier_score"]
+    assert set(report["by_kind"]) == {"unseen_combinations", "unseen_style"}
+
+
+def test_calibrate_says_why_it_cannot(
+    service: Callable[[str], ReadyReport], tmp_path: Path
+) -> None:
+    written = tmp_path / "confidence.json"
+    # Random weights get no caption right.
+    process = run(
+        *("calibrate", "--target", service("two_ends").grpc, "--scenes", "2"),
+        *("--output", str(written)),
+    )
+    assert process.returncode == 1
+    assert "both right and wrong captions are needed" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not written.exists()

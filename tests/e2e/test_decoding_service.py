@@ -1,0 +1,359 @@
+"""Streams, cache, coalescing, deadlines, attention and slots through client, gateway and Triton."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from captionserve import (
+    CaptionClient,
+    CaptionError,
+    CaptionResult,
+    CaptionUpdate,
+    FinishReason,
+    GenerationOptions,
+)
+from captionserve_server.core import tensors
+from captionserve_server.serving.launch import launched_service
+from captionserve_server.serving.ready import ReadyReport
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from tritonclient.grpc import InferenceServerClient, InferInput
+
+from tests.conftest import DEMO
+from tests.pictures import pictures
+from tests.reference import picture, reference
+
+WAIT_SECONDS = 60.0
+LONG = GenerationOptions(num_beams=8, max_length=38, min_length=38)
+
+
+@pytest.fixture
+def demo(service: Callable[[str], ReadyReport]) -> ReadyReport:
+    return service(DEMO)
+
+
+def metric(service: ReadyReport, name: str, **labels: str) -> float:
+    """The sum of a metric of Triton over all samples with the labels."""
+    with urllib.request.urlopen(f"http://{service.triton_metrics}/metrics") as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return math.fsum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            # The parser adds _total to a counter's name.
+            if sample.name.removesuffix("_total") == name
+            and labels.items() <= sample.labels.items()
+        )
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GenerationOptions(num_beams=1),
+        GenerationOptions(num_beams=4),
+        GenerationOptions(do_sample=True, seed=3),
+        GenerationOptions(num_beams=3, prefix="a red", num_return_sequences=2),
+    ],
+    ids=str,
+)
+def test_a_stream_is_the_caption_in_parts(demo: ReadyReport, options: GenerationOptions) -> None:
+    (image,) = pictures(DEMO, 1)
+    with CaptionClient(demo.grpc, timeout=WAIT_SECONDS) as client:
+        *parts, last = client.caption_stream(image, options)
+        whole = client.caption(image, options, bypass_cache=True)
+    assert all(part.result is None for part in parts)
+    assert last.result is not None
+    assert not last.result.cached
+    assert last.result.captions == whole.captions
+    assert "".join(part.text for part in parts) == whole.text
+    tokens = tuple(itertools.chain.from_iterable(part.token_ids for part in parts))
+    assert tokens == whole.captions[0].token_ids
+    if options.num_beams in (None, 1):
+        assert [len(part.token_ids) for part in parts] == [1] * len(tokens)
+
+
+def test_words_arrive_before_the_caption_is_complete(
+    service: Callable[[str], ReadyReport],
+) -> None:
+    running = service("projected")
+    with CaptionClient(running.grpc, timeout=WAIT_SECONDS) as client:
+        stream = client.caption_stream(picture(1), GenerationOptions(max_length=40, min_length=40))
+        next(stream)
+        assert metric(running, "captionserve_slots_used") == 1
+        updates: list[CaptionUpdate] = list(stream)
+    assert len(updates) == 39
+    wait_until(lambda: metric(running, "captionserve_slots_used") == 0)
+
+
+def test_leaving_a_stream_frees_its_slot(service: Callable[[str], ReadyReport]) -> None:
+    running = service("projected")
+    with CaptionClient(running.grpc, timeout=WAIT_SECONDS) as client:
+        for _ in range(5):
+            for _ in client.caption_stream(picture(1), LONG):
+                break
+    wait_until(lambda: metric(running, "captionserve_slots_used") == 0)
+
+
+def test_a_repeated_request_is_answered_from_the_cache(demo: ReadyReport) -> None:
+    image = picture(4711)
+    options = GenerationOptions(num_beams=3, bad_words=["red"])
+    with CaptionClient(demo.grpc, timeout=WAIT_SECONDS) as client:
+        first = client.caption(image, options)
+        again = client.caption(image, options)
+        other = client.caption(image, GenerationOptions(num_beams=3, bad_words=["blue"]))
+        anew = client.caption(image, options, bypass_cache=True)
+    assert not first.cached
+    assert again.cached
+    assert again.captions == first.captions
+    assert not other.cached
+    assert not anew.cached
+    assert anew.captions == first.captions
+
+
+@pytest.mark.parametrize(
+    ("options", "cached"),
+    [
+        (GenerationOptions(do_sample=True, seed=1, num_return_sequences=4), True),
+        (GenerationOptions(do_sample=True, num_return_sequences=4), False),
+    ],
+)
+def test_sampling_is_cached_with_a_seed_only(
+    demo: ReadyReport, options: GenerationOptions, cached: bool
+) -> None:
+    image = picture(4712)
+    with CaptionClient(demo.grpc, timeout=WAIT_SECONDS) as client:
+        client.caption(image, options)
+        second = client.caption(image, options)
+    assert second.cached == cached
+
+
+def test_sampling_without_seed_straight_at_triton_needs_a_nonce(demo: ReadyReport) -> None:
+    inputs = [tensor(tensors.IMAGE, np.array([b"P6 1 1 255\n\0\0\0"], np.object_))]
+    inputs.append(tensor(tensors.OPTION_TENSORS["do_sample"], np.array([True])))
+    with InferenceServerClient(demo.triton_grpc) as triton:
+        with pytest.raises(Exception, match="NONCE"):
+            triton.infer(tensors.CAPTIONER.name, inputs)
+        inputs.append(tensor(tensors.NONCE, np.array([7], np.int64)))
+        assert triton.infer(tensors.CAPTIONER.name, inputs).as_numpy("TEXT").shape == (1,)
+
+
+def test_identical_requests_in_flight_are_computed_once(
+    service: Callable[[str], ReadyReport],
+) -> None:
+    running = service("projected")
+    image = picture(4713)
+    before = metric(running, "nv_inference_count", model="vision_encoder")
+    with (
+        CaptionClient(running.grpc, timeout=WAIT_SECONDS) as client,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        results = list(pool.map(lambda _: client.caption(image, LONG), range(12)))
+    encoded = metric(running, "nv_inference_count", model="vision_encoder") - before
+    assert encoded == 1
+    assert len({result.captions for result in results}) == 1
+    assert sorted(result.cached for result in results) == [False] + [True] * 11
+
+
+def test_cache_and_coalescing_can_be_turned_off(
+    model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    repository = changed_repository(
+        model_repository("projected"), tmp_path, tensors.CAPTIONER.name, coalesce=0
+    )
+    image = picture(1)
+    with (
+        launched_service(repository, "--response-cache-megabytes", "0") as running,
+        CaptionClient(running.grpc, timeout=WAIT_SECONDS) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        results = list(pool.map(lambda _: client.caption(image, LONG), range(4)))
+        results.append(client.caption(image, LONG))
+        # The one that proved the service ready is counted too.
+        assert metric(running, "nv_inference_count", model="vision_encoder") >= 5
+    assert not any(result.cached for result in results)
+    # The numbers differ in their last digits with what else is in the batch.
+    assert len({result.captions[0].token_ids for result in results}) == 1
+
+
+def test_the_deadline_gives_the_best_so_far_to_who_allows_it(
+    service: Callable[[str], ReadyReport],
+) -> None:
+    running = service("projected")
+    options = GenerationOptions(num_beams=16, max_length=40, min_length=40, allow_partial=True)
+    with CaptionClient(running.grpc, timeout=WAIT_SECONDS) as client:
+        partial = first_partial(client, picture(2), options)
+    caption = partial.captions[0]
+    assert 0 < len(caption.token_ids) < 39
+    assert not partial.cached
+    assert math.isclose(
+        caption.score, sum(caption.token_logprobs) / len(caption.token_ids), rel_tol=1e-4
+    )
+    wait_until(lambda: metric(running, "captionserve_slots_used") == 0)
+
+
+def first_partial(
+    client: CaptionClient, image: Image.Image, options: GenerationOptions
+) -> CaptionResult:
+    """A result that the deadline cut off; the time that suits depends on the machine."""
+    timeout = 0.05
+    while 0.01 < timeout < WAIT_SECONDS:
+        try:
+            result = client.caption(image, options, timeout=timeout)
+        except CaptionError as error:
+            if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+            timeout *= 1.3
+            continue
+        if result.captions[0].finish_reason is FinishReason.DEADLINE:
+            return result
+        timeout *= 0.8
+    raise AssertionError("no time was enough to begin and too little to end")
+
+
+def test_expired_and_cancelled_requests_free_their_slots(
+    service: Callable[[str], ReadyReport],
+) -> None:
+    running = service("projected")
+
+    def expire(number: int) -> str:
+        try:
+            client.caption(picture(number), LONG, timeout=0.15)
+        except CaptionError as error:
+            return error.code.name
+        return "OK"
+
+    with (
+        CaptionClient(running.grpc, timeout=WAIT_SECONDS) as client,
+        ThreadPoolExecutor(24) as pool,
+    ):
+        outcomes = set(pool.map(expire, range(48)))
+        assert outcomes <= {"OK", "DEADLINE_EXCEEDED"}
+        assert "DEADLINE_EXCEEDED" in outcomes
+        wait_until(lambda: metric(running, "captionserve_slots_used") == 0)
+        assert client.caption(picture(1), LONG, bypass_cache=True).text
+
+
+@pytest.mark.parametrize("name", ["projected", "deit", DEMO])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_attention_is_the_decoders_own(
+    name: str,
+    num_beams: int,
+    service: Callable[[str], ReadyReport],
+    checkpoint_folder: Callable[[str], Path],
+) -> None:
+    (image,) = pictures(name, 1)
+    options = GenerationOptions(num_beams=num_beams, output_attentions=True, max_length=14)
+    with CaptionClient(service(name).grpc, timeout=WAIT_SECONDS) as client:
+        (caption,) = client.caption(image, options).captions
+    assert caption.attention is not None
+    expected = decoder_attention(checkpoint_folder(name), image, caption.token_ids)
+    found = np.array(caption.attention.values).reshape(len(caption.token_ids), -1)
+    np.testing.assert_allclose(found, expected[:, -found.shape[1] :], atol=1e-5)
+    assert caption.attention.rows * caption.attention.cols == found.shape[1]
+
+
+def decoder_attention(
+    folder: Path, image: Image.Image, token_ids: tuple[int, ...]
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """Transformers' cross-attention for each token, mean over layers and heads; [tokens, S]."""
+    truth = reference(folder)
+    model = truth.model
+    model.decoder.set_attn_implementation("eager")
+    pixels = truth.processor(image, return_tensors="pt")["pixel_values"]
+    start = model.generation_config.decoder_start_token_id
+    with torch.no_grad():
+        output = model(
+            pixel_values=pixels,
+            decoder_input_ids=torch.tensor([[start, *token_ids[:-1]]]),
+            output_attentions=True,
+        )
+    layers = torch.stack(output.cross_attentions)
+    result: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = layers.mean(dim=(0, 2))[0].numpy()
+    return result
+
+
+def test_contradictory_options_are_refused_before_any_model_runs(demo: ReadyReport) -> None:
+    before = metric(demo, "nv_inference_request_success", model="preprocess")
+    refused = {
+        GenerationOptions(temperature=0.5): {"options.temperature", "options.do_sample"},
+        GenerationOptions(num_beams=2, num_return_sequences=3): {
+            "options.num_return_sequences",
+            "options.num_beams",
+        },
+        GenerationOptions(prefix="word " * 60): {"options.prefix", "options.max_length"},
+        GenerationOptions(suppress_tokens=(10**6,)): {"options.suppress_tokens"},
+    }
+    with CaptionClient(demo.grpc, timeout=WAIT_SECONDS) as client:
+        for options, fields in refused.items():
+            with pytest.raises(CaptionError) as caught:
+                client.caption(picture(1), options)
+            assert caught.value.reason == "INVALID_OPTIONS"
+            assert set(caught.value.field_violations) == fields
+    assert metric(demo, "nv_inference_request_success", model="preprocess") == before
+
+
+def test_slots_of_a_dead_owner_come_back(
+    model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    repository = changed_repository(
+        model_repository("projected"), tmp_path, tensors.DECODER_STEP.name, slots=2, lease_seconds=1
+    )
+    states = np.zeros((3, 17, 48), np.float32)
+    hold = [
+        tensor(tensors.OPERATION, np.array([b"PREFILL"], np.object_)),
+        tensor(tensors.OWNER, np.array([b"stranger/1"], np.object_)),
+        tensor(tensors.IMAGE_STATES, states),
+    ]
+    with (
+        launched_service(repository) as running,
+        CaptionClient(running.grpc, timeout=WAIT_SECONDS) as client,
+        InferenceServerClient(running.triton_grpc) as triton,
+    ):
+        slots = triton.infer(tensors.DECODER_STEP.name, hold).as_numpy("NEW_SLOTS")
+        # All slots are taken, and who took them never comes back.
+        assert slots.tolist() == [0, 1, -1]
+        assert metric(running, "captionserve_slots") == 2
+        assert client.caption(picture(1)).text
+        assert metric(running, "captionserve_slots_used") == 0
+
+
+def tensor(
+    spec: tensors.TensorSpec, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+) -> InferInput:
+    name = spec.data_type.removeprefix("TYPE_")
+    made = InferInput(spec.name, list(values.shape), "BYTES" if name == "STRING" else name)
+    made.set_data_from_numpy(values)
+    return made
+
+
+def changed_repository(source: Path, folder: Path, model: str, **parameters: int) -> Path:
+    """The same model repository with other parameters of one model."""
+    for entry in source.iterdir():
+        if entry.name != model:
+            (folder / entry.name).symlink_to(entry)
+    (folder / model).mkdir()
+    (folder / model / "1").symlink_to(source / model / "1")
+    lines = (source / model / "config.pbtxt").read_text().splitlines()
+    for name, value in parameters.items():
+        (number,) = (index for index, line in enumerate(lines) if f'key: "{name}"' in line)
+        comma = "," * lines[number].endswith(",")
+        lines[number] = f'  {{ key: "{name}" value {{ string_value: "{value}" }} }}{comma}'
+    (folder / model / "config.pbtxt").write_text("\n".join(lines))
+    return folder

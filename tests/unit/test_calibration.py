@@ -1,0 +1,131 @@
+"""The fit of the confidence on data made to known weights, and its measures on counted examples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from captionserve_server.core.quality import Calibration
+from captionserve_server.evaluation.calibration import (
+    CannotCalibrateError,
+    JudgedCaption,
+    calibrate,
+    fit_calibration,
+    fit_logistic,
+    measure_reliability,
+)
+
+TRUE_CALIBRATION = Calibration(slope=0.7, intercept=-3.0)
+
+
+def synthetic_captions(count: int, seed: int, highest: float = -1e-4) -> list[JudgedCaption]:
+    """Captions as sure of themselves as a trained captioner, right as TRUE_CALIBRATION says."""
+    rng = np.random.default_rng(seed)
+    captions = []
+    for _ in range(count):
+        typical = -np.exp(rng.uniform(np.log(-highest), 0.0))
+        logprobs = (typical * rng.uniform(0.2, 1.8, size=int(rng.integers(5, 15)))).tolist()
+        right = bool(rng.random() < TRUE_CALIBRATION.confidence(logprobs))
+        captions.append(JudgedCaption(logprobs, right))
+    return captions
+
+
+def test_logistic_regression_recovers_the_weights_behind_exact_targets() -> None:
+    rng = np.random.default_rng(0)
+    features = np.stack((np.ones(200), rng.normal(5, 3, 200), rng.normal(-1, 10, 200)), axis=1)
+    weights = np.array([-2.0, 0.9, 0.3])
+    targets = 1 / (1 + np.exp(-features @ weights))
+    assert fit_logistic(features, targets) == pytest.approx(weights, rel=1e-6)
+
+
+def test_logistic_regression_finds_the_best_where_full_newton_steps_overshoot() -> None:
+    scores = np.repeat([-100.0, -3.0, 13.8], [12, 1121, 10])
+    targets = np.repeat([0.99912, 0.99912, 0.3775], [12, 1121, 10])
+    features = np.stack((np.ones_like(scores), scores), axis=1)
+    predicted = 1 / (1 + np.exp(-features @ fit_logistic(features, targets)))
+    # At the minimum of the cross-entropy its gradient vanishes.
+    assert features.T @ (predicted - targets) == pytest.approx(np.zeros(2), abs=1e-6)
+
+
+def test_the_fit_recovers_the_calibration_behind_the_captions() -> None:
+    fitted = fit_calibration(synthetic_captions(8000, seed=1))
+    assert fitted.slope == pytest.approx(TRUE_CALIBRATION.slope, rel=0.1)
+    assert fitted.intercept == pytest.approx(TRUE_CALIBRATION.intercept, rel=0.1)
+
+
+def test_captions_told_apart_without_fault_leave_a_doubt() -> None:
+    captions = [JudgedCaption([-0.01], True)] * 8 + [JudgedCaption([-2.0], False)] * 8
+    fitted = fit_calibration(captions)
+    # Platt's targets for 8 and 8: 9 / 10 and 1 / 10.
+    assert fitted.confidence([-0.01]) == pytest.approx(0.9)
+    assert fitted.confidence([-2.0]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("captions", "named"),
+    [
+        ([], "right and wrong"),
+        ([JudgedCaption([-0.1], True), JudgedCaption([-0.2], True)], "right and wrong"),
+        ([JudgedCaption([-0.1], False), JudgedCaption([-0.2], False)], "right and wrong"),
+        ([JudgedCaption([-0.1], True), JudgedCaption([-0.1], False)], "equally likely"),
+        ([JudgedCaption([-0.2], True), JudgedCaption([-0.1], False)], "not more often right"),
+    ],
+)
+def test_captions_that_teach_nothing_are_refused(captions: list[JudgedCaption], named: str) -> None:
+    with pytest.raises(CannotCalibrateError, match=named):
+        fit_calibration(captions)
+
+
+def test_reliability_by_hand() -> None:
+    confidences = [0.95, 1.0, 0.9, 0.15, 0.1]
+    reliability = measure_reliability(confidences, [True, True, False, False, True])
+    lowest, highest = reliability.bins[1], reliability.bins[9]
+    assert (lowest.lower, lowest.upper, lowest.captions) == (0.1, 0.2, 2)
+    assert (highest.lower, highest.upper, highest.captions) == (0.9, 1.0, 3)
+    assert (lowest.mean_confidence, lowest.right) == pytest.approx((0.125, 0.5))
+    assert (highest.mean_confidence, highest.right) == pytest.approx((0.95, 2 / 3))
+    assert reliability.captions == 5
+    assert reliability.right == pytest.approx(3 / 5)
+    assert reliability.mean_confidence == pytest.approx(0.62)
+    # 2 captions 0.375 below, 3 captions 0.95 - 2/3 above.
+    expected = (2 * 0.375 + 3 * (0.95 - 2 / 3)) / 5
+    assert reliability.expected_calibration_error == pytest.approx(expected)
+    squares = 0.05**2 + 0.0**2 + 0.9**2 + 0.15**2 + 0.9**2
+    assert reliability.brier_score == pytest.approx(squares / 5)
+    # Of the 6 pairs of a right and a wrong caption, 0.95 and 1.0 beat both wrong ones, 0.1 none.
+    assert reliability.auc == pytest.approx(4 / 6)
+
+
+def test_empty_bins_say_nothing_and_count_nothing() -> None:
+    reliability = measure_reliability([0.55, 0.55], [True, False])
+    assert [one.captions for one in reliability.bins] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 0]
+    assert reliability.bins[0].mean_confidence is None
+    assert reliability.bins[0].right is None
+    assert reliability.expected_calibration_error == pytest.approx(0.05)
+
+
+def test_ties_count_half_in_the_auc() -> None:
+    assert measure_reliability([0.5, 0.5], [True, False]).auc == 0.5
+    assert measure_reliability([0.9, 0.5, 0.5], [True, True, False]).auc == 0.75
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_there_is_no_auc_without_both_right_and_wrong(right: bool) -> None:
+    assert measure_reliability([0.4, 0.6], [right, right]).auc is None
+
+
+def test_a_calibration_is_measured_on_other_captions_together_and_by_kind() -> None:
+    measuring = {
+        "sure": synthetic_captions(1500, seed=3, highest=-1e-5),
+        "unsure": synthetic_captions(1500, seed=4, highest=-1e-2),
+    }
+    report = calibrate(synthetic_captions(4000, seed=2), measuring)
+    assert report.uncalibrated.captions == report.calibrated.captions == 3000
+    assert {kind: one.captions for kind, one in report.by_kind.items()} == {
+        "sure": 1500,
+        "unsure": 1500,
+    }
+    assert report.by_kind["sure"].right > report.by_kind["unsure"].right
+    assert report.uncalibrated.expected_calibration_error > 0.2
+    assert report.calibrated.expected_calibration_error < 0.05
+    # A confidence that rises with another one sorts captions alike.
+    assert report.calibrated.auc == report.uncalibrated.auc
