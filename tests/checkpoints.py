@@ -15,7 +15,8 @@ class RandomCheckpoint:
 
     Attributes:
         shape: the model's shapes.
-        seed: of its weights.
+        seed: of its weights; one with which captions differ between images, and many of them end
+            before the length limit.
         safetensors: else pytorch_model.bin.
         generation: what its generation_config.json says beside the special tokens.
     """
@@ -42,7 +43,7 @@ RANDOM_CHECKPOINTS = {
             max_positions=40,
             gain=GAIN,
         ),
-        seed=3,
+        seed=1,
     ),
     # DeiT with its distillation token, no projection, untied head, weights in pytorch_model.bin.
     "deit": RandomCheckpoint(
@@ -79,7 +80,7 @@ RANDOM_CHECKPOINTS = {
             max_positions=32,
             gain=GAIN,
         ),
-        seed=5,
+        seed=275,
         generation={"eos_token_id": [519, 7], "num_beams": 3, "max_length": 12},
     ),
 }

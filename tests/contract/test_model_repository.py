@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 from captionserve_server.core import bundle as files
 from captionserve_server.core import graph_tensors, tensors
 from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.selection import top_tokens
 from captionserve_server.export.repository import static_repository
+from captionserve_server.runtime.onnx_graph import OnnxGraph
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -91,3 +94,19 @@ def test_exported_graphs_have_the_tensors_of_the_tables(
         geometry.layers
     )
     assert [node.name for node in step.get_outputs()] == graph_tensors.step_output_names()
+
+
+@pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
+def test_the_top_graph_finds_what_sorting_finds(
+    name: str, model_repository: Callable[[str], Path]
+) -> None:
+    decoder = model_repository(name) / tensors.DECODER_STEP.name / "1"
+    vocabulary = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry
+    top = OnnxGraph(decoder / files.TOP_GRAPH_FILE)
+    assert top.output_names == [graph_tensors.BEST, graph_tensors.BEST_TOKENS]
+    shape = (5, vocabulary.vocabulary_size)
+    logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    logits[2, 7] = -np.inf
+    found = top.run({graph_tensors.LOGITS: logits, graph_tensors.CANDIDATE_RANKS: np.arange(9)})
+    for values, expected in zip(found, top_tokens(logits, 9), strict=True):
+        np.testing.assert_array_equal(values, expected)

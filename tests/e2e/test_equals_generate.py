@@ -1,7 +1,8 @@
-"""Captions through client, gateway and Triton equal transformers' generate(), token for token."""
+"""Captions through client, gateway and Triton equal the truth, token for token."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,69 +12,111 @@ from typing import Any
 import pytest
 from captionserve import CaptionClient, CaptionResult, GenerationOptions
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.demo.scenes import Scene
-from captionserve_server.evaluation.held_out import held_out_scenes
 from captionserve_server.serving.ready import ReadyReport
 from PIL import Image
 
 from tests.checkpoints import RANDOM_CHECKPOINTS
 from tests.conftest import CHECKPOINT_NAMES, DEMO
-from tests.congruence.option_grid import OPTION_GRID, generate_options
-from tests.reference import ReferenceCaption, picture, reference
+from tests.congruence.option_grid import IMAGES, NOT_IN_GRID, OPTION_GRID
+from tests.pictures import pictures
+from tests.reference import EARLY_STOPPING, ReferenceCaption, reference
 
-IN_FLIGHT = 16
+IN_FLIGHT = 64
 TIMEOUT_SECONDS = 120.0
 
 Request = tuple[Image.Image, DecodingOptions]
+OneByOne = Callable[[str], list[CaptionResult]]
 
 
-def pictures(name: str, count: int) -> list[Image.Image]:
-    """Pictures that the checkpoint has something to say about."""
-    if name == DEMO:
-        scenes: list[Scene] = list(held_out_scenes("unseen_combinations", count, seed=77))
-        return [scene.image for scene in scenes]
-    return [picture(seed) for seed in range(count)]
+@pytest.fixture(scope="module")
+def one_by_one(service: Callable[[str], ReadyReport]) -> OneByOne:
+    """Checkpoint name to the answers to its requests, each asked for when the last was there."""
+    answered: dict[str, list[CaptionResult]] = {}
+
+    def results(name: str) -> list[CaptionResult]:
+        if name not in answered:
+            answered[name] = caption_all(service(name).grpc, grid_requests(name), in_flight=1)
+        return answered[name]
+
+    return results
 
 
-def caption_all(target: str, requests: list[Request]) -> list[CaptionResult]:
-    """All requests with many in flight, answers in their order."""
+def grid_requests(name: str) -> list[Request]:
+    """Every option of the grid, with images in turns."""
+    images = pictures(name, IMAGES)
+    return [(images[number % IMAGES], options) for number, options in enumerate(OPTION_GRID)]
+
+
+def client_options(options: DecodingOptions) -> GenerationOptions:
+    """The options as a client sets them; those of sampling are refused where none is wanted."""
+    given: dict[str, Any] = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name not in NOT_IN_GRID
+    }
+    given["early_stopping"] = EARLY_STOPPING[options.early_stopping]
+    return GenerationOptions(**given)
+
+
+def caption_all(target: str, requests: list[Request], *, in_flight: int) -> list[CaptionResult]:
+    """All requests, so many at a time; answers in their order, none from the response cache."""
     with (
         CaptionClient(target, timeout=TIMEOUT_SECONDS) as client,
-        ThreadPoolExecutor(IN_FLIGHT) as pool,
+        ThreadPoolExecutor(in_flight) as pool,
     ):
         return list(
             pool.map(
-                # The client's options are named and written as generate()'s.
-                lambda pair: client.caption(
-                    pair[0], GenerationOptions(**generate_options(pair[1]))
+                lambda request: client.caption(
+                    request[0], client_options(request[1]), bypass_cache=True
                 ),
                 requests,
             )
         )
 
 
-def assert_equal(result: CaptionResult, expected: list[ReferenceCaption], about: object) -> None:
-    assert [caption.token_ids for caption in result.captions] == [e.token_ids for e in expected], (
-        about
-    )
+def token_ids(result: CaptionResult) -> list[tuple[int, ...]]:
+    return [caption.token_ids for caption in result.captions]
+
+
+def assert_close(
+    result: CaptionResult, expected: list[ReferenceCaption], options: DecodingOptions
+) -> None:
+    """Scores and log-probabilities are the true ones, but for rounding."""
     scores = [caption.score for caption in result.captions]
-    assert scores == pytest.approx([e.score for e in expected], abs=1e-3), about
+    assert scores == pytest.approx([true.score for true in expected], abs=1e-3), options
+    for caption, true in zip(result.captions, expected, strict=True):
+        assert caption.token_logprobs == pytest.approx(true.token_logprobs, abs=2e-3), options
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_NAMES)
-def test_every_option_equals_generate(
+def test_every_option_equals_the_truth(
+    name: str, one_by_one: OneByOne, checkpoint_folder: Callable[[str], Path]
+) -> None:
+    truth = reference(checkpoint_folder(name))
+    for (image, options), result in zip(grid_requests(name), one_by_one(name), strict=True):
+        expected = truth.captions(image, options)
+        assert token_ids(result) == [true.token_ids for true in expected], options
+        assert_close(result, expected, options)
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_NAMES)
+def test_captions_do_not_depend_on_their_company(
     name: str,
     service: Callable[[str], ReadyReport],
+    one_by_one: OneByOne,
     checkpoint_folder: Callable[[str], Path],
 ) -> None:
-    requests = [(image, options) for options in OPTION_GRID for image in pictures(name, 2)]
-    random.Random(1).shuffle(requests)
     truth = reference(checkpoint_folder(name))
+    alone = list(zip(grid_requests(name), one_by_one(name), strict=True))
+    random.Random(1).shuffle(alone)
 
-    results = caption_all(service(name).grpc, requests)
+    together = caption_all(
+        service(name).grpc, [request for request, _ in alone], in_flight=IN_FLIGHT
+    )
 
-    for (image, options), result in zip(requests, results, strict=True):
-        assert_equal(result, truth.captions(image, **generate_options(options)), options)
+    for ((image, options), one), result in zip(alone, together, strict=True):
+        assert token_ids(result) == token_ids(one), options
+        assert_close(result, truth.captions(image, options), options)
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_NAMES)
@@ -85,7 +128,7 @@ def test_without_options_the_checkpoints_own_defaults_apply(
     truth = reference(checkpoint_folder(name))
     with CaptionClient(service(name).grpc, timeout=TIMEOUT_SECONDS) as client:
         for image in pictures(name, 3):
-            tokens = client.caption(image).captions[0].token_ids
+            tokens = client.caption(image, bypass_cache=True).captions[0].token_ids
             assert tokens == truth.captions(image)[0].token_ids
 
 
@@ -95,7 +138,8 @@ def test_captions_of_random_checkpoints_tell_images_apart(
     # Else the tests above would compare one caption with itself.
     for name in RANDOM_CHECKPOINTS:
         options = DecodingOptions(num_beams=2, max_length=14)
-        results = caption_all(service(name).grpc, [(image, options) for image in pictures(name, 8)])
+        requests = [(image, options) for image in pictures(name, 8)]
+        results = caption_all(service(name).grpc, requests, in_flight=IN_FLIGHT)
         assert len({result.captions[0].token_ids for result in results}) >= 4, name
 
 
@@ -107,7 +151,7 @@ def test_the_text_is_what_the_checkpoints_tokenizer_says(
     tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint_folder(DEMO))
     with CaptionClient(service(DEMO).grpc) as client:
         for image in pictures(DEMO, 4):
-            caption = client.caption(image).captions[0]
+            caption = client.caption(image, bypass_cache=True).captions[0]
             expected = tokenizer.decode(caption.token_ids, skip_special_tokens=True).strip()
             assert caption.text == expected
             assert caption.text
