@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import pytest
 from captionserve import FinishReason, GenerationOptions
 from captionserve._options import to_proto
 from captionserve.v1 import caption_pb2
-from captionserve_server.core import tensors
+from captionserve_server.cli.decoding_options import _TABLE
+from captionserve_server.core import captions, tensors
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
-from captionserve_server.core.search import DecodedCaption
 from captionserve_server.gateway.conversion import (
     EARLY_STOPPING,
     FINISH_REASONS,
@@ -22,9 +22,37 @@ from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 PROTO_FIELDS = caption_pb2.GenerationOptions.DESCRIPTOR.fields_by_name
 NAMES = set(PROTO_FIELDS)
 TRITON_TYPES = {
+    FieldDescriptor.TYPE_BOOL: "TYPE_BOOL",
     FieldDescriptor.TYPE_INT32: "TYPE_INT32",
+    FieldDescriptor.TYPE_INT64: "TYPE_INT64",
     FieldDescriptor.TYPE_DOUBLE: "TYPE_FP64",
+    FieldDescriptor.TYPE_STRING: "TYPE_STRING",
     FieldDescriptor.TYPE_ENUM: "TYPE_STRING",
+}
+# Each option with a value that is not its default.
+VALUES: dict[str, Any] = {
+    "num_beams": 4,
+    "max_length": 20,
+    "min_length": 3,
+    "length_penalty": 0.5,
+    "early_stopping": "never",
+    "num_return_sequences": 2,
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 0,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "seed": 2**62 + 1,
+    "num_beam_groups": 2,
+    "diversity_penalty": 0.25,
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2,
+    "bad_words": ["a cat", "caf\u00e9"],
+    "force_words": ["dog"],
+    "prefix": "a photo of",
+    "suppress_tokens": [0, 7],
+    "output_attentions": True,
+    "allow_partial": True,
 }
 
 
@@ -34,41 +62,47 @@ def enum_names(descriptor: EnumDescriptor, prefix: str) -> set[str]:
     return names - {"unspecified"}
 
 
+def request_of(options: GenerationOptions) -> caption_pb2.CaptionRequest:
+    return caption_pb2.CaptionRequest(
+        image=caption_pb2.Image(encoded=b"x"), options=to_proto(options)
+    )
+
+
 def test_every_place_has_the_same_options() -> None:
     assert {field.name for field in dataclasses.fields(GenerationOptions)} == NAMES
     assert {field.name for field in dataclasses.fields(DecodingOptions)} == NAMES
     assert set(tensors.OPTION_TENSORS) == NAMES
+    assert set(_TABLE) == NAMES
+    assert set(VALUES) == NAMES
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_each_option_has_a_tensor_of_its_own_type(name: str) -> None:
-    spec = tensors.OPTION_TENSORS[name]
+    spec, field = tensors.OPTION_TENSORS[name], PROTO_FIELDS[name]
     assert spec.name == name.upper()
-    assert spec.data_type == TRITON_TYPES[PROTO_FIELDS[name].type]
+    assert spec.data_type == TRITON_TYPES[field.type]
+    assert spec.dims == ((-1,) if field.is_repeated else (1,))
     assert spec.optional
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_every_option_tells_unset_from_zero(name: str) -> None:
     field = PROTO_FIELDS[name]
-    # An enum has UNSPECIFIED for that.
-    assert field.has_presence or field.enum_type is not None
+    # An enum has UNSPECIFIED for that, and an empty list is the same as none.
+    assert field.has_presence or field.enum_type is not None or field.is_repeated
 
 
-def test_every_option_travels_from_the_client_to_the_captioner() -> None:
-    options = GenerationOptions(
-        num_beams=4,
-        max_length=20,
-        length_penalty=0.5,
-        early_stopping="never",
-        num_return_sequences=2,
-    )
-    request = caption_pb2.CaptionRequest(
-        image=caption_pb2.Image(encoded=b"x"), options=to_proto(options)
-    )
-    inputs = captioner_inputs(request)
-    arrived: dict[str, Any] = {name: inputs[spec] for name, spec in tensors.OPTION_TENSORS.items()}
-    assert DecodingOptions(**arrived) == DecodingOptions(**dataclasses.asdict(options))
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_option_travels_from_the_client_to_the_captioner(name: str) -> None:
+    value = VALUES[name]
+    inputs = captioner_inputs(request_of(GenerationOptions(**{name: value})))
+    assert value != getattr(DecodingOptions(), name)
+    expected = value if isinstance(value, list) else [value]
+    assert inputs == {tensors.IMAGE: [b"x"], tensors.OPTION_TENSORS[name]: expected}
+
+
+def test_options_that_are_not_set_do_not_travel() -> None:
+    assert captioner_inputs(request_of(GenerationOptions())) == {tensors.IMAGE: [b"x"]}
 
 
 def test_early_stopping_has_the_same_values_everywhere() -> None:
@@ -90,4 +124,4 @@ def test_finish_reasons_are_the_same_everywhere() -> None:
     names = enum_names(descriptor, "FINISH_REASON_")
     assert {reason.value for reason in FinishReason} - {FinishReason.UNKNOWN.value} == names
     assert set(FINISH_REASONS) == names
-    assert set(get_args(get_type_hints(DecodedCaption)["finish_reason"])) == names
+    assert set(get_args(captions.FinishReason)) == names

@@ -13,6 +13,10 @@ from captionserve.v1 import caption_pb2, caption_pb2_grpc
 
 WAIT_SECONDS = 20.0
 
+Stream = Callable[
+    [caption_pb2.StreamCaptionRequest, grpc.ServicerContext],
+    Iterator[caption_pb2.StreamCaptionResponse],
+]
 Answer = Callable[[caption_pb2.CaptionRequest, grpc.ServicerContext], caption_pb2.CaptionResponse]
 
 
@@ -23,25 +27,46 @@ def good_response() -> caption_pb2.CaptionResponse:
         token_ids=[5, 6, 2],
         token_logprobs=[-0.25, -0.25, -0.5],
         finish_reason=caption_pb2.FINISH_REASON_EOS,
+        token_texts=["a red", " apple", ""],
+        confidence=0.75,
+        attention=caption_pb2.Attention(rows=1, cols=2, values=[0.5, 0.25, 0.0, 1.0, 0.125, 0.125]),
     )
     second = caption_pb2.Caption(
         text="an apple",
         score=-0.75,
         token_ids=[7],
         token_logprobs=[-0.75],
-        finish_reason=caption_pb2.FINISH_REASON_LENGTH,
+        finish_reason=caption_pb2.FINISH_REASON_DEADLINE,
+        token_texts=["an apple"],
+        confidence=0.5,
+        degenerate=True,
     )
-    return caption_pb2.CaptionResponse(captions=[best, second], model_version=3)
+    return caption_pb2.CaptionResponse(captions=[best, second], model_version=3, cached=True)
+
+
+def good_stream() -> list[caption_pb2.StreamCaptionResponse]:
+    """The words of `good_response` one by one, then the whole."""
+    parts = (("a red", 5), (" apple", 6), ("", 2))
+    return [
+        *(
+            caption_pb2.StreamCaptionResponse(
+                part=caption_pb2.CaptionPart(text=text, token_ids=[token])
+            )
+            for text, token in parts
+        ),
+        caption_pb2.StreamCaptionResponse(response=good_response()),
+    ]
 
 
 class RecordingServicer(caption_pb2_grpc.CaptionServiceServicer):
-    """Answers with `answer`; by default with `good_response`."""
+    """Answers with `answer` and `stream`; by default with `good_response` and `good_stream`."""
 
     def __init__(self) -> None:
         self.requests: list[caption_pb2.CaptionRequest] = []
         self.seconds_left: list[float | None] = []
         self.ended = threading.Event()
         self.answer: Answer = lambda request, context: good_response()
+        self.stream: Stream = lambda request, context: iter(good_stream())
 
     def Caption(  # noqa: N802
         self, request: caption_pb2.CaptionRequest, context: grpc.ServicerContext
@@ -49,6 +74,24 @@ class RecordingServicer(caption_pb2_grpc.CaptionServiceServicer):
         self.requests.append(request)
         self.seconds_left.append(context.time_remaining())
         return self.answer(request, context)
+
+    def StreamCaption(  # noqa: N802
+        self, request: caption_pb2.StreamCaptionRequest, context: grpc.ServicerContext
+    ) -> Iterator[caption_pb2.StreamCaptionResponse]:
+        self.requests.append(request.request)
+        self.seconds_left.append(context.time_remaining())
+        yield from self.stream(request, context)
+
+    def one_part_and_no_more(
+        self, request: caption_pb2.StreamCaptionRequest, context: grpc.ServicerContext
+    ) -> Iterator[caption_pb2.StreamCaptionResponse]:
+        """A stream that stops after its first part, until the caller has gone."""
+        try:
+            yield good_stream()[0]
+            self.wait_until_gone(request.request, context)
+        finally:
+            # gRPC does not go on with a stream whose caller has gone.
+            self.ended.set()
 
     def wait_until_gone(
         self, request: caption_pb2.CaptionRequest, context: grpc.ServicerContext

@@ -11,6 +11,7 @@ import grpc
 import pytest
 from captionserve import (
     AsyncCaptionClient,
+    Attention,
     Caption,
     CaptionClient,
     CaptionError,
@@ -18,10 +19,13 @@ from captionserve import (
     FinishReason,
     GenerationOptions,
 )
+from captionserve._options import to_proto
 from captionserve._transport import DEFAULT_TIMEOUT_SECONDS
 from captionserve.v1 import caption_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.client.caption_server import (
     WAIT_SECONDS,
@@ -77,16 +81,85 @@ def fail_with_metadata(servicer: RecordingServicer, code: grpc.StatusCode, raw: 
     servicer.answer = answer
 
 
+WHOLE = CaptionResult(
+    captions=(
+        Caption(
+            text="a red apple",
+            score=-0.5,
+            token_ids=(5, 6, 2),
+            token_logprobs=(-0.25, -0.25, -0.5),
+            finish_reason=FinishReason.EOS,
+            token_texts=("a red", " apple", ""),
+            confidence=0.75,
+            degenerate=False,
+            attention=Attention(1, 2, (0.5, 0.25, 0.0, 1.0, 0.125, 0.125)),
+        ),
+        Caption(
+            text="an apple",
+            score=-0.75,
+            token_ids=(7,),
+            token_logprobs=(-0.75,),
+            finish_reason=FinishReason.DEADLINE,
+            token_texts=("an apple",),
+            confidence=0.5,
+            degenerate=True,
+            attention=None,
+        ),
+    ),
+    model_version=3,
+    cached=True,
+)
+
+
 def test_a_result_is_read_whole(server: Server, caption: Call) -> None:
     result = caption(server[0], IMAGE)
-    assert result == CaptionResult(
-        captions=(
-            Caption("a red apple", -0.5, (5, 6, 2), (-0.25, -0.25, -0.5), FinishReason.EOS),
-            Caption("an apple", -0.75, (7,), (-0.75,), FinishReason.LENGTH),
-        ),
-        model_version=3,
-    )
+    assert result == WHOLE
     assert result.text == "a red apple"
+
+
+def test_attention_is_read_token_by_token(server: Server, caption: Call) -> None:
+    attention = caption(server[0], IMAGE).captions[0].attention
+    assert attention is not None
+    assert [attention.grid(token) for token in range(3)] == [
+        [[0.5, 0.25]],
+        [[0.0, 1.0]],
+        [[0.125, 0.125]],
+    ]
+    for token in (-1, 3):
+        with pytest.raises(IndexError):
+            attention.grid(token)
+
+
+def test_the_cache_is_bypassed_when_asked(server: Server, caption: Call) -> None:
+    target, servicer = server
+    caption(target, IMAGE)
+    caption(target, IMAGE, bypass_cache=True)
+    assert [request.bypass_cache for request in servicer.requests] == [False, True]
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "num_beams": st.integers(-(2**31), 2**31 - 1),
+            "seed": st.integers(-(2**63), 2**63 - 1),
+            "temperature": st.floats(allow_nan=False),
+            "do_sample": st.booleans(),
+            "early_stopping": st.sampled_from([True, False, "never"]),
+            "bad_words": st.lists(st.text(st.characters(codec="utf-8")), min_size=1),
+            "suppress_tokens": st.lists(st.integers(0, 2**31 - 1), min_size=1),
+            "prefix": st.text(st.characters(codec="utf-8")),
+        },
+    )
+)
+def test_options_are_sent_as_they_are(given_options: dict[str, Any]) -> None:
+    sent = to_proto(GenerationOptions(**given_options))
+    arrived = {field.name: value for field, value in sent.ListFields()}
+    assert set(arrived) == set(given_options)
+    for name, value in given_options.items():
+        if name == "early_stopping":
+            continue
+        assert (list(arrived[name]) if isinstance(value, list) else arrived[name]) == value
 
 
 def test_an_unknown_finish_reason_is_no_error(server: Server, caption: Call) -> None:
@@ -132,8 +205,13 @@ def test_early_stopping_is_sent_as_its_enum(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_beams": 2**40}, ValueError, "num_beams does not fit a 32-bit integer"),
+        ({"num_beams": 2**40}, ValueError, "num_beams cannot be sent"),
         ({"num_beams": "four"}, TypeError, "num_beams has the wrong type: str"),
+        ({"seed": 2**63}, ValueError, "seed cannot be sent"),
+        ({"bad_words": "red"}, TypeError, "bad_words has the wrong type: str"),
+        ({"force_words": b"red"}, TypeError, "force_words has the wrong type: bytes"),
+        ({"suppress_tokens": 7}, TypeError, "suppress_tokens has the wrong type: int"),
+        ({"suppress_tokens": ["a"]}, TypeError, "suppress_tokens has the wrong type: list"),
         ({"early_stopping": "always"}, ValueError, "early_stopping must be True, False"),
         ({"early_stopping": []}, ValueError, "early_stopping must be True, False"),
     ],
@@ -152,12 +230,12 @@ def test_every_call_has_a_deadline(server: Server, caption: Call) -> None:
     caption(target, IMAGE)
     caption(target, IMAGE, client={"timeout": 200.0})
     caption(target, IMAGE, client={"timeout": 200.0}, timeout=1000.0)
-    for seconds_left, given in zip(
+    for seconds_left, allowed in zip(
         servicer.seconds_left, (DEFAULT_TIMEOUT_SECONDS, 200.0, 1000.0), strict=True
     ):
         assert seconds_left is not None
         # gRPC rounds what it sends up, long times more coarsely.
-        assert 0 < seconds_left <= 1.05 * given + 1
+        assert 0 < seconds_left <= 1.05 * allowed + 1
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])

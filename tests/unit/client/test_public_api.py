@@ -16,10 +16,12 @@ from captionserve import CaptionError, CaptionResult, FinishReason, GenerationOp
 def test_exports_exactly_the_public_names() -> None:
     assert set(captionserve.__all__) == {
         "AsyncCaptionClient",
+        "Attention",
         "Caption",
         "CaptionClient",
         "CaptionError",
         "CaptionResult",
+        "CaptionUpdate",
         "FinishReason",
         "GenerationOptions",
         "ImageInput",

@@ -11,11 +11,15 @@ import grpc
 import numpy as np
 from captionserve_server.core import tensors
 from captionserve_server.core.tensors import TensorSpec
-from captionserve_server.gateway.kserve import encode_strings, kserve_type
+from captionserve_server.gateway.kserve import decode_strings, encode_strings, kserve_type
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 WAIT_SECONDS = 20.0
+
+Stream = Callable[
+    [service_pb2.ModelInferRequest], AsyncIterator[service_pb2.ModelStreamInferResponse]
+]
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Answer = Callable[
@@ -31,21 +35,61 @@ def good_outputs() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
         ),
         tensors.SCORE: np.array([-0.5, -0.75], "<f8"),
         tensors.FINISH_REASON: encode_strings([b"eos", b"length"]),
+        tensors.CONFIDENCE: np.array([0.75, 0.5], "<f8"),
+        tensors.DEGENERATE: np.array([False, True]),
         tensors.TOKEN_IDS: np.array([[5, 6, 2], [0, -1, -1]], "<i4"),
         tensors.TOKEN_LOGPROBS: np.array([[-0.25, -0.25, -0.5], [-0.75, 0, 0]], "<f4"),
+        tensors.TOKEN_TEXTS: np.array(
+            [[b"a red", b" apple", b""], [b"un caf\xc3\xa9", b"", b""]], np.object_
+        ),
+        tensors.COMPUTED_FOR: encode_strings([b"another"]),
+    }
+
+
+def with_attention() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
+    """The same with attention over a grid of 1 x 2."""
+    values = np.arange(12, dtype="<f4").reshape(2, 3, 1, 2) / 16
+    return good_outputs() | {tensors.ATTENTIONS: values}
+
+
+def part_outputs(text: str, *token_ids: int) -> dict[TensorSpec, bytes | NDArray[np.generic]]:
+    """A part of a caption."""
+    return {
+        tensors.NEW_TEXT: encode_strings([text.encode()]),
+        tensors.NEW_TOKEN_IDS: np.array(token_ids, "<i4"),
     }
 
 
 def infer_response(
-    outputs: Mapping[TensorSpec, bytes | NDArray[np.generic]], version: str = "3"
+    outputs: Mapping[TensorSpec, bytes | NDArray[np.generic]],
+    version: str = "3",
+    request_id: str = "",
 ) -> service_pb2.ModelInferResponse:
-    response = service_pb2.ModelInferResponse(model_name="captioner", model_version=version)
+    response = service_pb2.ModelInferResponse(
+        model_name="captioner", model_version=version, id=request_id
+    )
     for spec, values in outputs.items():
-        shape = [2] if isinstance(values, bytes) else values.shape
-        raw = values if isinstance(values, bytes) else values.tobytes()
+        raw, shape = _raw(values)
         response.outputs.add(name=spec.name, datatype=kserve_type(spec.data_type), shape=shape)
         response.raw_output_contents.append(raw)
     return response
+
+
+def _raw(values: bytes | NDArray[np.generic]) -> tuple[bytes, list[int]]:
+    if isinstance(values, bytes):
+        return values, [len(decode_strings(values)) if is_strings(values) else 2]
+    if values.dtype == np.object_:
+        return encode_strings(values.ravel().tolist()), list(values.shape)
+    return values.tobytes(), list(values.shape)
+
+
+def is_strings(raw: bytes) -> bool:
+    """Whether the bytes are whole strings; some tests cut them."""
+    try:
+        decode_strings(raw)
+    except ValueError:
+        return False
+    return True
 
 
 # tritonclient's generated code has no types.
@@ -60,6 +104,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.cancelled = asyncio.Event()
         self.may_answer = asyncio.Event()
         self.answer: Answer = self.answer_well
+        self.stream: Stream = self.stream_well
 
     async def ModelInfer(  # noqa: N802
         self, request: service_pb2.ModelInferRequest, context: Context
@@ -72,7 +117,57 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     async def answer_well(
         self, request: service_pb2.ModelInferRequest, context: Context
     ) -> service_pb2.ModelInferResponse:
-        return infer_response(good_outputs())
+        return infer_response(good_outputs(), request_id=request.id)
+
+    async def ModelStreamInfer(  # noqa: N802
+        self, requests: AsyncIterator[service_pb2.ModelInferRequest], context: Context
+    ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+        async for request in requests:
+            self.requests.append(request)
+            self.seconds_left.append(context.time_remaining())
+            self.arrived.set()
+            try:
+                async for response in self.stream(request):
+                    yield response
+            except (asyncio.CancelledError, GeneratorExit):
+                self.cancelled.set()
+                raise
+
+    async def stream_well(
+        self, request: service_pb2.ModelInferRequest
+    ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+        for outputs in (part_outputs("a red", 5), part_outputs(" apple", 6, 2), good_outputs()):
+            yield stream_response(outputs, request)
+
+    async def stream_when_allowed(
+        self, request: service_pb2.ModelInferRequest
+    ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+        """One part, then wait for `may_answer`."""
+        yield stream_response(part_outputs("a red", 5), request)
+        await self.may_answer.wait()
+        yield stream_response(good_outputs(), request)
+
+    def stream_error(self, message: str) -> None:
+        """One part, then an error as Triton sends it on a stream."""
+
+        async def stream(
+            request: service_pb2.ModelInferRequest,
+        ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+            yield stream_response(part_outputs("a red", 5), request)
+            yield service_pb2.ModelStreamInferResponse(error_message=message)
+
+        self.stream = stream
+
+    def stream_parts(self, *outputs: Mapping[TensorSpec, bytes | NDArray[np.generic]]) -> None:
+        """These responses and no more."""
+
+        async def stream(
+            request: service_pb2.ModelInferRequest,
+        ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+            for each in outputs:
+                yield stream_response(each, request)
+
+        self.stream = stream
 
     async def answer_when_allowed(
         self, request: service_pb2.ModelInferRequest, context: Context
@@ -83,7 +178,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
-        return infer_response(good_outputs())
+        return infer_response(good_outputs(), request_id=request.id)
 
     def fail(self, code: grpc.StatusCode, details: str) -> None:
         async def answer(
@@ -100,6 +195,15 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             return response
 
         self.answer = answer
+
+
+def stream_response(
+    outputs: Mapping[TensorSpec, bytes | NDArray[np.generic]],
+    request: service_pb2.ModelInferRequest,
+) -> service_pb2.ModelStreamInferResponse:
+    return service_pb2.ModelStreamInferResponse(
+        infer_response=infer_response(outputs, request_id=request.id)
+    )
 
 
 @asynccontextmanager

@@ -46,6 +46,8 @@ def test_captions_come_back_whole() -> None:
                 token_ids=[5, 6, 2],
                 token_logprobs=[-0.25, -0.25, -0.5],
                 finish_reason=caption_pb2.FINISH_REASON_EOS,
+                token_texts=["a red", " apple", ""],
+                confidence=0.75,
             ),
             caption_pb2.Caption(
                 text="un caf\N{LATIN SMALL LETTER E WITH ACUTE}",
@@ -54,9 +56,13 @@ def test_captions_come_back_whole() -> None:
                 token_ids=[0],
                 token_logprobs=[-0.75],
                 finish_reason=caption_pb2.FINISH_REASON_LENGTH,
+                token_texts=["un caf\N{LATIN SMALL LETTER E WITH ACUTE}"],
+                confidence=0.5,
+                degenerate=True,
             ),
         ],
         model_version=3,
+        cached=True,
     )
     assert asyncio.run(run()) == expected
 

@@ -174,7 +174,10 @@ def without(spec: tensors.TensorSpec) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     "outputs",
     [
-        *(without(spec) for spec in tensors.CAPTIONER.outputs),
+        *(without(spec) for spec in tensors.CAPTIONER.outputs if spec is not tensors.ATTENTIONS),
+        good_outputs() | {tensors.TOKEN_LOGPROBS: np.zeros((2, 1), "<f4")},
+        good_outputs() | {tensors.COMPUTED_FOR: b""},
+        good_outputs() | {tensors.ATTENTIONS: np.zeros((2, 1, 1, 2), "<f4")},
         good_outputs() | {tensors.TEXT: b"\x05\x00\x00\x00cut"},
         good_outputs() | {tensors.TEXT: b"\x05\x00"},
         good_outputs() | {tensors.TEXT: encode_strings([b"\xff", b"no UTF-8"])},
