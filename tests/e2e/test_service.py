@@ -90,7 +90,7 @@ def test_kserve_clients_talk_to_triton_directly(service: Service) -> None:
     triton = tritonclient.grpc.InferenceServerClient(service(DEMO).triton_grpc)
     encoded = tritonclient.grpc.InferInput(tensors.IMAGE.name, [1], "BYTES")
     encoded.set_data_from_numpy(np.array([image.read_bytes()], dtype=np.object_))
-    beams = tritonclient.grpc.InferInput(tensors.NUM_BEAMS.name, [1], "INT32")
+    beams = tritonclient.grpc.InferInput(tensors.OPTION_TENSORS["num_beams"].name, [1], "INT32")
     beams.set_data_from_numpy(np.array([2], dtype=np.int32))
 
     answer = triton.infer(tensors.CAPTIONER.name, [encoded, beams])
