@@ -334,6 +334,16 @@ def test_slots_of_a_dead_owner_come_back(
         assert metric(running, "captionserve_slots_used") == 0
 
 
+def test_a_failure_is_not_remembered_as_an_answer(service: Callable[[str], ReadyReport]) -> None:
+    # Triton's response cache stores failures and gives them out as answers without outputs.
+    running = service("projected")
+    with CaptionClient(running.grpc, timeout=WAIT_SECONDS) as client:
+        for _ in range(3):
+            with pytest.raises(CaptionError) as caught:
+                client.caption(b"bad, and asked for again")
+            assert caught.value.reason == "UNSUPPORTED_IMAGE_FORMAT"
+
+
 def tensor(
     spec: tensors.TensorSpec, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 ) -> InferInput:

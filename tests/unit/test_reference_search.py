@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,12 @@ def test_a_later_group_pays_for_what_earlier_ones_go_on_with_but_not_for_their_e
     assert completed[1].score == pytest.approx(sum(paid) / 2)
 
 
+def test_a_later_group_pays_for_the_last_tokens_of_earlier_ones_too() -> None:
+    only_one_token = dataclasses.replace(LIKELY, longest=1)
+    completed = diverse_beam_search(ends_after_one, only_one_token, groups=2, diversity_penalty=1.0)
+    assert generated(completed) == [(1,), (2,)]
+
+
 def test_a_token_that_is_taken_all_the_same_is_scored_with_its_penalty() -> None:
     completed = diverse_beam_search(ends_after_one, LIKELY, groups=3, diversity_penalty=0.1)
 
@@ -139,6 +146,25 @@ def test_an_unlikely_constraint_is_met_before_the_end() -> None:
     unlikely = Constraint(spaced=(3, 2), initial=None)
     completed = constrained_beam_search(ends_after_one, LIKELY, [unlikely])
     assert generated(completed) == [(3, 2, END)]
+
+
+def test_a_beam_that_would_rather_end_goes_on_until_its_constraints_are_met() -> None:
+    def likes_to_end_after_token_one(sequences: list[Tokens]) -> list[Row]:
+        rows: dict[Tokens, Row] = {
+            (): shares(0.04, 0.01, 0.5, 0.45),
+            (1,): shares(0.97, 0.01, 0.01, 0.01),
+            (2,): shares(0.25, 0.25, 0.25, 0.25),
+            (3,): shares(0.25, 0.25, 0.25, 0.25),
+        }
+        return [rows.get(sequence[1:], shares(0.91, 0.03, 0.03, 0.03)) for sequence in sequences]
+
+    rules = Rules((9,), frozenset({END}), 3, 3, length_penalty=1.0, early_stopping="false")
+    constraints = [Constraint(spaced=(token,), initial=None) for token in (2, 3)]
+
+    completed = constrained_beam_search(likes_to_end_after_token_one, rules, constraints)
+
+    # (1, 1) takes the lowest bank's beam after two tokens, which leaves none for (3, 2).
+    assert generated(completed) == [(2, 3, END), (2, 3, 1), (2, 3, 2)]
 
 
 def test_without_room_for_a_constraint_there_is_no_caption() -> None:

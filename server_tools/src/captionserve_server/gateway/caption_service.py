@@ -19,6 +19,7 @@ from captionserve_server.gateway.conversion import (
     caption_part,
     caption_response,
     captioner_inputs,
+    nonce,
     nonce_if_needed,
 )
 from captionserve_server.gateway.triton_client import CaptionerAnswer, TimeLimit, TritonClient
@@ -68,8 +69,12 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
         self._begin(context)
         with self._admitted():
             inputs = captioner_inputs(request) | nonce_if_needed(request)
-            time_limit = self._time_limit(request, context)
-            return _response(await self._triton.infer_captions(inputs, time_limit))
+            answer = await self._triton.infer_captions(inputs, self._time_limit(request, context))
+            if not answer.outputs:
+                # Triton's response cache keeps failures too, as answers without outputs.
+                limit = self._time_limit(request, context)
+                answer = await self._triton.infer_captions(inputs | nonce(), limit)
+            return _response(answer)
 
     async def StreamCaption(  # noqa: N802 - the name is the API's.
         self,

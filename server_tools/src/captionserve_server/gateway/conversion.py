@@ -52,9 +52,12 @@ def nonce_if_needed(request: caption_pb2.CaptionRequest) -> Inputs:
     """What keeps an answer out of the response cache, where it must not come from there."""
     options = request.options
     seedless = options.do_sample and not options.HasField("seed")
-    if request.bypass_cache or options.allow_partial or seedless:
-        return {tensors.NONCE: [secrets.randbelow(MAX_SEED)]}
-    return {}
+    return nonce() if request.bypass_cache or options.allow_partial or seedless else {}
+
+
+def nonce() -> Inputs:
+    """What sets a request apart from all others, so that no cache answers it."""
+    return {tensors.NONCE: [secrets.randbelow(MAX_SEED)]}
 
 
 def _early_stopping(value: int) -> EarlyStopping:
