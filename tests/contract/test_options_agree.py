@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 from captionserve import FinishReason, GenerationOptions
 from captionserve._options import to_proto
+from captionserve._results import from_proto
 from captionserve.v1 import caption_pb2
 from captionserve_server.cli.decoding_options import _TABLE
 from captionserve_server.core import captions, tensors
@@ -28,6 +29,14 @@ TRITON_TYPES = {
     FieldDescriptor.TYPE_DOUBLE: "TYPE_FP64",
     FieldDescriptor.TYPE_STRING: "TYPE_STRING",
     FieldDescriptor.TYPE_ENUM: "TYPE_STRING",
+}
+PYTHON_TYPES = {
+    FieldDescriptor.TYPE_BOOL: bool,
+    FieldDescriptor.TYPE_INT32: int,
+    FieldDescriptor.TYPE_INT64: int,
+    FieldDescriptor.TYPE_DOUBLE: float,
+    FieldDescriptor.TYPE_STRING: str,
+    FieldDescriptor.TYPE_ENUM: str,
 }
 # Each option with a value that is not its default.
 VALUES: dict[str, Any] = {
@@ -74,6 +83,7 @@ def test_every_place_has_the_same_options() -> None:
     assert set(tensors.OPTION_TENSORS) == NAMES
     assert set(_TABLE) == NAMES
     assert set(VALUES) == NAMES
+    assert len(NAMES) == 22
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -89,7 +99,15 @@ def test_each_option_has_a_tensor_of_its_own_type(name: str) -> None:
 def test_every_option_tells_unset_from_zero(name: str) -> None:
     field = PROTO_FIELDS[name]
     # An enum has UNSPECIFIED for that, and an empty list is the same as none.
-    assert field.has_presence or field.enum_type is not None or field.is_repeated
+    says_it_otherwise = field.is_repeated or field.enum_type is not None
+    assert field.has_presence is not says_it_otherwise
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_the_command_line_has_each_option_in_its_own_type(name: str) -> None:
+    field = PROTO_FIELDS[name]
+    element = PYTHON_TYPES[field.type]
+    assert _TABLE[name][0] == (list[element] if field.is_repeated else element)  # type: ignore[valid-type]  # Of a table.
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -99,6 +117,14 @@ def test_every_option_travels_from_the_client_to_the_captioner(name: str) -> Non
     assert value != getattr(DecodingOptions(), name)
     expected = value if isinstance(value, list) else [value]
     assert inputs == {tensors.IMAGE: [b"x"], tensors.OPTION_TENSORS[name]: expected}
+
+
+def test_all_options_travel_together() -> None:
+    inputs = captioner_inputs(request_of(GenerationOptions(**VALUES)))
+    arrived = {name: inputs[spec] for name, spec in tensors.OPTION_TENSORS.items()}
+    assert arrived == {
+        name: value if isinstance(value, list) else [value] for name, value in VALUES.items()
+    }
 
 
 def test_options_that_are_not_set_do_not_travel() -> None:
@@ -125,3 +151,10 @@ def test_finish_reasons_are_the_same_everywhere() -> None:
     assert {reason.value for reason in FinishReason} - {FinishReason.UNKNOWN.value} == names
     assert set(FINISH_REASONS) == names
     assert set(get_args(captions.FinishReason)) == names
+
+
+@pytest.mark.parametrize("name", get_args(captions.FinishReason))
+def test_finish_reasons_mean_the_same_at_both_ends(name: str) -> None:
+    caption = caption_pb2.Caption(finish_reason=FINISH_REASONS[name])
+    result = from_proto(caption_pb2.CaptionResponse(captions=[caption]))
+    assert result.captions[0].finish_reason.value == name

@@ -96,7 +96,7 @@ def _set(message: caption_pb2.GenerationOptions, name: str, value: object) -> No
             getattr(message, name).extend(_several(value))
         else:
             setattr(message, name, value)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{name} cannot be sent: {value}") from error
     except TypeError as error:
         raise TypeError(f"{name} has the wrong type: {type(value).__name__}") from error

@@ -7,11 +7,16 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from typing import NoReturn
 
 import grpc
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
+from google.protobuf.message import Message
+from google.rpc import status_pb2
 
 WAIT_SECONDS = 20.0
+# Longer than a test waits, so that it does not take the servicer's patience for the caller's leave.
+_HOLD_SECONDS = 2 * WAIT_SECONDS
 
 Stream = Callable[
     [caption_pb2.StreamCaptionRequest, grpc.ServicerContext],
@@ -58,6 +63,21 @@ def good_stream() -> list[caption_pb2.StreamCaptionResponse]:
     ]
 
 
+def rich_status(code: grpc.StatusCode, *details: Message) -> bytes:
+    """A google.rpc.Status as it travels."""
+    status = status_pb2.Status(code=code.value[0], message="a sentence")
+    for detail in details:
+        status.details.add().Pack(detail)
+    serialized: bytes = status.SerializeToString()
+    return serialized
+
+
+def abort(context: grpc.ServicerContext, code: grpc.StatusCode, status: bytes) -> NoReturn:
+    """End the call with a status beside gRPC's own."""
+    context.set_trailing_metadata((("grpc-status-details-bin", status),))
+    context.abort(code, "a sentence")
+
+
 class RecordingServicer(caption_pb2_grpc.CaptionServiceServicer):
     """Answers with `answer` and `stream`; by default with `good_response` and `good_stream`."""
 
@@ -86,21 +106,23 @@ class RecordingServicer(caption_pb2_grpc.CaptionServiceServicer):
         self, request: caption_pb2.StreamCaptionRequest, context: grpc.ServicerContext
     ) -> Iterator[caption_pb2.StreamCaptionResponse]:
         """A stream that stops after its first part, until the caller has gone."""
-        try:
-            yield good_stream()[0]
-            self.wait_until_gone(request.request, context)
-        finally:
-            # gRPC does not go on with a stream whose caller has gone.
-            self.ended.set()
+        # Before the part: gRPC does not go on with a stream whose caller has gone.
+        self.tell_of_the_end(context)
+        yield good_stream()[0]
+        self.ended.wait(_HOLD_SECONDS)
 
     def wait_until_gone(
         self, request: caption_pb2.CaptionRequest, context: grpc.ServicerContext
     ) -> caption_pb2.CaptionResponse:
         """An answer that never comes: ends when the caller has gone."""
+        self.tell_of_the_end(context)
+        self.ended.wait(_HOLD_SECONDS)
+        return good_response()
+
+    def tell_of_the_end(self, context: grpc.ServicerContext) -> None:
+        """Set `ended` when the call has ended, or at once if it has."""
         if not context.add_callback(self.ended.set):
             self.ended.set()
-        self.ended.wait(WAIT_SECONDS)
-        return good_response()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,17 @@ import sys
 import captionserve
 import grpc
 import pytest
-from captionserve import CaptionError, CaptionResult, FinishReason, GenerationOptions
+from captionserve import (
+    AsyncCaptionClient,
+    Attention,
+    Caption,
+    CaptionClient,
+    CaptionError,
+    CaptionResult,
+    CaptionUpdate,
+    FinishReason,
+    GenerationOptions,
+)
 
 
 def test_exports_exactly_the_public_names() -> None:
@@ -43,7 +54,16 @@ def test_imports_neither_numpy_nor_pillow_nor_the_server() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("value_type", [GenerationOptions, CaptionResult, captionserve.Caption])
+@pytest.mark.parametrize("name", ["caption", "caption_stream", "close"])
+def test_both_clients_take_the_same_arguments(name: str) -> None:
+    blocking = inspect.signature(getattr(CaptionClient, name))
+    awaited = inspect.signature(getattr(AsyncCaptionClient, name))
+    assert list(blocking.parameters.values()) == list(awaited.parameters.values())
+
+
+@pytest.mark.parametrize(
+    "value_type", [GenerationOptions, CaptionResult, Caption, Attention, CaptionUpdate]
+)
 def test_values_are_frozen(value_type: type) -> None:
     assert getattr(value_type, "__dataclass_params__").frozen  # noqa: B009
 

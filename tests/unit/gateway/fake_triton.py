@@ -17,13 +17,12 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 WAIT_SECONDS = 20.0
 
-Stream = Callable[
-    [service_pb2.ModelInferRequest], AsyncIterator[service_pb2.ModelStreamInferResponse]
-]
-
 Context = grpc.aio.ServicerContext[Any, Any]
 Answer = Callable[
     [service_pb2.ModelInferRequest, Context], Awaitable[service_pb2.ModelInferResponse]
+]
+Stream = Callable[
+    [service_pb2.ModelInferRequest, Context], AsyncIterator[service_pb2.ModelStreamInferResponse]
 ]
 
 
@@ -58,6 +57,11 @@ def part_outputs(text: str, *token_ids: int) -> dict[TensorSpec, bytes | NDArray
         tensors.NEW_TEXT: encode_strings([text.encode()]),
         tensors.NEW_TOKEN_IDS: np.array(token_ids, "<i4"),
     }
+
+
+def computed_for(request_id: str) -> dict[TensorSpec, bytes | NDArray[np.generic]]:
+    """The same, computed for a request of that id."""
+    return good_outputs() | {tensors.COMPUTED_FOR: encode_strings([request_id.encode()])}
 
 
 def infer_response(
@@ -127,31 +131,56 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             self.seconds_left.append(context.time_remaining())
             self.arrived.set()
             try:
-                async for response in self.stream(request):
+                async for response in self.stream(request, context):
                     yield response
             except (asyncio.CancelledError, GeneratorExit):
                 self.cancelled.set()
                 raise
 
     async def stream_well(
-        self, request: service_pb2.ModelInferRequest
+        self, request: service_pb2.ModelInferRequest, context: Context
     ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
         for outputs in (part_outputs("a red", 5), part_outputs(" apple", 6, 2), good_outputs()):
             yield stream_response(outputs, request)
 
     async def stream_when_allowed(
-        self, request: service_pb2.ModelInferRequest
+        self, request: service_pb2.ModelInferRequest, context: Context
     ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
         """One part, then wait for `may_answer`."""
         yield stream_response(part_outputs("a red", 5), request)
         await self.may_answer.wait()
         yield stream_response(good_outputs(), request)
 
+    async def stream_and_stay(
+        self, request: service_pb2.ModelInferRequest, context: Context
+    ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+        """The captions, and then no end."""
+        yield stream_response(good_outputs(), request)
+        await asyncio.Event().wait()
+
+    async def stream_on_and_on(
+        self, request: service_pb2.ModelInferRequest, context: Context
+    ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+        """More text than the connection takes in before the caller reads it, without an end."""
+        while True:
+            yield stream_response(part_outputs(100_000 * "a", 5), request)
+
+    def fail_stream(self, code: grpc.StatusCode, details: str) -> None:
+        """One part, then a status."""
+
+        async def stream(
+            request: service_pb2.ModelInferRequest, context: Context
+        ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+            yield stream_response(part_outputs("a red", 5), request)
+            await context.abort(code, details)
+
+        self.stream = stream
+
     def stream_error(self, message: str) -> None:
         """One part, then an error as Triton sends it on a stream."""
 
         async def stream(
-            request: service_pb2.ModelInferRequest,
+            request: service_pb2.ModelInferRequest, context: Context
         ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
             yield stream_response(part_outputs("a red", 5), request)
             yield service_pb2.ModelStreamInferResponse(error_message=message)
@@ -162,7 +191,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         """These responses and no more."""
 
         async def stream(
-            request: service_pb2.ModelInferRequest,
+            request: service_pb2.ModelInferRequest, context: Context
         ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
             for each in outputs:
                 yield stream_response(each, request)

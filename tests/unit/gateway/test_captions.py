@@ -6,11 +6,16 @@ import asyncio
 import struct
 
 import grpc
+import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
 from captionserve_server.core import tensors
+from captionserve_server.core.tensors import TensorSpec
+from captionserve_server.gateway.kserve import encode_strings
+from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
+from tests.unit.gateway.fake_triton import good_outputs, infer_response
 from tests.unit.gateway.harness import IMAGE, gateway_setup, request_of
 
 
@@ -32,12 +37,21 @@ def raw_inputs(request: service_pb2.ModelInferRequest) -> dict[str, tuple[str, l
     }
 
 
-def test_captions_come_back_whole() -> None:
+def answer_to(
+    outputs: dict[TensorSpec, bytes | NDArray[np.generic]],
+) -> caption_pb2.CaptionResponse:
+    """What a caller is told when Triton answers with these outputs."""
+
     async def run() -> caption_pb2.CaptionResponse:
         async with gateway_setup() as setup:
+            setup.triton.answer_with(infer_response(outputs))
             answer: caption_pb2.CaptionResponse = await setup.stub.Caption(request_of(), timeout=10)
             return answer
 
+    return asyncio.run(run())
+
+
+def test_captions_come_back_whole() -> None:
     expected = caption_pb2.CaptionResponse(
         captions=[
             caption_pb2.Caption(
@@ -64,7 +78,47 @@ def test_captions_come_back_whole() -> None:
         model_version=3,
         cached=True,
     )
-    assert asyncio.run(run()) == expected
+    assert answer_to(good_outputs()) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"eos", caption_pb2.FINISH_REASON_EOS),
+        (b"length", caption_pb2.FINISH_REASON_LENGTH),
+        (b"deadline", caption_pb2.FINISH_REASON_DEADLINE),
+    ],
+)
+def test_each_finish_reason_has_its_value(text: bytes, expected: int) -> None:
+    outputs = good_outputs() | {tensors.FINISH_REASON: encode_strings([b"eos", text])}
+    response = answer_to(outputs)
+    assert [caption.finish_reason for caption in response.captions] == [
+        caption_pb2.FINISH_REASON_EOS,
+        expected,
+    ]
+
+
+def test_a_caption_without_tokens_is_a_caption() -> None:
+    """The deadline may come before the first token of a partial caption."""
+    outputs: dict[TensorSpec, bytes | NDArray[np.generic]] = {
+        tensors.TEXT: encode_strings([b"a red"]),
+        tensors.SCORE: np.zeros(1, "<f8"),
+        tensors.FINISH_REASON: encode_strings([b"deadline"]),
+        tensors.CONFIDENCE: np.zeros(1, "<f8"),
+        tensors.DEGENERATE: np.array([True]),
+        tensors.TOKEN_IDS: np.zeros((1, 0), "<i4"),
+        tensors.TOKEN_LOGPROBS: np.zeros((1, 0), "<f4"),
+        tensors.TOKEN_TEXTS: np.zeros((1, 0), np.object_),
+        tensors.ATTENTIONS: np.zeros((1, 0, 2, 3), "<f4"),
+        tensors.COMPUTED_FOR: encode_strings([b"another"]),
+    }
+    (caption,) = answer_to(outputs).captions
+    assert caption == caption_pb2.Caption(
+        text="a red",
+        finish_reason=caption_pb2.FINISH_REASON_DEADLINE,
+        degenerate=True,
+        attention=caption_pb2.Attention(rows=2, cols=3),
+    )
 
 
 def test_an_image_alone_is_sent_alone() -> None:

@@ -177,12 +177,17 @@ def without(spec: tensors.TensorSpec) -> dict[Any, Any]:
         *(without(spec) for spec in tensors.CAPTIONER.outputs if spec is not tensors.ATTENTIONS),
         good_outputs() | {tensors.TOKEN_LOGPROBS: np.zeros((2, 1), "<f4")},
         good_outputs() | {tensors.COMPUTED_FOR: b""},
+        good_outputs() | {tensors.TOKEN_TEXTS: np.full((2, 2), b"", np.object_)},
+        good_outputs() | {tensors.DEGENERATE: np.zeros(1, "?")},
+        good_outputs() | {tensors.CONFIDENCE: np.zeros(2, "<f4")},
         good_outputs() | {tensors.ATTENTIONS: np.zeros((2, 1, 1, 2), "<f4")},
+        good_outputs() | {tensors.ATTENTIONS: np.zeros((1, 3, 1, 2), "<f4")},
+        good_outputs() | {tensors.ATTENTIONS: np.zeros((2, 3, 2), "<f4")},
         good_outputs() | {tensors.TEXT: b"\x05\x00\x00\x00cut"},
         good_outputs() | {tensors.TEXT: b"\x05\x00"},
         good_outputs() | {tensors.TEXT: encode_strings([b"\xff", b"no UTF-8"])},
         good_outputs() | {tensors.TEXT: encode_strings([b"only one"])},
-        good_outputs() | {tensors.FINISH_REASON: encode_strings([b"eos", b"bored"])},
+        good_outputs() | {tensors.FINISH_REASON: encode_strings([b"eos", SECRET.encode()])},
         good_outputs() | {tensors.SCORE: np.zeros(3, "<f8")},
         good_outputs() | {tensors.SCORE: np.zeros((2, 1), "<f8")},
     ],
@@ -191,6 +196,8 @@ def test_an_answer_that_makes_no_sense_is_a_model_fault(outputs: dict[Any, Any])
     failure = failing(lambda triton: triton.answer_with(infer_response(outputs)))
     assert failure.code() is grpc.StatusCode.INTERNAL
     assert reason_of(failure) == "MODEL_FAULT"
+    assert failure.details() == "the model gave an answer that cannot be read"
+    assert_keeps_secret(failure)
 
 
 def test_a_version_that_is_no_number_is_a_model_fault() -> None:

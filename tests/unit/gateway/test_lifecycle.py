@@ -30,6 +30,21 @@ async def health_of(setup: Setup, service: str) -> int:
     return status
 
 
+def watch_health(setup: Setup, service: str = SERVICE) -> Any:
+    """A stream of what the health service says from now on."""
+    stub: Any = health_pb2_grpc.HealthStub(setup.channel)
+    return stub.Watch(health_pb2.HealthCheckRequest(service=service), timeout=60)
+
+
+async def begin_to_stop(setup: Setup) -> tuple[asyncio.Task[None], Any]:
+    """The gateway's stop, which has begun, and a watcher of its health, who has seen that."""
+    watch = watch_health(setup)
+    assert (await watch.read()).status == SERVING
+    stopping = asyncio.create_task(setup.gateway.stop())
+    assert (await watch.read()).status == NOT_SERVING
+    return stopping, watch
+
+
 def metrics_of(setup: Setup) -> dict[str, float]:
     """Every sample, by its name with labels."""
     url = f"http://{setup.gateway.metrics_address}/metrics"
@@ -60,6 +75,61 @@ def test_health_follows_set_serving(service: str) -> None:
             return states
 
     assert asyncio.run(run()) == [SERVING, NOT_SERVING, SERVING]
+
+
+@pytest.mark.parametrize("service", ["", SERVICE])
+def test_a_watcher_hears_of_every_change(service: str) -> None:
+    async def run() -> tuple[list[int], dict[str, float]]:
+        async with gateway_setup() as setup:
+            watch = watch_health(setup, service)
+            states = [(await watch.read()).status]
+            for serving in (False, True):
+                await setup.gateway.set_serving(serving)
+                states.append((await watch.read()).status)
+            return states, await asyncio.to_thread(metrics_of, setup)
+
+    states, samples = asyncio.run(run())
+    assert states == [SERVING, NOT_SERVING, SERVING]
+    assert samples["captionserve_requests_in_flight"] == 0, "a watcher is no caption call"
+
+
+def test_a_watcher_that_leaves_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> list[int]:
+        async with gateway_setup() as setup:
+            leaver, stayer = watch_health(setup), watch_health(setup)
+            await leaver.read()
+            states = [(await stayer.read()).status]
+            leaver.cancel()
+            await setup.gateway.set_serving(False)
+            states.append((await stayer.read()).status)
+            return states
+
+    assert asyncio.run(run()) == [SERVING, NOT_SERVING]
+    assert "a handler failed" not in caplog.text
+
+
+def test_a_watcher_of_a_service_that_is_not_here_may_wait_for_it() -> None:
+    async def run() -> int:
+        async with gateway_setup() as setup:
+            status: int = (await watch_health(setup, "no.such.Service").read()).status
+            return status
+
+    assert asyncio.run(run()) == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+def test_bytes_that_are_no_question_of_health_are_invalid(method: str) -> None:
+    async def run() -> grpc.aio.AioRpcError:
+        async with gateway_setup() as setup:
+            # Without serialisers the bytes go out as they are; both kinds of call send them alike.
+            call: Any = setup.channel.unary_stream(f"/grpc.health.v1.Health/{method}")
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call(b"\xff\xff", timeout=10).read()
+            return raised.value
+
+    error = asyncio.run(run())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.details() == "the request is not a valid message"
 
 
 def test_health_of_a_service_that_is_not_here() -> None:
@@ -129,18 +199,14 @@ def test_stopping_lets_calls_in_flight_finish() -> None:
             setup.triton.answer = setup.triton.answer_when_allowed
             call = setup.stub.Caption(request_of(), timeout=60)
             await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
-            stub: Any = health_pb2_grpc.HealthStub(setup.channel)
-            watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=60)
-            assert (await watch.read()).status == SERVING
-            stopping = asyncio.create_task(setup.gateway.stop())
-            assert (await watch.read()).status == NOT_SERVING
+            stopping, _watch = await begin_to_stop(setup)
             async with grpc.aio.insecure_channel(setup.gateway.address) as newcomer:
                 second = caption_pb2_grpc.CaptionServiceStub(newcomer)
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await second.Caption(request_of(), timeout=10)
             setup.triton.may_answer.set()
             answer = await call
-            # The watcher would stay for ever; it must not hold the end up.
+            # The watcher of the health would stay for ever; it must not hold the end up.
             await asyncio.wait_for(stopping, WAIT_SECONDS)
             return answer.captions[0].text, refused.value.code()
 

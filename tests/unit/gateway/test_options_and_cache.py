@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from captionserve.v1 import caption_pb2
-from captionserve_server.core import tensors
 from captionserve_server.gateway.kserve import encode_strings
 from tritonclient.grpc import service_pb2
 
-from tests.unit.gateway.fake_triton import good_outputs, infer_response, with_attention
+from tests.unit.gateway.fake_triton import (
+    computed_for,
+    good_outputs,
+    infer_response,
+    with_attention,
+)
 from tests.unit.gateway.harness import gateway_setup, request_of
-from tests.unit.gateway.test_captions import ask, raw_inputs
+from tests.unit.gateway.test_captions import answer_to, ask, raw_inputs
 
 
 @pytest.mark.parametrize(
@@ -24,12 +27,15 @@ from tests.unit.gateway.test_captions import ask, raw_inputs
         ({"do_sample": True}, "DO_SAMPLE", ("BOOL", [1], b"\x01")),
         ({"do_sample": False}, "DO_SAMPLE", ("BOOL", [1], b"\x00")),
         ({"seed": 2**62 + 1}, "SEED", ("INT64", [1], struct.pack("<q", 2**62 + 1))),
+        ({"top_p": 0.9}, "TOP_P", ("FP64", [1], struct.pack("<d", 0.9))),
+        ({"top_k": 0}, "TOP_K", ("INT32", [1], bytes(4))),
         ({"prefix": ""}, "PREFIX", ("BYTES", [1], encode_strings([b""]))),
         (
             {"bad_words": ["a cat", "caf\u00e9"]},
             "BAD_WORDS",
             ("BYTES", [2], encode_strings([b"a cat", b"caf\xc3\xa9"])),
         ),
+        ({"force_words": [""]}, "FORCE_WORDS", ("BYTES", [1], encode_strings([b""]))),
         (
             {"suppress_tokens": [3, 1, 2]},
             "SUPPRESS_TOKENS",
@@ -50,8 +56,12 @@ def test_options_of_every_kind_are_encoded(
         ({"num_beams": 4}, False, False),
         ({"do_sample": True, "seed": 0}, False, False),
         ({"do_sample": False}, False, False),
+        ({"allow_partial": False}, False, False),
+        ({"seed": 3}, False, False),
         ({"do_sample": True}, False, True),
         ({"allow_partial": True}, False, True),
+        ({"do_sample": True, "seed": 3, "allow_partial": True}, False, True),
+        ({"do_sample": True, "seed": 3}, True, True),
         ({}, True, True),
     ],
 )
@@ -60,10 +70,23 @@ def test_what_must_not_come_from_the_cache_has_a_nonce(
 ) -> None:
     request = request_of(**options)
     request.bypass_cache = bypass
-    first, second = (raw_inputs(ask(request)).get("NONCE") for _ in range(2))
-    assert (first is not None) == wanted
-    if wanted:
-        assert first != second
+
+    async def run() -> list[tuple[str, list[int], bytes] | None]:
+        async with gateway_setup() as setup:
+            for _ in range(2):
+                await setup.stub.Caption(request, timeout=10)
+            return [raw_inputs(asked).get("NONCE") for asked in setup.triton.requests]
+
+    first, second = asyncio.run(run())
+    if not wanted:
+        assert first is second is None
+        return
+    assert first is not None
+    assert second is not None
+    assert first != second
+    for datatype, shape, raw in (first, second):
+        assert (datatype, shape) == ("INT64", [1])
+        assert struct.unpack("<q", raw)[0] >= 0
 
 
 def test_every_request_has_an_id_of_its_own() -> None:
@@ -86,10 +109,7 @@ def test_cached_is_what_was_computed_for_another_request(for_us: bool) -> None:
             async def answer(
                 request: service_pb2.ModelInferRequest, context: object
             ) -> service_pb2.ModelInferResponse:
-                computed_for = request.id if for_us else "another"
-                outputs = good_outputs() | {
-                    tensors.COMPUTED_FOR: encode_strings([computed_for.encode()])
-                }
+                outputs = computed_for(request.id if for_us else "another")
                 return infer_response(outputs, request_id=request.id)
 
             setup.triton.answer = answer
@@ -100,36 +120,11 @@ def test_cached_is_what_was_computed_for_another_request(for_us: bool) -> None:
 
 
 def test_attention_is_cut_to_each_captions_tokens() -> None:
-    async def run() -> caption_pb2.CaptionResponse:
-        async with gateway_setup() as setup:
-            setup.triton.answer_with(infer_response(with_attention()))
-            response: caption_pb2.CaptionResponse = await setup.stub.Caption(
-                request_of(output_attentions=True), timeout=10
-            )
-            return response
-
-    first, second = asyncio.run(run()).captions
+    first, second = answer_to(with_attention()).captions
     assert (first.attention.rows, first.attention.cols) == (1, 2)
     assert list(first.attention.values) == (np.arange(6) / 16).tolist()
     assert list(second.attention.values) == (np.arange(6, 8) / 16).tolist()
 
 
-@pytest.mark.parametrize(
-    ("timeout", "least", "most"), [(0.4, 0.05, 0.05), (2.0, 0.1, 0.2), (30.0, 0.5, 0.5)]
-)
-def test_partial_captions_are_asked_for_before_the_deadline(
-    timeout: float, least: float, most: float
-) -> None:
-    async def run() -> tuple[float, float]:
-        async with gateway_setup() as setup:
-            await setup.stub.Caption(request_of(allow_partial=True), timeout=timeout)
-            (seconds,), (asked,) = setup.triton.seconds_left, setup.triton.requests
-            assert seconds is not None
-            return seconds, asked.parameters["timeout"].int64_param / 1e6
-
-    call_seconds, model_seconds = asyncio.run(run())
-    assert model_seconds >= 0.001
-    # The call's own time has run on between the two readings, and gRPC rounds it up.
-    assert model_seconds <= timeout - least
-    assert call_seconds > model_seconds
-    assert model_seconds >= min(timeout, call_seconds) - most - 0.3
+def test_attention_that_was_not_asked_for_is_not_there() -> None:
+    assert not any(caption.HasField("attention") for caption in answer_to(good_outputs()).captions)

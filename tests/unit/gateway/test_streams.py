@@ -1,21 +1,47 @@
-"""StreamCaption: parts and end, failures, and callers that leave."""
+"""StreamCaption: parts and end, failures, callers that leave, and a gateway that stops."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
-from captionserve_server.core import tensors
+from captionserve_server.core import errors, tensors
+from captionserve_server.gateway import caption_service
+from captionserve_server.gateway.kserve import encode_strings
+from captionserve_server.gateway.status import CODES
 from google.rpc import error_details_pb2
+from tritonclient.grpc import service_pb2
 
-from tests.unit.gateway.fake_triton import WAIT_SECONDS, FakeTriton, part_outputs
+from tests.unit.gateway.fake_triton import (
+    WAIT_SECONDS,
+    FakeTriton,
+    computed_for,
+    good_outputs,
+    infer_response,
+    part_outputs,
+    stream_response,
+    with_attention,
+)
 from tests.unit.gateway.harness import Setup, detail_of, gateway_setup, request_of
 from tests.unit.gateway.test_captions import raw_inputs
-from tests.unit.gateway.test_lifecycle import metrics_of
+from tests.unit.gateway.test_failures import (
+    SECRET,
+    Failure,
+    assert_keeps_secret,
+    every_error,
+    reason_of,
+    violations_of,
+    without,
+)
+from tests.unit.gateway.test_lifecycle import begin_to_stop, metrics_of
+
+Responses = list[caption_pb2.StreamCaptionResponse]
+STREAM_CAPTION = "/captionserve.v1.CaptionService/StreamCaption"
 
 
 def stream_request(**options: Any) -> caption_pb2.StreamCaptionRequest:
@@ -23,21 +49,42 @@ def stream_request(**options: Any) -> caption_pb2.StreamCaptionRequest:
 
 
 async def responses_of(
-    setup: Setup, timeout: float = 10.0
-) -> tuple[list[caption_pb2.StreamCaptionResponse], grpc.aio.AioRpcError | None]:
+    setup: Setup, request: caption_pb2.StreamCaptionRequest | None = None
+) -> tuple[Responses, Failure | None]:
     """What comes, and the error at the end if there is one."""
-    found: list[caption_pb2.StreamCaptionResponse] = []
+    found: Responses = []
     try:
-        call = setup.stub.StreamCaption(stream_request(), timeout=timeout)
-        while (response := await call.read()) is not grpc.aio.EOF:
+        async for response in setup.stub.StreamCaption(request or stream_request(), timeout=10):
             found.append(response)
     except grpc.aio.AioRpcError as error:
         return found, error
     return found, None
 
 
+def failing_stream(
+    prepare: Callable[[FakeTriton], None],
+    request: caption_pb2.StreamCaptionRequest | None = None,
+) -> tuple[Responses, Failure]:
+    """What one stream gives, and how it fails, after `prepare` has set the fake Triton up."""
+
+    async def run() -> tuple[Responses, Failure | None]:
+        async with gateway_setup() as setup:
+            prepare(setup.triton)
+            return await responses_of(setup, request)
+
+    found, error = asyncio.run(run())
+    assert error is not None
+    return found, error
+
+
+async def metrics_when_idle(setup: Setup) -> dict[str, float]:
+    """The metrics once no call is in flight."""
+    await setup.gateway._service.wait_idle()
+    return await asyncio.to_thread(metrics_of, setup)
+
+
 def test_parts_come_in_their_order_and_the_response_last() -> None:
-    async def run() -> tuple[list[caption_pb2.StreamCaptionResponse], FakeTriton]:
+    async def run() -> tuple[Responses, FakeTriton]:
         async with gateway_setup() as setup:
             found, error = await responses_of(setup)
             assert error is None
@@ -51,134 +98,396 @@ def test_parts_come_in_their_order_and_the_response_last() -> None:
     assert last.response.captions[0].text == "a red apple"
     (asked,) = triton.requests
     assert asked.model_name == tensors.CAPTIONER_STREAM.name
-    assert asked.parameters["timeout"].int64_param > 0
 
 
-def test_streams_need_no_nonce() -> None:
+def test_a_part_may_have_no_text_and_text_may_be_of_any_script() -> None:
+    async def run() -> Responses:
+        async with gateway_setup() as setup:
+            # Two tokens may share one character.
+            setup.triton.stream_parts(
+                part_outputs("", 7), part_outputs("\u732b", 8), good_outputs()
+            )
+            return (await responses_of(setup))[0]
+
+    *parts, _ = asyncio.run(run())
+    assert [(part.part.text, list(part.part.token_ids)) for part in parts] == [
+        ("", [7]),
+        ("\u732b", [8]),
+    ]
+
+
+def test_the_end_is_what_caption_would_have_returned() -> None:
+    async def run() -> tuple[Responses, caption_pb2.CaptionResponse]:
+        async with gateway_setup() as setup:
+            setup.triton.stream_parts(part_outputs("a red", 5), with_attention())
+            setup.triton.answer_with(infer_response(with_attention()))
+            found, _ = await responses_of(setup)
+            return found, await setup.stub.Caption(request_of(), timeout=10)
+
+    found, whole = asyncio.run(run())
+    assert found[-1] == caption_pb2.StreamCaptionResponse(response=whole)
+    assert whole.captions[0].HasField("attention")
+
+
+@pytest.mark.parametrize("for_us", [True, False])
+def test_cached_is_what_was_computed_for_another_request(for_us: bool) -> None:
+    async def stream(
+        request: service_pb2.ModelInferRequest, context: object
+    ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+        yield stream_response(computed_for(request.id if for_us else "another"), request)
+
+    async def run() -> bool:
+        async with gateway_setup() as setup:
+            setup.triton.stream = stream
+            (last,), _ = await responses_of(setup)
+            return bool(last.response.cached)
+
+    assert asyncio.run(run()) != for_us
+
+
+def test_every_stream_has_an_id_of_its_own() -> None:
+    async def run() -> list[str]:
+        async with gateway_setup() as setup:
+            await responses_of(setup)
+            await responses_of(setup)
+            await setup.stub.Caption(request_of(), timeout=10)
+            return [asked.id for asked in setup.triton.requests]
+
+    ids = asyncio.run(run())
+    assert all(ids)
+    assert len(set(ids)) == 3
+
+
+@pytest.mark.parametrize("bypass", [False, True])
+def test_streams_need_no_nonce(bypass: bool) -> None:
     async def run() -> set[str]:
         async with gateway_setup() as setup:
             request = stream_request(do_sample=True, allow_partial=True)
-            async for _ in setup.stub.StreamCaption(request, timeout=10):
-                pass
+            request.request.bypass_cache = bypass
+            await responses_of(setup, request)
             return set(raw_inputs(setup.triton.requests[0]))
 
     assert asyncio.run(run()) == {"IMAGE", "DO_SAMPLE", "ALLOW_PARTIAL"}
 
 
+@pytest.mark.parametrize("error", every_error(), ids=lambda error: error.reason)
+def test_the_captioners_own_errors_come_after_the_words_before_them(
+    error: errors.CaptionServeError,
+) -> None:
+    (part,), failure = failing_stream(lambda triton: triton.stream_error(error.to_wire()))
+    assert part.part.text == "a red"
+    assert failure.code() is CODES[type(error)]
+    assert failure.details() == error.message
+    assert reason_of(failure) == error.reason
+
+
 @pytest.mark.parametrize(
     ("message", "code", "reason"),
     [
+        ("onnx runtime error at", grpc.StatusCode.INTERNAL, "MODEL_FAULT"),
+        ('{"reason": "NO_SUCH", "message": "x"}', grpc.StatusCode.INTERNAL, "MODEL_FAULT"),
         (
-            json.dumps({"reason": "IMAGE_CORRUPT", "message": "it is cut off"}),
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "IMAGE_CORRUPT",
+            "[request id: 7] Exceeds maximum queue size",
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "OVERLOADED",
         ),
-        ("onnx runtime error at /models", grpc.StatusCode.INTERNAL, "MODEL_FAULT"),
         ("Stub process 'x' is not healthy.", grpc.StatusCode.UNAVAILABLE, "MODEL_UNAVAILABLE"),
         (
             "Request for unknown model: 'captioner_stream' is not found",
             grpc.StatusCode.UNAVAILABLE,
             "MODEL_UNAVAILABLE",
         ),
+        (
+            "Request for unknown model: 'captioner_stream' has no available versions",
+            grpc.StatusCode.UNAVAILABLE,
+            "MODEL_UNAVAILABLE",
+        ),
     ],
 )
-def test_an_error_in_mid_stream_is_told_after_the_words_before_it(
+def test_tritons_own_errors_in_mid_stream_are_told_apart(
     message: str, code: grpc.StatusCode, reason: str
 ) -> None:
-    async def run() -> tuple[int, grpc.aio.AioRpcError | None]:
-        async with gateway_setup() as setup:
-            setup.triton.stream_error(message)
-            found, error = await responses_of(setup)
-            return len(found), error
-
-    parts, error = asyncio.run(run())
-    assert parts == 1
-    assert error is not None
-    assert error.code() is code
-    assert detail_of(error, error_details_pb2.ErrorInfo()).reason == reason
-    assert "/models" not in (error.details() or "")
+    parts, failure = failing_stream(lambda triton: triton.stream_error(f"{message} {SECRET}"))
+    assert len(parts) == 1
+    assert failure.code() is code
+    assert reason_of(failure) == reason
+    assert_keeps_secret(failure)
 
 
-@pytest.mark.parametrize("outputs", [[], [part_outputs("a", 1)], [{}]])
+@pytest.mark.parametrize(
+    ("code", "details", "reason"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size", "OVERLOADED"),
+        (grpc.StatusCode.UNAVAILABLE, "Socket closed", "MODEL_UNAVAILABLE"),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", "DEADLINE_EXCEEDED"),
+        (grpc.StatusCode.CANCELLED, "cancelled", "CANCELLED"),
+        (grpc.StatusCode.INTERNAL, "onnx runtime error", "MODEL_FAULT"),
+    ],
+)
+def test_a_stream_that_breaks_off_is_told_by_its_status(
+    code: grpc.StatusCode, details: str, reason: str
+) -> None:
+    parts, failure = failing_stream(lambda triton: triton.fail_stream(code, f"{details} {SECRET}"))
+    assert len(parts) == 1
+    assert reason_of(failure) == reason
+    assert_keeps_secret(failure)
+
+
+def test_no_triton_is_model_unavailable() -> None:
+    async def run() -> tuple[Responses, Failure | None]:
+        # Port 1 is a system port where nothing listens.
+        async with gateway_setup(triton_address="127.0.0.1:1") as setup:
+            return await responses_of(setup)
+
+    found, failure = asyncio.run(run())
+    assert found == []
+    assert failure is not None
+    assert reason_of(failure) == "MODEL_UNAVAILABLE"
+    assert "127.0.0.1" not in (failure.details() or "")
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {},
+        {tensors.NEW_TEXT: encode_strings([b"a"])},
+        {tensors.NEW_TOKEN_IDS: np.zeros(1, "<i4")},
+        part_outputs("a", 5) | {tensors.NEW_TEXT: b""},
+        part_outputs("a", 5) | {tensors.NEW_TEXT: b"\x05\x00\x00\x00cut"},
+        part_outputs("a", 5) | {tensors.NEW_TOKEN_IDS: np.zeros((1, 1), "<i4")},
+        part_outputs("a", 5) | {tensors.NEW_TOKEN_IDS: np.zeros(1, "<i8")},
+        *(without(spec) for spec in tensors.CAPTIONER.outputs if spec is not tensors.ATTENTIONS),
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_a_model_fault(outputs: dict[Any, Any]) -> None:
+    parts, failure = failing_stream(
+        lambda triton: triton.stream_parts(part_outputs("a red", 5), outputs)
+    )
+    assert [part.part.text for part in parts] == ["a red"]
+    assert reason_of(failure) == "MODEL_FAULT"
+    assert failure.details() == "the model gave an answer that cannot be read"
+
+
+@pytest.mark.parametrize("outputs", [[], [part_outputs("a", 1)]])
 def test_a_stream_without_captions_is_a_model_fault(outputs: list[Any]) -> None:
-    async def run() -> grpc.aio.AioRpcError | None:
+    parts, failure = failing_stream(lambda triton: triton.stream_parts(*outputs))
+    assert len(parts) == len(outputs)
+    assert failure.code() is grpc.StatusCode.INTERNAL
+    assert reason_of(failure) == "MODEL_FAULT"
+    assert failure.details() == "the model ended without an answer"
+
+
+@pytest.mark.parametrize(
+    "request_without_image",
+    [caption_pb2.StreamCaptionRequest(), stream_request(num_beams=2)],
+)
+def test_a_request_without_image_is_refused(
+    request_without_image: caption_pb2.StreamCaptionRequest,
+) -> None:
+    request_without_image.request.ClearField("image")
+    _, failure = failing_stream(lambda triton: None, request_without_image)
+    assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason_of(failure) == "IMAGE_MISSING"
+    assert set(violations_of(failure)) == {"image"}
+
+
+def test_an_unnamed_early_stopping_is_refused() -> None:
+    _, failure = failing_stream(lambda triton: None, stream_request(early_stopping=17))
+    assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert set(violations_of(failure)) == {"options.early_stopping"}
+
+
+@pytest.mark.parametrize("function", ["captioner_inputs", "caption_part", "caption_response"])
+def test_an_unexpected_exception_shows_nothing_of_itself(
+    function: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(caption_service, function, explode)
+    _, failure = failing_stream(lambda triton: None)
+    assert failure.code() is grpc.StatusCode.INTERNAL
+    assert reason_of(failure) == "INTERNAL"
+    assert_keeps_secret(failure)
+    assert SECRET in caplog.text, "whoever runs the server must find the exception in the log"
+
+
+def test_bytes_that_are_no_message_are_invalid_and_counted() -> None:
+    async def run() -> tuple[Failure, list[service_pb2.ModelInferRequest], dict[str, float]]:
         async with gateway_setup() as setup:
-            setup.triton.stream_parts(*outputs)
-            return (await responses_of(setup))[1]
+            # Without serialisers the bytes go out as they are.
+            call: Any = setup.channel.unary_stream(STREAM_CAPTION)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call(b"\xff\xff", timeout=10).read()
+            samples = await asyncio.to_thread(metrics_of, setup)
+            return raised.value, setup.triton.requests, samples
 
-    error = asyncio.run(run())
-    assert error is not None
-    assert detail_of(error, error_details_pb2.ErrorInfo()).reason == "MODEL_FAULT"
+    failure, asked, samples = asyncio.run(run())
+    assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.details() == "the request is not a valid message"
+    assert reason_of(failure) == "INVALID_REQUEST"
+    assert asked == []
+    assert samples['captionserve_requests_total{code="INVALID_ARGUMENT"}'] == 1
 
 
-def test_a_caller_that_leaves_ends_the_stream_at_triton_and_is_counted() -> None:
-    async def run() -> dict[str, float]:
+def test_streams_are_counted_by_code() -> None:
+    async def run() -> tuple[dict[str, float], dict[str, float]]:
         async with gateway_setup() as setup:
             setup.triton.stream = setup.triton.stream_when_allowed
             call = setup.stub.StreamCaption(stream_request(), timeout=60)
-            assert (await call.read()).part.text == "a red"
+            await call.read()
+            during = await asyncio.to_thread(metrics_of, setup)
+            setup.triton.may_answer.set()
+            assert (await call.read()).response.captions
+            setup.triton.stream_error("onnx runtime error")
+            await responses_of(setup)
+            return during, await metrics_when_idle(setup)
+
+    during, after = asyncio.run(run())
+    assert during["captionserve_requests_in_flight"] == 1
+    assert after["captionserve_requests_in_flight"] == 0
+    assert after["captionserve_request_seconds_count"] == 2
+    assert after['captionserve_requests_total{code="OK"}'] == 1
+    assert after['captionserve_requests_total{code="INTERNAL"}'] == 1
+
+
+def test_the_end_does_not_wait_for_tritons_end() -> None:
+    async def run() -> tuple[Responses, Failure | None]:
+        async with gateway_setup() as setup:
+            setup.triton.stream = setup.triton.stream_and_stay
+            found = await responses_of(setup)
+            await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
+            return found
+
+    (last,), failure = asyncio.run(run())
+    assert last.response.captions
+    assert failure is None
+
+
+# A handler may be waiting for Triton or for the caller to read on when the call ends.
+@pytest.mark.parametrize("stream", ["stream_when_allowed", "stream_on_and_on"])
+def test_a_caller_that_leaves_ends_the_stream_at_triton_and_is_counted(stream: str) -> None:
+    async def run() -> dict[str, float]:
+        async with gateway_setup(max_concurrent_calls=1) as setup:
+            setup.triton.stream = getattr(setup.triton, stream)
+            call = setup.stub.StreamCaption(stream_request(), timeout=60)
+            assert (await call.read()).part.text.startswith("a")
             call.cancel()
             await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
-            await setup.gateway._service.wait_idle()
-            return await asyncio.to_thread(metrics_of, setup)
+            samples = await metrics_when_idle(setup)
+            # There is room again.
+            await setup.stub.Caption(request_of(), timeout=10)
+            return samples
 
     samples = asyncio.run(run())
     assert samples["captionserve_requests_in_flight"] == 0
     assert samples['captionserve_requests_total{code="CANCELLED"}'] == 1
 
 
-def test_the_deadline_ends_a_stream() -> None:
-    async def run() -> grpc.aio.AioRpcError | None:
+@pytest.mark.parametrize("stream", ["stream_when_allowed", "stream_on_and_on"])
+def test_the_callers_deadline_ends_a_stream_and_is_counted(stream: str) -> None:
+    async def run() -> tuple[grpc.StatusCode, dict[str, float]]:
         async with gateway_setup() as setup:
-            setup.triton.stream = setup.triton.stream_when_allowed
-            _, error = await responses_of(setup, timeout=0.5)
+            setup.triton.stream = getattr(setup.triton, stream)
+            call = setup.stub.StreamCaption(stream_request(), timeout=0.5)
             await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
-            return error
+            return await call.code(), await metrics_when_idle(setup)
 
-    error = asyncio.run(run())
-    assert error is not None
-    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    code, samples = asyncio.run(run())
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert samples["captionserve_requests_in_flight"] == 0
+    assert samples['captionserve_requests_total{code="DEADLINE_EXCEEDED"}'] == 1
 
 
-def test_streams_and_calls_share_the_room() -> None:
-    async def run() -> grpc.StatusCode:
-        async with gateway_setup(max_concurrent_calls=1) as setup:
+def test_the_cap_holds_without_a_deadline() -> None:
+    async def run() -> Failure:
+        async with gateway_setup(deadline_cap_seconds=0.2) as setup:
             setup.triton.stream = setup.triton.stream_when_allowed
-            call = setup.stub.StreamCaption(stream_request(), timeout=60)
-            await call.read()
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await setup.stub.Caption(request_of(), timeout=10)
-            setup.triton.may_answer.set()
-            assert (await call.read()).response.captions
-            return refused.value.code()
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                async for _ in setup.stub.StreamCaption(stream_request()):
+                    pass
+            await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
+            return raised.value
 
-    assert asyncio.run(run()) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    failure = asyncio.run(run())
+    assert failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert reason_of(failure) == "DEADLINE_EXCEEDED"
+
+
+async def begin_call(setup: Setup, method: str) -> Any:
+    """A call of the service that goes on until Triton may answer."""
+    setup.triton.answer = setup.triton.answer_when_allowed
+    setup.triton.stream = setup.triton.stream_when_allowed
+    request = stream_request() if method == "StreamCaption" else request_of()
+    call = getattr(setup.stub, method)(request, timeout=60)
+    await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
+    return call
+
+
+async def ended(call: Any) -> None:
+    """Wait for a call's end; raises the error that it ends with."""
+    if isinstance(call, grpc.aio.UnaryUnaryCall):
+        await call
+        return
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("StreamCaption", "StreamCaption"),
+        ("StreamCaption", "Caption"),
+        ("Caption", "StreamCaption"),
+    ],
+)
+def test_streams_and_calls_share_the_room(first: str, second: str) -> None:
+    async def run() -> Failure:
+        async with gateway_setup(max_concurrent_calls=1) as setup:
+            call = await begin_call(setup, first)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await ended(await begin_call(setup, second))
+            setup.triton.may_answer.set()
+            await ended(call)
+            # There is room again.
+            await ended(await begin_call(setup, second))
+            assert len(setup.triton.requests) == 2
+            return refused.value
+
+    failure = asyncio.run(run())
+    assert failure.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert reason_of(failure) == "OVERLOADED"
+    assert detail_of(failure, error_details_pb2.RetryInfo()).retry_delay.seconds == 1
 
 
 def test_stopping_lets_a_stream_finish() -> None:
-    async def run() -> str:
+    async def run() -> caption_pb2.StreamCaptionResponse:
         async with gateway_setup() as setup:
-            setup.triton.stream = setup.triton.stream_when_allowed
+            call = await begin_call(setup, "StreamCaption")
+            assert (await call.read()).part.text == "a red"
+            stopping, _watch = await begin_to_stop(setup)
+            setup.triton.may_answer.set()
+            last: caption_pb2.StreamCaptionResponse = await call.read()
+            assert await call.code() is grpc.StatusCode.OK
+            # The watcher of the health would stay for ever; it must not hold the end up.
+            await asyncio.wait_for(stopping, WAIT_SECONDS)
+            return last
+
+    assert asyncio.run(run()).response.captions[0].text == "a red apple"
+
+
+@pytest.mark.parametrize("stream", ["stream_when_allowed", "stream_on_and_on"])
+def test_after_the_grace_period_streams_are_ended(stream: str) -> None:
+    async def run() -> grpc.StatusCode:
+        async with gateway_setup(grace_seconds=0.2) as setup:
+            setup.triton.stream = getattr(setup.triton, stream)
             call = setup.stub.StreamCaption(stream_request(), timeout=60)
             await call.read()
-            stopping = asyncio.create_task(setup.gateway.stop())
-            # Let the gateway begin to stop before the model may answer.
-            await asyncio.sleep(0)
-            setup.triton.may_answer.set()
-            last = await call.read()
-            await asyncio.wait_for(stopping, WAIT_SECONDS)
-            return str(last.response.captions[0].text)
-
-    assert asyncio.run(run()) == "a red apple"
-
-
-def test_bytes_that_are_no_message_are_invalid() -> None:
-    async def run() -> grpc.StatusCode:
-        async with gateway_setup() as setup:
-            call: Any = setup.channel.unary_stream("/captionserve.v1.CaptionService/StreamCaption")
+            await setup.gateway.stop()
+            await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
+            # The status comes behind what has not been read.
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                async for _ in call(b"\xff\xff", timeout=10):
-                    pass
+                await ended(call)
             return raised.value.code()
 
-    assert asyncio.run(run()) is grpc.StatusCode.INVALID_ARGUMENT
+    assert asyncio.run(run()) is grpc.StatusCode.UNAVAILABLE

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -36,7 +37,7 @@ def caption(
     if stream and as_json:
         raise typer.BadParameter("cannot be combined with --json", param_hint="--stream")
     answers: list[dict[str, object]] = []
-    with CaptionClient(target, timeout=timeout) as client:
+    with _refusals_as_wrong_usage(), CaptionClient(target, timeout=timeout) as client:
         for image in _with_progress(images, quiet=stream):
             if stream:
                 answers.append(_stream(client, image, options))
@@ -48,6 +49,15 @@ def caption(
         print_json(answers)
     if any("error" in answer for answer in answers):
         raise typer.Exit(ExitCode.CALL_FAILED)
+
+
+@contextmanager
+def _refusals_as_wrong_usage() -> Iterator[None]:
+    """Tell a person which value the client would not send, such as a number that is too large."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _with_progress(images: list[Path], *, quiet: bool) -> Iterable[Path]:
@@ -79,6 +89,8 @@ def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> d
             output.print(text + update.text, end="", markup=False)
             text = ""
     except (CaptionError, OSError) as error:
+        if not text:
+            output.print()
         problem = _problem(image, error)
         _print(problem)
         return problem

@@ -11,9 +11,10 @@ from enum import IntEnum
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-# Results go to standard output, everything about the work to standard error.
-output = Console(highlight=False, soft_wrap=True)
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
+# Results go to standard output, everything about the work to standard error. Captions and names of
+# files are printed as they are, even where they read like :dog:.
+output = Console(highlight=False, soft_wrap=True, emoji=False)
+messages = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class ExitCode(IntEnum):

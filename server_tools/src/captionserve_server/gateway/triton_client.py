@@ -40,7 +40,7 @@ _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
 ]
 
-# How Triton words a full queue and a request that waited too long, both UNAVAILABLE.
+# How Triton words a full queue and a request that waited too long; a stream's errors have no code.
 _OVERLOAD_TEXTS = ("Exceeds maximum queue size", "Request timeout expired")
 # How Triton words, on a stream without status codes, a model that is being loaded.
 _UNKNOWN_MODEL_TEXT = "Request for unknown model"
@@ -179,7 +179,7 @@ def error_of_triton(code: grpc.StatusCode, details: str) -> CaptionServeError:
         return CancelledError("the request was cancelled")
     # The caller gets a sentence; the text is for who runs the server.
     _log.warning("Triton failed: %s: %s", code.name, details)
-    if code is grpc.StatusCode.UNAVAILABLE and any(text in details for text in _OVERLOAD_TEXTS):
+    if any(text in details for text in _OVERLOAD_TEXTS):
         return OverloadedError("too many requests are waiting")
     # NOT_FOUND: between the unloading and loading of a model that is being revived.
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND):
