@@ -98,8 +98,8 @@ class CaptionClient:
         """Describe one image and yield the words as they become certain, at last the result.
 
         The words of greedy search and sampling come one by one, those of beam search when all beams
-        that are left share them. Leaving the loop early ends the work on the server. Errors are
-        raised from within the loop.
+        that are left share them. Closing the generator, which leaving a loop over it does unless
+        somebody else holds it, ends the work on the server. Errors are raised from within the loop.
 
         Args:
             image: a path, an encoded image as bytes, a binary file object, a PIL image or a uint8
