@@ -24,7 +24,7 @@ CHECKPOINT_NAMES = (*RANDOM_CHECKPOINTS, DEMO)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let `make soak` ask for more."""
     parser.addoption(
-        "--soak-requests", type=int, default=400, help="requests of tests/faults/test_soak.py"
+        "--soak-requests", type=int, default=300, help="requests of tests/faults/test_soak.py"
     )
 
 

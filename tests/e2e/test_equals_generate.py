@@ -42,9 +42,13 @@ def one_by_one(service: Callable[[str], ReadyReport]) -> OneByOne:
 
 
 def grid_requests(name: str) -> list[Request]:
-    """Every option of the grid, with images in turns."""
+    """Four of five options of the grid, more than 300, with images in turns."""
     images = pictures(name, IMAGES)
-    return [(images[number % IMAGES], options) for number, options in enumerate(OPTION_GRID)]
+    return [
+        (images[number % IMAGES], options)
+        for number, options in enumerate(OPTION_GRID)
+        if number % 5
+    ]
 
 
 def client_options(options: DecodingOptions) -> GenerationOptions:

@@ -6,12 +6,18 @@ import asyncio
 import struct
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from captionserve.v1 import caption_pb2
+from captionserve_server.core import errors, tensors
 from captionserve_server.gateway.kserve import encode_strings
 from tritonclient.grpc import service_pb2
 
 from tests.unit.gateway.fake_triton import (
+    Answer,
+    Context,
+    FakeTriton,
     computed_for,
     good_outputs,
     infer_response,
@@ -19,6 +25,7 @@ from tests.unit.gateway.fake_triton import (
 )
 from tests.unit.gateway.harness import gateway_setup, request_of
 from tests.unit.gateway.test_captions import answer_to, ask, raw_inputs
+from tests.unit.gateway.test_failures import Failure, failing, failure_of, reason_of, without
 
 
 @pytest.mark.parametrize(
@@ -128,3 +135,65 @@ def test_attention_is_cut_to_each_captions_tokens() -> None:
 
 def test_attention_that_was_not_asked_for_is_not_there() -> None:
     assert not any(caption.HasField("attention") for caption in answer_to(good_outputs()).captions)
+
+
+def remembering_a_failure(then: Answer) -> Answer:
+    """Triton with a failed answer in its response cache; what is not from there `then` answers."""
+
+    async def answer(
+        request: service_pb2.ModelInferRequest, context: Context
+    ) -> service_pb2.ModelInferResponse:
+        if "NONCE" in raw_inputs(request):
+            return await then(request, context)
+        return infer_response({}, request_id=request.id)
+
+    return answer
+
+
+def test_a_failure_that_the_cache_remembers_is_asked_for_anew() -> None:
+    async def run() -> tuple[caption_pb2.CaptionResponse, list[service_pb2.ModelInferRequest]]:
+        async with gateway_setup() as setup:
+            setup.triton.answer = remembering_a_failure(setup.triton.answer_well)
+            response = await setup.stub.Caption(request_of(num_beams=4), timeout=10)
+            return response, setup.triton.requests
+
+    response, (first, second) = asyncio.run(run())
+    assert response.captions[0].text == "a red apple"
+    assert first.id != second.id
+    again = raw_inputs(second)
+    del again["NONCE"]
+    assert again == raw_inputs(first)
+
+
+def test_what_then_goes_wrong_is_what_the_caller_is_told() -> None:
+    async def fail(
+        request: service_pb2.ModelInferRequest, context: Context
+    ) -> service_pb2.ModelInferResponse:
+        wire = errors.ImageCorruptError("the image is empty").to_wire()
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, wire)
+
+    def prepare(triton: FakeTriton) -> None:
+        triton.answer = remembering_a_failure(fail)
+
+    assert reason_of(failing(prepare)) == "IMAGE_CORRUPT"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "requests"),
+    [
+        pytest.param({}, 2, id="nothing"),
+        pytest.param(without(tensors.TEXT), 1, id="not everything"),
+    ],
+)
+def test_only_an_answer_with_nothing_is_asked_for_anew_and_only_once(
+    outputs: dict[Any, Any], requests: int
+) -> None:
+    async def run() -> tuple[Failure, int]:
+        async with gateway_setup() as setup:
+            setup.triton.answer_with(infer_response(outputs))
+            failure = await failure_of(setup.stub, request_of())
+            return failure, len(setup.triton.requests)
+
+    failure, asked = asyncio.run(run())
+    assert reason_of(failure) == "MODEL_FAULT"
+    assert asked == requests

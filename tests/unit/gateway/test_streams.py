@@ -389,7 +389,7 @@ def test_the_callers_deadline_ends_a_stream_and_is_counted(stream: str) -> None:
     async def run() -> tuple[grpc.StatusCode, dict[str, float]]:
         async with gateway_setup() as setup:
             setup.triton.stream = getattr(setup.triton, stream)
-            call = setup.stub.StreamCaption(stream_request(), timeout=0.5)
+            call = setup.stub.StreamCaption(stream_request(), timeout=1.0)
             await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
             return await call.code(), await metrics_when_idle(setup)
 
@@ -401,7 +401,7 @@ def test_the_callers_deadline_ends_a_stream_and_is_counted(stream: str) -> None:
 
 def test_the_cap_holds_without_a_deadline() -> None:
     async def run() -> Failure:
-        async with gateway_setup(deadline_cap_seconds=0.2) as setup:
+        async with gateway_setup(deadline_cap_seconds=0.5) as setup:
             setup.triton.stream = setup.triton.stream_when_allowed
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 async for _ in setup.stub.StreamCaption(stream_request()):
