@@ -273,18 +273,16 @@ class BeamSearch(Search):
         )
 
     def _extend(self, choices: Choices, probe_logprobs: Float32Array) -> None:
-        limits = self._obeyed
         taken = np.zeros((len(choices.lanes), 0), np.int64)
         for number, group in enumerate(self._groups):
             own = slice(number * group.beams, (number + 1) * group.beams)
             going = np.flatnonzero(~group.finished[choices.lanes])
-            part = _part(choices, going, own)
-            part = self._apart_from(taken[going], part)
             if not len(going):
                 continue
+            part = self._apart_from(taken[going], _part(choices, going, own))
             found = self._continuations(group, part, probe_logprobs)
             taken = np.concatenate((taken, self._taken(found, going, len(taken))), axis=1)
-            beams = group.advance(part.lanes, found, limits.lanes(part.lanes))
+            beams = group.advance(part.lanes, found, self._obeyed.lanes(part.lanes))
             self._parents[part.lanes, own] = np.take_along_axis(part.origins, beams, axis=1)
         self._collect()
 

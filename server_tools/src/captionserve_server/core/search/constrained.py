@@ -140,6 +140,8 @@ class ConstrainedBeamSearch(BeamSearch):
         """Begin without lanes."""
         super().__init__(vocabulary, rows)
         self._probed: list[tuple[int, int, int]] = []
+        # Of the rows to run, in their order.
+        self._required: list[Requirement] = []
 
     def _new_group(self, beams: int) -> BeamGroup:
         return _ConstrainedGroup(beams)
@@ -163,11 +165,14 @@ class ConstrainedBeamSearch(BeamSearch):
 
     def _probes(self, lanes: Int64Array, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
         takes = self._takes_token()
+        self._required = [
+            self._row_requirement(lane, row) for lane, row in zip(lanes, rows, strict=True)
+        ]
         asked = [
             (number, token)
-            for number, (lane, row) in enumerate(zip(lanes, rows, strict=True))
-            if takes[lane]
-            for token in sorted(self._row_requirement(lane, row).advancing)
+            for number, required in enumerate(self._required)
+            if takes[lanes[number]]
+            for token in sorted(required.advancing)
         ]
         self._probed = [(int(lanes[number]), int(rows[number]), token) for number, token in asked]
         return (
@@ -176,12 +181,8 @@ class ConstrainedBeamSearch(BeamSearch):
         )
 
     def _edits(self, lanes: Int64Array, rows: Int64Array) -> ScoreEdits:
-        """The filters', and no end for rows that lack a word."""
-        lacking = [
-            number
-            for number, (lane, row) in enumerate(zip(lanes, rows, strict=True))
-            if not self._row_requirement(lane, row).complete
-        ]
+        """The filters', and no end for rows that lack a word; `_probes` has looked for words."""
+        lacking = [number for number, found in enumerate(self._required) if not found.complete]
         open_end = forbid_all(np.array(lacking, np.int64), self._vocabulary.special.end)
         return joined([super()._edits(lanes, rows), open_end])
 
