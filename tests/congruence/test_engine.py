@@ -17,7 +17,7 @@ from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepMo
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.preprocessing import PreprocessorConfig, to_pixels
 from captionserve_server.core.search import Vocabulary
-from captionserve_server.core.step_model import Float32Array
+from captionserve_server.core.step_model import Float32Array, UInt8Array
 from captionserve_server.core.words import word_tokens
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 from PIL import Image
@@ -48,15 +48,21 @@ class InProcess:
         tokenizer = repository / tensors.CAPTIONER.name / "1" / files.TOKENIZER_FILE
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
 
+    def encode(self, pixels: UInt8Array) -> Float32Array:
+        """The images' encoder states."""
+        states: Float32Array = self._encoder.run({graph_tensors.PIXELS: pixels})[0]
+        return states
+
     def captions(
         self, requests: list[tuple[Image.Image, DecodingOptions]]
     ) -> list[list[DecodedCaption]]:
         """Decode all requests together."""
         vocabulary = Vocabulary(self.bundle.special, self.bundle.geometry.vocabulary_size)
-        engine = CaptionEngine(self._step_model, vocabulary, EngineLimits(max_rows=24))
+        limits = EngineLimits(max_rows=24)
+        engine = CaptionEngine(self, self._step_model, vocabulary, limits)
         for key, (image, options) in enumerate(requests):
             plan = CaptionPlan(options, word_tokens(options, self._encode))
-            engine.submit(CaptionTask(key, self._states(image), plan))
+            engine.submit(CaptionTask(key, to_pixels(image, self._preprocessor), plan))
         finished: dict[Hashable, Outcome] = {}
         while not engine.idle:
             finished |= engine.step()
@@ -66,11 +72,6 @@ class InProcess:
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
-
-    def _states(self, image: Image.Image) -> Float32Array:
-        pixels = to_pixels(image, self._preprocessor)[None]
-        states: Float32Array = self._encoder.run({graph_tensors.PIXELS: pixels})[0][0]
-        return states
 
 
 @pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)

@@ -1,7 +1,8 @@
-"""A StepModel without a network: every row's candidates follow from its image and its tokens alone.
+"""An ImageEncoder and a StepModel without a network.
 
-It keeps each row's whole history, so that a wrong parent, a lost row or a mixed-up slot changes the
-candidates and cannot go unnoticed. It also checks the engine's side of the bargain.
+Every row's candidates follow from its image and its tokens alone. The model keeps each row's whole
+history, so that a wrong parent, a lost row or a mixed-up slot changes the candidates and cannot go
+unnoticed. It also checks the engine's side of the bargain.
 """
 
 from __future__ import annotations
@@ -16,12 +17,32 @@ from captionserve_server.core.step_model import (
     Int64Array,
     StepAnswer,
     StepBatch,
+    UInt8Array,
 )
 
 VOCABULARY_SIZE = 40
 IMAGE_TOKENS = 3
 END = 0
 START = 1
+
+
+def pixels_of(image: int) -> UInt8Array:
+    """An image of which the fakes see the number; uint8 [3, 2, 2]."""
+    return np.frombuffer(image.to_bytes(12, "little"), np.uint8).reshape(3, 2, 2)
+
+
+class FakeEncoder:
+    """Every state of an image is the number of the image."""
+
+    def __init__(self) -> None:
+        """Begin with nothing encoded."""
+        self.batches: list[int] = []
+
+    def encode(self, pixels: UInt8Array) -> Float32Array:
+        """uint8 [images, 3, 2, 2] to float32 [images, 2, 3]."""
+        self.batches.append(len(pixels))
+        numbers = [int.from_bytes(image.tobytes(), "little") for image in pixels]
+        return np.tile(np.array(numbers, np.float32)[:, None, None], (1, 2, 3))
 
 
 class FakeStepModel:

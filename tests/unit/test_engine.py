@@ -14,12 +14,26 @@ from captionserve_server.core.engine import CaptionEngine, CaptionTask, EngineLi
 from captionserve_server.core.errors import InvalidOptionsError, ModelFaultError
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
 from captionserve_server.core.search import Vocabulary
-from captionserve_server.core.step_model import StepAnswer, StepBatch
+from captionserve_server.core.step_model import (
+    Float32Array,
+    ImageEncoder,
+    StepAnswer,
+    StepBatch,
+    UInt8Array,
+)
 from captionserve_server.core.words import ForcedWord, WordTokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.fake_step_model import END, START, VOCABULARY_SIZE, FakeStepModel, logprobs
+from tests.unit.fake_step_model import (
+    END,
+    START,
+    VOCABULARY_SIZE,
+    FakeEncoder,
+    FakeStepModel,
+    logprobs,
+    pixels_of,
+)
 
 VOCABULARY = Vocabulary(SpecialTokens(start=START, end=(END,)), VOCABULARY_SIZE)
 MAX_ROWS = 12
@@ -107,11 +121,13 @@ arrivals_strategy = st.lists(
 
 
 def task(key: int, plan: CaptionPlan) -> CaptionTask:
-    return CaptionTask(key, np.full((2, 3), key, np.float32), plan)
+    return CaptionTask(key, pixels_of(key), plan)
 
 
-def new_engine(model: FakeStepModel, limits: EngineLimits = LIMITS) -> CaptionEngine:
-    return CaptionEngine(model, VOCABULARY, limits)
+def new_engine(
+    model: FakeStepModel, limits: EngineLimits = LIMITS, encoder: ImageEncoder | None = None
+) -> CaptionEngine:
+    return CaptionEngine(encoder or FakeEncoder(), model, VOCABULARY, limits)
 
 
 def alone(key: int, plan: CaptionPlan) -> Outcome:
@@ -384,5 +400,40 @@ def test_images_are_not_offered_again_before_a_slot_is_free() -> None:
         engine.submit(task(key, CaptionPlan(DecodingOptions(max_length=8))))
     while not engine.idle:
         engine.step()
-    # All ten at first, of which eight are refused, and each of those once more.
-    assert model.offered == 10 + 8
+    # Two find room, the next two are refused and offered again with the others, each once.
+    assert model.offered == 10 + 2
+
+
+def test_an_image_is_encoded_once_however_long_it_waits_for_a_slot() -> None:
+    encoder = FakeEncoder()
+    engine = new_engine(FakeStepModel(capacity=2), encoder=encoder)
+    for key in range(10):
+        engine.submit(task(key, CaptionPlan(DecodingOptions(max_length=8))))
+    while not engine.idle:
+        engine.step()
+    assert sum(encoder.batches) == 10
+    assert max(encoder.batches) == LIMITS.max_admissions
+
+
+def test_an_encoder_that_fails_fails_only_its_own_images() -> None:
+    class FailsForOne(FakeEncoder):
+        def encode(self, pixels: UInt8Array) -> Float32Array:
+            states = super().encode(pixels)
+            if FAULTY in states:
+                raise ModelFaultError("the encoder failed")
+            return states
+
+    plan = CaptionPlan(DecodingOptions(max_length=8))
+    model = FakeStepModel(capacity=8)
+    engine = new_engine(model, encoder=FailsForOne())
+    for key in range(6):
+        engine.submit(task(key, plan))
+    outcomes: dict[Hashable, Outcome] = {}
+    while not engine.idle:
+        outcomes |= engine.step()
+
+    failed = {key for key, outcome in outcomes.items() if isinstance(outcome, ModelFaultError)}
+    # Those that were encoded together.
+    assert failed == {FAULTY, FAULTY + 1}
+    assert outcomes.keys() == set(range(6))
+    assert model.histories == {}

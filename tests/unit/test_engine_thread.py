@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
 from captionserve_server.core.engine import CaptionEngine, EngineLimits
@@ -20,10 +19,17 @@ from captionserve_server.core.errors import (
 )
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
-from captionserve_server.core.step_model import Float32Array, StepAnswer, StepBatch
+from captionserve_server.core.step_model import StepAnswer, StepBatch
 from captionserve_server.triton.engine_thread import EngineThread
 
-from tests.unit.fake_step_model import END, START, VOCABULARY_SIZE, FakeStepModel
+from tests.unit.fake_step_model import (
+    END,
+    START,
+    VOCABULARY_SIZE,
+    FakeEncoder,
+    FakeStepModel,
+    pixels_of,
+)
 
 WAIT_SECONDS = 30.0
 PLAN = CaptionPlan(DecodingOptions(num_beams=2, max_length=8))
@@ -55,7 +61,10 @@ class Setup:
         self.model = HeldModel()
         self.log: list[str] = []
         engine = CaptionEngine(
-            self.model, Vocabulary(SpecialTokens(START, (END,)), VOCABULARY_SIZE), LIMITS
+            FakeEncoder(),
+            self.model,
+            Vocabulary(SpecialTokens(START, (END,)), VOCABULARY_SIZE),
+            LIMITS,
         )
         self.thread = EngineThread(engine, self.log.append)
 
@@ -66,10 +75,6 @@ def setup() -> Iterator[Setup]:
     yield made
     made.model.may_step.set()
     made.thread.close()
-
-
-def states(image: int) -> Float32Array:
-    return np.full((2, 3), image, np.float32)
 
 
 class Audience:
@@ -93,7 +98,7 @@ def test_many_submitters_get_each_their_own(setup: Setup) -> None:
     with ThreadPoolExecutor(16) as pool:
         futures = list(
             pool.map(
-                lambda image: setup.thread.submit(states(image % 8), PLAN, Audience()), range(64)
+                lambda image: setup.thread.submit(pixels_of(image % 8), PLAN, Audience()), range(64)
             )
         )
     results = [future.result(WAIT_SECONDS) for future in futures]
@@ -104,8 +109,8 @@ def test_many_submitters_get_each_their_own(setup: Setup) -> None:
 
 def test_a_caller_that_has_gone_frees_its_slot_and_nobody_else_notices(setup: Setup) -> None:
     audience = Audience()
-    leaving = setup.thread.submit(states(1), PLAN, audience)
-    staying = setup.thread.submit(states(2), PLAN, Audience())
+    leaving = setup.thread.submit(pixels_of(1), PLAN, audience)
+    staying = setup.thread.submit(pixels_of(2), PLAN, Audience())
     assert setup.model.stepping.wait(WAIT_SECONDS)
     audience.gone.set()
     setup.model.may_step.set()
@@ -118,20 +123,20 @@ def test_a_caller_that_has_gone_frees_its_slot_and_nobody_else_notices(setup: Se
 
 def test_a_model_that_fails_fails_who_is_under_way_and_serves_the_next(setup: Setup) -> None:
     setup.model.failing = True
-    failing = setup.thread.submit(states(1), PLAN, Audience())
+    failing = setup.thread.submit(pixels_of(1), PLAN, Audience())
     setup.model.may_step.set()
     with pytest.raises(ModelFaultError):
         failing.result(WAIT_SECONDS)
     assert setup.log
 
     setup.model.failing = False
-    assert setup.thread.submit(states(1), PLAN, Audience()).result(WAIT_SECONDS)
+    assert setup.thread.submit(pixels_of(1), PLAN, Audience()).result(WAIT_SECONDS)
     assert setup.model.histories == {}
 
 
 def test_closing_fails_who_is_under_way_and_refuses_the_next() -> None:
     setup = Setup()
-    waiting = setup.thread.submit(states(1), PLAN, Audience())
+    waiting = setup.thread.submit(pixels_of(1), PLAN, Audience())
     assert setup.model.stepping.wait(WAIT_SECONDS)
     closer = threading.Thread(target=setup.thread.close)
     closer.start()
@@ -141,12 +146,12 @@ def test_closing_fails_who_is_under_way_and_refuses_the_next() -> None:
     with pytest.raises(ModelUnavailableError):
         waiting.result(WAIT_SECONDS)
     with pytest.raises(ModelUnavailableError):
-        setup.thread.submit(states(1), PLAN, Audience())
+        setup.thread.submit(pixels_of(1), PLAN, Audience())
 
 
 def test_the_deadline_ends_a_caption_between_steps(setup: Setup) -> None:
-    late = setup.thread.submit(states(1), PLAN, Audience(deadline=time.monotonic()))
-    staying = setup.thread.submit(states(2), PLAN, Audience())
+    late = setup.thread.submit(pixels_of(1), PLAN, Audience(deadline=time.monotonic()))
+    staying = setup.thread.submit(pixels_of(2), PLAN, Audience())
     setup.model.may_step.set()
 
     with pytest.raises(DeadlineExceededError):
@@ -157,7 +162,7 @@ def test_the_deadline_ends_a_caption_between_steps(setup: Setup) -> None:
 
 def test_the_deadline_gives_the_best_so_far_to_who_allows_it(setup: Setup) -> None:
     audience = Audience()
-    partial = setup.thread.submit(states(1), PARTIAL, audience)
+    partial = setup.thread.submit(pixels_of(1), PARTIAL, audience)
     assert setup.model.stepping.wait(WAIT_SECONDS)
     audience.deadline = time.monotonic()
     setup.model.may_step.set()
@@ -170,7 +175,7 @@ def test_the_deadline_gives_the_best_so_far_to_who_allows_it(setup: Setup) -> No
 
 def test_nothing_so_far_is_an_error_also_for_who_allows_partial_captions(setup: Setup) -> None:
     setup.model.may_step.set()
-    late = setup.thread.submit(states(1), PARTIAL, Audience(deadline=time.monotonic()))
+    late = setup.thread.submit(pixels_of(1), PARTIAL, Audience(deadline=time.monotonic()))
     with pytest.raises(DeadlineExceededError):
         late.result(WAIT_SECONDS)
 
@@ -179,6 +184,6 @@ def test_the_audience_hears_after_each_step_what_is_certain(setup: Setup) -> Non
     setup.model.may_step.set()
     audience = Audience()
     plan = CaptionPlan(DecodingOptions(max_length=8))
-    (caption,) = setup.thread.submit(states(1), plan, audience).result(WAIT_SECONDS)
+    (caption,) = setup.thread.submit(pixels_of(1), plan, audience).result(WAIT_SECONDS)
     steps = range(1, len(caption.token_ids))
     assert audience.heard == [caption.token_ids[:step] for step in steps]

@@ -24,7 +24,15 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from tests.unit.fake_step_model import END, START, VOCABULARY_SIZE, FakeStepModel, logprobs
+from tests.unit.fake_step_model import (
+    END,
+    START,
+    VOCABULARY_SIZE,
+    FakeEncoder,
+    FakeStepModel,
+    logprobs,
+    pixels_of,
+)
 
 DRAWS = 20_000
 PER_CAPTION = 16
@@ -52,11 +60,11 @@ def expected_distribution(options: DecodingOptions) -> torch.Tensor:
 
 def first_tokens(options: DecodingOptions) -> Counter[int]:
     """The first tokens of many captions, each of its own seed, 16 rows to a caption."""
-    engine = CaptionEngine(FakeStepModel(capacity=64), VOCABULARY, EngineLimits(max_rows=1024))
-    states = np.full((2, 3), IMAGE, np.float32)
+    limits = EngineLimits(max_rows=1024, max_admissions=64)
+    engine = CaptionEngine(FakeEncoder(), FakeStepModel(capacity=64), VOCABULARY, limits)
     for seed in range(DRAWS // PER_CAPTION):
         plan = CaptionPlan(dataclasses.replace(options, seed=seed))
-        engine.submit(CaptionTask(seed, states, plan))
+        engine.submit(CaptionTask(seed, pixels_of(IMAGE), plan))
     found: Counter[int] = Counter()
     while not engine.idle:
         for outcome in engine.step().values():
@@ -143,8 +151,8 @@ def test_seeds_and_rows_draw_differently_and_repeat_themselves() -> None:
         options = DecodingOptions(
             do_sample=True, seed=seed, max_length=12, num_return_sequences=4, top_k=0
         )
-        engine = CaptionEngine(FakeStepModel(capacity=1), VOCABULARY, EngineLimits())
-        engine.submit(CaptionTask(0, np.full((2, 3), IMAGE, np.float32), CaptionPlan(options)))
+        engine = CaptionEngine(FakeEncoder(), FakeStepModel(capacity=1), VOCABULARY, EngineLimits())
+        engine.submit(CaptionTask(0, pixels_of(IMAGE), CaptionPlan(options)))
         while not (ended := engine.step()):
             pass
         outcome = ended[0]

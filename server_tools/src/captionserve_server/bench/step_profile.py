@@ -1,12 +1,12 @@
-"""Where the time of a decoding step goes: the graphs, and everything else.
+"""Where the time of a round of the engine goes: the graphs, and everything else.
 
     python -m captionserve_server.bench.step_profile --model-repository DIR [--json FILE]
 
 Serves a model repository with room for a number of captions, keeps more than that in flight, and
 reads from Triton's metrics how long the engine's steps took and how much of that ONNX Runtime ran.
 What is left is ours: BLS and its transport, numpy, scheduling. Only time in which captions waited
-for room is counted: then the batch is full, leavers are replaced at once, and newcomers are encoded
-and prefilled as they are in service.
+for room is counted: then the batch is full, and a round of the engine has newcomers to encode and
+to prefill for those who left, as in service.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from captionserve_server.core.tensors import CAPTIONER
+from captionserve_server.core.tensors import CAPTIONER, VISION_ENCODER
 from captionserve_server.serving.launch import launched_service
 
 _TIMEOUT_SECONDS = 600.0
 _POLL_SECONDS = 0.05
+_COMPUTE_TIME = "nv_inference_compute_infer_duration_us_total"
 _GRAPHS = ("prefill", "step", "top")
 # Steps of one window; a window is one sample of the median.
 _WINDOW_STEPS = 20
@@ -77,16 +78,20 @@ def read_metrics(address: str) -> _Reading:
     with urllib.request.urlopen(f"http://{address}/metrics") as answer:
         text = answer.read().decode()
     values: dict[str, float] = {}
+    encoder_us = 0.0
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if sample.labels.get("model", "captioner") == "captioner":
+            model = sample.labels.get("model", CAPTIONER.name)
+            if model == CAPTIONER.name:
                 values[sample.name.removeprefix("captionserve_")] = sample.value
+            elif (sample.name, model) == (_COMPUTE_TIME, VISION_ENCODER.name):
+                encoder_us += sample.value
     return _Reading(
         live=int(values["live_captions"]),
         waiting=int(values["waiting_captions"]),
         steps=int(values["engine_steps_total"]),
         engine_seconds=values["engine_seconds_total"],
-        graph_seconds=sum(values[f"{graph}_seconds_total"] for graph in _GRAPHS),
+        graph_seconds=encoder_us / 1e6 + sum(values[f"{graph}_seconds_total"] for graph in _GRAPHS),
     )
 
 

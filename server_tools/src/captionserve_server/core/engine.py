@@ -1,4 +1,8 @@
-"""The caption engine: decodes many captions together, one step at a time, without I/O.
+"""The caption engine: encodes images and decodes many captions together, without I/O.
+
+Encoder and decoder take turns: between two steps the next images are encoded. Each has all cores
+while it runs, which does more in the same time than both at once (docs/adr/0011), and how long live
+captions wait for newcomers is bounded and the engine's own choice.
 
 Rules, which tests/unit/test_engine.py holds on any mixture of requests:
     1. Every submitted caption ends exactly once: in a `step` result, or by `abandon`.
@@ -7,7 +11,8 @@ Rules, which tests/unit/test_engine.py holds on any mixture of requests:
        waits, and so do all behind it: short ones never pass a long one by.
     4. What a caption becomes does not depend on what else is in the batch.
     5. Live captions stay within the limits of rows and entries; one alone may exceed them.
-    6. Newcomers cost live captions at most `max_admissions` prefills at a step.
+    6. Newcomers cost live captions at most `max_admissions` encoded images at a step.
+    7. An image is encoded once. When the encoder fails, only the images given to it fail.
 """
 
 from __future__ import annotations
@@ -32,12 +37,14 @@ from captionserve_server.core.step_model import (
     NO_SLOT,
     BoolArray,
     Float32Array,
+    ImageEncoder,
     Int64Array,
     RowRequests,
     ScoreEdits,
     StepAnswer,
     StepBatch,
     StepModel,
+    UInt8Array,
 )
 
 Outcome = list[DecodedCaption] | CaptionServeError
@@ -49,12 +56,12 @@ class CaptionTask:
 
     Attributes:
         key: the caller's own name for it.
-        states: [image tokens, encoder width], float32.
+        pixels: uint8 [3, height, width], of the encoder's size.
         plan: how to decode.
     """
 
     key: Hashable
-    states: Float32Array
+    pixels: UInt8Array
     plan: CaptionPlan
 
     @property
@@ -75,12 +82,25 @@ class EngineLimits:
     Attributes:
         max_rows: rows, summed over the live captions; bounds a step's time.
         max_entries: rows x max_length, likewise; bounds the memory of keys and values.
-        max_admissions: images taken in between two steps of live captions.
+        max_admissions: images encoded and taken in between two steps.
     """
 
     max_rows: int = 128
     max_entries: int = 8192
     max_admissions: int = 4
+
+
+@dataclass
+class _Newcomer:
+    """A caption without a slot.
+
+    Attributes:
+        task: what is to be captioned.
+        states: [image tokens, encoder width] once the image has been encoded.
+    """
+
+    task: CaptionTask
+    states: Float32Array | None = None
 
 
 @dataclass
@@ -100,18 +120,26 @@ class _Lanes:
 class CaptionEngine:
     """Steps all live captions together and admits waiting ones between steps."""
 
-    def __init__(self, step_model: StepModel, vocabulary: Vocabulary, limits: EngineLimits) -> None:
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        step_model: StepModel,
+        vocabulary: Vocabulary,
+        limits: EngineLimits,
+    ) -> None:
         """Begin with nothing to do.
 
         Args:
+            encoder: asked for at most `max_admissions` images at once.
             step_model: the decoder.
             vocabulary: the checkpoint's tokens.
             limits: what live captions may take together.
         """
+        self._encoder = encoder
         self._step_model = step_model
         self._vocabulary = vocabulary
         self._limits = limits
-        self._waiting: deque[CaptionTask] = deque()
+        self._waiting: deque[_Newcomer] = deque()
         self._live: dict[Hashable, _Lanes] = {}
         # Images worth offering: not known until the model refuses one, then as many as were freed.
         self._offers: int | None = None
@@ -133,11 +161,11 @@ class CaptionEngine:
 
     def submit(self, task: CaptionTask) -> None:
         """Queue a caption."""
-        self._waiting.append(task)
+        self._waiting.append(_Newcomer(task))
 
     def abandon(self, key: Hashable) -> None:
         """Forget a caption wherever it stands; a key that is not here is ignored."""
-        self._waiting = deque(task for task in self._waiting if task.key != key)
+        self._waiting = deque(each for each in self._waiting if each.task.key != key)
         found = self._find(key)
         if found is not None:
             lanes, lane = found
@@ -163,13 +191,16 @@ class CaptionEngine:
         return () if found is None else found[0].search.certain_tokens(found[1])
 
     def step(self) -> dict[Hashable, Outcome]:
-        """Admit who finds room, then decode one token of every live caption.
+        """Encode and admit who finds room, then decode one token of every live caption.
 
         Returns:
             what became of the captions that ended with this step, by key: the captions, or an
-            error where the model gave no numbers or no caption obeys the options.
+            error where the encoder failed, the model gave no numbers or no caption obeys the
+            options.
         """
-        self._admit()
+        return self._admit() | self._decode()
+
+    def _decode(self) -> dict[Hashable, Outcome]:
         if not self._live:
             return {}
         faulty = self._advance()
@@ -189,22 +220,37 @@ class CaptionEngine:
                     return lanes, lane
         return None
 
-    def _admit(self) -> None:
-        tasks = self._next_tasks()
-        if not tasks:
-            return
-        slots = self._step_model.prefill(np.stack([task.states for task in tasks]))
-        refused: list[CaptionTask] = []
-        for task, slot in zip(tasks, slots, strict=True):
+    def _admit(self) -> dict[Hashable, Outcome]:
+        """Take in who finds room; the errors of those whose images could not be encoded."""
+        newcomers = self._next_newcomers()
+        if not newcomers:
+            return {}
+        try:
+            states = self._encoded(newcomers)
+        except CaptionServeError as error:
+            return {newcomer.task.key: error for newcomer in newcomers}
+        slots = self._step_model.prefill(states)
+        refused: list[_Newcomer] = []
+        for newcomer, slot in zip(newcomers, slots, strict=True):
             if slot == NO_SLOT:
-                refused.append(task)
+                refused.append(newcomer)
             else:
-                self._enter(task, int(slot))
+                self._enter(newcomer.task, int(slot))
         self._waiting.extendleft(reversed(refused))
         if refused:
             self._offers = 0
         elif self._offers is not None:
-            self._offers = max(0, self._offers - len(tasks))
+            self._offers = max(0, self._offers - len(newcomers))
+        return {}
+
+    def _encoded(self, newcomers: Sequence[_Newcomer]) -> Float32Array:
+        """The images' states; those that were refused a slot before have theirs."""
+        fresh = [newcomer for newcomer in newcomers if newcomer.states is None]
+        if fresh:
+            encoded = self._encoder.encode(np.stack([each.task.pixels for each in fresh]))
+            for newcomer, states in zip(fresh, encoded, strict=True):
+                newcomer.states = states
+        return np.stack([each.states for each in newcomers if each.states is not None])
 
     def _enter(self, task: CaptionTask, slot: int) -> None:
         options = task.plan.options
@@ -216,22 +262,22 @@ class CaptionEngine:
         lanes.tasks.append(task)
         lanes.slots.append(slot)
 
-    def _next_tasks(self) -> list[CaptionTask]:
+    def _next_newcomers(self) -> list[_Newcomer]:
         """Take from the queue, in order, what the limits allow; at least one when none is live."""
         live = [task for lanes in self._live.values() for task in lanes.tasks]
         rows, entries = sum(task.rows for task in live), sum(task.entries for task in live)
-        most = self._limits.max_admissions if live else len(self._waiting)
+        most = self._limits.max_admissions
         if self._offers is not None:
             most = min(most, self._offers if live else max(1, self._offers))
-        tasks: list[CaptionTask] = []
-        while self._waiting and len(tasks) < most:
-            rows += self._waiting[0].rows
-            entries += self._waiting[0].entries
+        newcomers: list[_Newcomer] = []
+        while self._waiting and len(newcomers) < most:
+            rows += self._waiting[0].task.rows
+            entries += self._waiting[0].task.entries
             full = rows > self._limits.max_rows or entries > self._limits.max_entries
-            if full and (tasks or live):
+            if full and (newcomers or live):
                 break
-            tasks.append(self._waiting.popleft())
-        return tasks
+            newcomers.append(self._waiting.popleft())
+        return newcomers
 
     def _advance(self) -> list[BoolArray]:
         """One step of all; for each search, which lanes got no numbers."""

@@ -1,4 +1,4 @@
-"""What decoding needs from a decoder: the StepModel protocol.
+"""What captioning needs from a model: the protocols ImageEncoder and StepModel.
 
 The decoding code knows nothing else of the model, so the same code decodes through Triton, through
 ONNX Runtime in one process, and on a fake in tests.
@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+UInt8Array = NDArray[np.uint8]
 Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
@@ -105,6 +106,23 @@ class StepAnswer:
     tokens: Int64Array
     probe_logprobs: Float32Array
     attention: Float32Array
+
+
+class ImageEncoder(Protocol):
+    """From pixels to what the decoder looks at."""
+
+    def encode(self, pixels: UInt8Array) -> Float32Array:
+        """Encode images.
+
+        Args:
+            pixels: uint8 [images, 3, height, width].
+
+        Returns:
+            float32 [images, image tokens, encoder width].
+
+        Raises:
+            CaptionServeError: if the encoder fails.
+        """
 
 
 class StepModel(Protocol):

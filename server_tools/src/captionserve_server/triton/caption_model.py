@@ -1,9 +1,8 @@
 """What `captioner` and `captioner_stream` have in common: from a request to decoded captions.
 
-`execute` only accepts. A pool of threads has each image preprocessed and encoded by the other
-models, in parallel, so that Triton's dynamic batcher sees them together; the engine thread decodes
-all of them as one batch. Live captions never wait for an image that is being encoded. A thread of
-its own builds and sends the answers, in their order.
+`execute` only accepts. A pool of threads has the images preprocessed, in parallel; the engine's
+thread encodes them and decodes all of them as one batch. A thread of its own builds and sends the
+answers, in their order.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from captionserve_server.core.engine import CaptionEngine, EngineLimits
 from captionserve_server.core.errors import CancelledError, OverloadedError
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
-from captionserve_server.core.step_model import Float32Array
+from captionserve_server.core.step_model import UInt8Array
 from captionserve_server.core.words import word_tokens
 from captionserve_server.triton.caption_tensors import CaptionWriter
 from captionserve_server.triton.engine_thread import Audience, Captions, EngineThread
@@ -43,11 +42,10 @@ from captionserve_server.triton.requests import (
     read_required,
     text_array,
 )
-from captionserve_server.triton.triton_step_model import TritonStepModel
+from captionserve_server.triton.triton_step_model import TritonEncoder, TritonStepModel
 
-# Each thread waits for one image's preprocessing or encoding; twice the encoder's largest batch
-# keeps a full batch gathering while another one runs.
-_ENCODING_THREADS = 16
+# Each thread waits for one image; enough for all instances of `preprocess` on a large machine.
+_PREPROCESSING_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +107,12 @@ class CaptionModel(ABC):
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         self._writer = CaptionWriter(self._bundle, self._tokenizer.decode)
         self._room = _Room(arguments.number("max_requests"))
-        self._encoding = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encoding")
+        self._preprocessing = ThreadPoolExecutor(
+            _PREPROCESSING_THREADS, thread_name_prefix="preprocessing"
+        )
         self._answering = ThreadPoolExecutor(1, thread_name_prefix="answering")
         engine = CaptionEngine(
+            TritonEncoder(self._version),
             TritonStepModel(arguments.name, self._version),
             Vocabulary(self._bundle.special, self._bundle.geometry.vocabulary_size),
             EngineLimits(
@@ -137,7 +138,7 @@ class CaptionModel(ABC):
 
     def finalize(self) -> None:
         """Stop taking work in and end the threads."""
-        self._encoding.shutdown(cancel_futures=True)
+        self._preprocessing.shutdown(cancel_futures=True)
         self._engine.close()
         self._answering.shutdown()
 
@@ -152,16 +153,16 @@ class CaptionModel(ABC):
     def _caption(
         self, request: CaptionRequest, audience: Audience, then: Callable[[Future[Captions]], None]
     ) -> None:
-        """Encode and decode an image for its audience; `then` is called with the captions."""
-        self._encoding.submit(self._encode_and_decode, request, audience, then)
+        """Caption an image for its audience; `then` is called with the captions."""
+        self._preprocessing.submit(self._preprocess_and_submit, request, audience, then)
 
-    def _encode_and_decode(
+    def _preprocess_and_submit(
         self, request: CaptionRequest, audience: Audience, then: Callable[[Future[Captions]], None]
     ) -> None:
         try:
             if audience.has_gone:
                 raise CancelledError("the caller has gone")
-            future = self._engine.submit(self._encode(request.image), request.plan, audience)
+            future = self._engine.submit(self._pixels(request.image), request.plan, audience)
         except Exception as error:  # Whatever goes wrong is this request's answer.
             future = Future()
             future.set_exception(error)
@@ -191,18 +192,11 @@ class CaptionModel(ABC):
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _encode(self, image: bytes) -> Float32Array:
-        """The image's encoder states, [image tokens, encoder width]."""
+    def _pixels(self, image: bytes) -> UInt8Array:
+        """What the encoder sees of an image file, uint8 [3, height, width]."""
         inputs = {tensors.IMAGE: text_array(image)}
         (pixels,) = call_model(tensors.PREPROCESS, self._version, inputs, tensors.PIXELS)
-        (states,) = call_model(
-            tensors.VISION_ENCODER,
-            self._version,
-            {tensors.PIXELS: pixels[None]},
-            tensors.ENCODER_STATES,
-        )
-        first: Float32Array = states[0]
-        return first
+        return pixels
 
     def _answer(self, done: Future[Captions], request: CaptionRequest, request_id: str) -> Any:
         """The last response: the captions, or what went wrong."""

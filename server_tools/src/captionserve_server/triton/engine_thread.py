@@ -1,7 +1,7 @@
 """The thread that drives the caption engine.
 
-Other threads hand encoded images in at any time; between two decoding steps the engine takes all of
-them in, lets go of those whose callers have gone or have no time left, and tells those who listen
+Other threads hand preprocessed images in at any time; between two decoding steps the engine queues
+them, lets go of those whose callers have gone or have no time left, and tells those who listen
 which words have become certain. When the step model fails, every caption under way fails with it
 and the engine goes on empty.
 """
@@ -26,7 +26,7 @@ from captionserve_server.core.errors import (
     ModelFaultError,
     ModelUnavailableError,
 )
-from captionserve_server.core.step_model import Float32Array
+from captionserve_server.core.step_model import UInt8Array
 
 Captions = list[DecodedCaption]
 
@@ -79,13 +79,11 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="caption-engine", daemon=True)
         self._thread.start()
 
-    def submit(
-        self, states: Float32Array, plan: CaptionPlan, audience: Audience
-    ) -> Future[Captions]:
+    def submit(self, pixels: UInt8Array, plan: CaptionPlan, audience: Audience) -> Future[Captions]:
         """Queue one image.
 
         Args:
-            states: [image tokens, encoder width].
+            pixels: uint8 [3, height, width].
             plan: how to decode.
             audience: who waits.
 
@@ -97,7 +95,7 @@ class EngineThread:
         Raises:
             ModelUnavailableError: if the thread is closing.
         """
-        submission = _Submission(CaptionTask(object(), states, plan), audience)
+        submission = _Submission(CaptionTask(object(), pixels, plan), audience)
         with self._wake:
             if self._closing:
                 raise ModelUnavailableError("the server is shutting down")

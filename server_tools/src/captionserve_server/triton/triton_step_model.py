@@ -1,4 +1,4 @@
-"""A StepModel that asks the `decoder_step` model of this Triton server."""
+"""The encoder and the decoder as models of this Triton server."""
 
 from __future__ import annotations
 
@@ -10,14 +10,33 @@ from captionserve_server.core.step_model import (
     Int64Array,
     StepAnswer,
     StepBatch,
+    UInt8Array,
 )
 from captionserve_server.core.tensors import TensorSpec
 from captionserve_server.triton.decoder_step import FREE, PREFILL, STEP, step_tensors
 from captionserve_server.triton.requests import Array, call_model, text_array
 
 
+class TritonEncoder:
+    """vision_encoder of one version, called from inside Triton: an ImageEncoder."""
+
+    def __init__(self, version: int) -> None:
+        """Bind to vision_encoder's `version`."""
+        self._version = version
+
+    def encode(self, pixels: UInt8Array) -> Float32Array:
+        """uint8 [images, 3, height, width] to float32 [images, image tokens, encoder width]."""
+        (states,) = call_model(
+            tensors.VISION_ENCODER,
+            self._version,
+            {tensors.PIXELS: pixels},
+            tensors.ENCODER_STATES,
+        )
+        return states
+
+
 class TritonStepModel:
-    """decoder_step of one version, called from inside Triton."""
+    """decoder_step of one version, called from inside Triton: a StepModel."""
 
     def __init__(self, role: str, version: int) -> None:
         """Bind to decoder_step's `version` as a new owner of slots, in the place of `role`'s last.
