@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, MetricsHandler
 
 # Seconds; a caption takes from a tenth of a second to some seconds under load.
 _LATENCY_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0)
+# How often the metrics' server looks whether it shall end, which is what `stop` waits for.
+_POLL_SECONDS = 0.05
 
 
 @dataclass
@@ -75,11 +80,27 @@ class MetricsServer:
             OSError: if the address cannot be listened on.
         """
         host, _, port = listen.rpartition(":")
-        self._server, self._thread = start_http_server(int(port), host.strip("[]"), registry)
+        self._server = _http_server(host.strip("[]"), int(port), MetricsHandler.factory(registry))
         self.address = f"{host}:{self._server.server_port}"
+        # prometheus_client's own start_http_server polls twice a second.
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_SECONDS,), name="metrics", daemon=True
+        )
+        self._thread.start()
 
     def stop(self) -> None:
         """Stop serving; waits for the server's thread."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _http_server(host: str, port: int, handler: type[MetricsHandler]) -> ThreadingHTTPServer:
+    """A server that listens already, on IPv6 where the host is such an address or has no other."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = found[0]
+
+    class Server(ThreadingHTTPServer):
+        address_family = family
+
+    return Server((str(address[0]), port), handler)
