@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test lint format generate evaluate calibrate train-demo soak profile bench clean
+.PHONY: setup demo test lint format generate evaluate calibrate train-demo soak profile bench perf clean
 
 setup: $(VENV)/installed
 
@@ -58,6 +58,9 @@ profile: setup  ## Where a decoding step's time goes, on the full-size model wit
 
 bench: setup  ## The service against transformers' generate(), on the demo checkpoint.
 	$(BIN)/python -m captionserve_server.bench.throughput
+
+perf: setup  ## NVIDIA's perf_analyzer against the captioner; more options with PERF="...".
+	$(BIN)/python -m captionserve_server.bench.perf_analyzer $(PERF)
 
 clean:
 	rm -rf $(VENV) build

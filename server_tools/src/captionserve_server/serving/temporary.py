@@ -12,12 +12,15 @@ from captionserve_server.serving.ready import ReadyReport
 
 
 @contextmanager
-def served_checkpoint(checkpoint: str, progress: Callable[[str], None]) -> Iterator[ReadyReport]:
+def served_checkpoint(
+    checkpoint: str, progress: Callable[[str], None], *extra_arguments: str
+) -> Iterator[ReadyReport]:
     """Export a checkpoint into a temporary folder and serve it on free loopback ports.
 
     Args:
         checkpoint: a local folder in Hugging Face layout, or a hub id.
         progress: told what begins.
+        extra_arguments: more arguments of `captionserve serve`.
     """
     # Imported here: only who exports needs PyTorch.
     from captionserve_server.export.logs import quiet_libraries
@@ -27,5 +30,5 @@ def served_checkpoint(checkpoint: str, progress: Callable[[str], None]) -> Itera
     with tempfile.TemporaryDirectory(prefix="captionserve-repository-") as folder:
         export_checkpoint(checkpoint, Path(folder), progress=progress)
         progress("starting Triton and the gateway")
-        with launched_service(Path(folder)) as service:
+        with launched_service(Path(folder), *extra_arguments) as service:
             yield service
