@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from captionserve_server.cli.console import ExitCode, messages, output, print_json, stages
+from captionserve_server.export.precision import Precision
 
 
 def export(
@@ -15,6 +16,7 @@ def export(
     output_folder: Annotated[
         Path, typer.Option("--output", help="Model repository to write or to add to.")
     ],
+    precision: Annotated[Precision, typer.Option(help="How weights are kept.")] = Precision.FP32,
     version: Annotated[int, typer.Option(min=1, help="Version number in every model.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -32,6 +34,7 @@ def export(
                 checkpoint,
                 output_folder,
                 version=version,
+                precision=precision,
                 progress=progress,
             )
     except UnsupportedCheckpointError as error:

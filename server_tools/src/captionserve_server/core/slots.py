@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.step_model import Float32Array, Int64Array
 
-# Entries are reserved in blocks of this many, so that memory is seldom laid anew.
-ENTRY_BLOCK = 64
+# Entries are reserved in blocks of this many: attention runs over all of them, used or not, and
+# memory is laid anew whenever more are needed.
+ENTRY_BLOCK = 16
 # Added to the score of an entry that a row does not descend from; exp() of it is 0 in float32.
 HIDDEN = np.float32(-1.0e30)
 

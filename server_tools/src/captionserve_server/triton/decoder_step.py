@@ -71,8 +71,9 @@ class TritonPythonModel:
         folder = Path(arguments.repository) / str(arguments.version)
         geometry = Bundle.from_json((folder / BUNDLE_FILE).read_text()).geometry
         threads = arguments.number("intra_op_thread_count")
+        spinning = bool(arguments.number("spinning"))
         timed = {
-            role: TimedGraph(OnnxGraph(folder / name, threads=threads))
+            role: TimedGraph(OnnxGraph(folder / name, threads=threads, spinning=spinning))
             for role, name in _GRAPH_FILES.items()
         }
         graphs = DecoderGraphs(**timed)

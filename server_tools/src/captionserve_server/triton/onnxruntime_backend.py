@@ -31,7 +31,8 @@ class TritonPythonModel:
         folder = Path(arguments.repository) / str(arguments.version)
         filename = arguments.config.get("default_model_filename") or "model.onnx"
         threads = arguments.number("intra_op_thread_count")
-        self._graph = OnnxGraph(folder / filename, threads=threads)
+        spinning = bool(arguments.number("spinning"))
+        self._graph = OnnxGraph(folder / filename, threads=threads, spinning=spinning)
 
     def execute(self, requests: list[Request]) -> list[Any]:
         """Run all requests as one batch; all of them fail together when the run fails."""
