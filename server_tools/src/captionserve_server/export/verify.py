@@ -24,7 +24,7 @@ from captionserve_server.core.bundle import (
 from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepModel
 from captionserve_server.core.step_model import Int64Array, RowRequests, StepBatch
 from captionserve_server.export.checkpoint import Checkpoint
-from captionserve_server.export.onnx_export import encoder_module
+from captionserve_server.export.sources import encoder_module
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 
 LOGPROB_TOLERANCE = 1e-4
