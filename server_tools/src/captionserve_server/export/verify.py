@@ -25,7 +25,7 @@ from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepMo
 from captionserve_server.core.step_model import Int64Array, RowRequests, StepBatch
 from captionserve_server.export.checkpoint import Checkpoint
 from captionserve_server.export.sources import encoder_module
-from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.runtime.open_graph import open_graph
 
 LOGPROB_TOLERANCE = 1e-4
 """Largest accepted absolute difference of a log-probability, fp32."""
@@ -86,7 +86,7 @@ def _refuse_above(tolerance: float, error: float, graph: str) -> None:
 
 
 def _encoder_error(pixels: Tensor, states: Tensor, path: Path) -> float:
-    (exported,) = OnnxGraph(path).run({names.PIXELS: pixels.numpy()})
+    (exported,) = open_graph(path).run({names.PIXELS: pixels.numpy()})
     return float(np.abs(exported - states.numpy()).max())
 
 
@@ -97,9 +97,9 @@ def _decoder_error(
     geometry = checkpoint.bundle.geometry
     steps = min(_STEPS, geometry.max_positions)
     decoder = DecoderGraphs(
-        OnnxGraph(graphs[PREFILL_GRAPH_FILE]),
-        OnnxGraph(graphs[STEP_GRAPH_FILE]),
-        OnnxGraph(graphs[TOP_GRAPH_FILE]),
+        open_graph(graphs[PREFILL_GRAPH_FILE]),
+        open_graph(graphs[STEP_GRAPH_FILE]),
+        open_graph(graphs[TOP_GRAPH_FILE]),
     )
     step_model = GraphStepModel(decoder, geometry, capacity=_IMAGES)
     slots = step_model.prefill(states.numpy())
