@@ -25,9 +25,9 @@ from captionserve_server.core.bundle import (
 from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepModel
 from captionserve_server.core.step_model import Int64Array, RowRequests, StepBatch
 from captionserve_server.export.checkpoint import Checkpoint
-from captionserve_server.export.onnx_export import encoder_module
 from captionserve_server.export.precision import Precision
-from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.export.sources import encoder_module
+from captionserve_server.runtime.open_graph import open_graph
 
 LOGPROB_TOLERANCES = {Precision.FP32: 1e-4, Precision.INT8: 1.0, Precision.INT4: 3.0}
 """Largest accepted absolute difference of a log-probability."""
@@ -91,7 +91,7 @@ def _refuse_above(tolerance: float, error: float, graph: str) -> None:
 
 
 def _encoder_error(pixels: Tensor, states: Tensor, path: Path) -> float:
-    (exported,) = OnnxGraph(path).run({names.PIXELS: pixels.numpy()})
+    (exported,) = open_graph(path).run({names.PIXELS: pixels.numpy()})
     return float(np.abs(exported - states.numpy()).max())
 
 
@@ -102,9 +102,9 @@ def _decoder_error(
     geometry = checkpoint.bundle.geometry
     steps = min(_STEPS, geometry.max_positions)
     decoder = DecoderGraphs(
-        OnnxGraph(graphs[PREFILL_GRAPH_FILE]),
-        OnnxGraph(graphs[STEP_GRAPH_FILE]),
-        OnnxGraph(graphs[TOP_GRAPH_FILE]),
+        open_graph(graphs[PREFILL_GRAPH_FILE]),
+        open_graph(graphs[STEP_GRAPH_FILE]),
+        open_graph(graphs[TOP_GRAPH_FILE]),
     )
     step_model = GraphStepModel(decoder, geometry, capacity=_IMAGES)
     slots = step_model.prefill(states.numpy())
