@@ -24,11 +24,12 @@ from captionserve_server.core.bundle import BUNDLE_FILE, TOKENIZER_FILE, Bundle
 from captionserve_server.core.captions import CaptionPlan
 from captionserve_server.core.engine import CaptionEngine, EngineLimits
 from captionserve_server.core.errors import CancelledError, OverloadedError
+from captionserve_server.core.finishing import Finisher
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import UInt8Array
 from captionserve_server.core.words import word_tokens
-from captionserve_server.triton.caption_tensors import CaptionWriter
+from captionserve_server.triton.caption_tensors import caption_response
 from captionserve_server.triton.engine_thread import Audience, Captions, EngineThread
 from captionserve_server.triton.requests import (
     Array,
@@ -105,7 +106,7 @@ class CaptionModel(ABC):
         self._version = arguments.version
         self._bundle = Bundle.from_json((folder / BUNDLE_FILE).read_text())
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        self._writer = CaptionWriter(self._bundle, self._tokenizer.decode)
+        self._finisher = Finisher(self._bundle, self._tokenizer.decode)
         self._room = _Room(arguments.number("max_requests"))
         self._preprocessing = ThreadPoolExecutor(
             _PREPROCESSING_THREADS, thread_name_prefix="preprocessing"
@@ -203,7 +204,8 @@ class CaptionModel(ABC):
         error = done.exception()
         if isinstance(error, Exception):
             return error_response(error)
-        return self._writer.response(done.result(), request.plan, request_id)
+        finished = [self._finisher.finished(each, request.plan) for each in done.result()]
+        return caption_response(finished, request_id)
 
 
 class _EngineMetrics:
