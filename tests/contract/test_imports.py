@@ -21,12 +21,13 @@ ALLOWED = {
     "runtime": set(),
     "export": {"runtime"},
     "triton": {"runtime"},
+    "local": {"runtime"},
     "gateway": {"captionserve"},
     "serving": {"gateway", "export"},
     "demo": set(),
     "evaluation": {"demo"},
     "bench": {"captionserve", "serving", "export", "evaluation"},
-    "cli": {"captionserve", "serving", "export", "demo", "evaluation"},
+    "cli": {"captionserve", "gateway", "serving", "export", "local", "demo", "evaluation"},
 }
 
 
