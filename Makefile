@@ -14,7 +14,7 @@ $(VENV)/installed: client/pyproject.toml server_tools/pyproject.toml constraints
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt \
-		--editable './client[images]' --editable './server_tools[embedded,export,evaluation,dev]'
+		--editable './client[images]' --editable './server_tools[service,embedded,export,evaluation,dev]'
 	touch $@
 
 demo: setup  ## Caption the bundled images through the whole stack.

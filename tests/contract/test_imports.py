@@ -21,12 +21,13 @@ ALLOWED = {
     "runtime": set(),
     "export": {"runtime"},
     "triton": {"runtime"},
+    "local": {"runtime"},
     "gateway": {"captionserve"},
     "serving": {"gateway", "export"},
     "demo": set(),
     "evaluation": {"demo"},
     "bench": {"captionserve", "serving", "export", "evaluation"},
-    "cli": {"captionserve", "serving", "export", "demo", "evaluation"},
+    "cli": {"captionserve", "gateway", "serving", "export", "local", "demo", "evaluation"},
 }
 
 
@@ -69,7 +70,13 @@ def test_every_package_has_its_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["captionserve_server.cli.main", "captionserve_server.core.engine", "captionserve"]
+    "module",
+    [
+        "captionserve_server.cli.main",
+        "captionserve_server.core.engine",
+        "captionserve_server.runtime.open_graph",
+        "captionserve",
+    ],
 )
 def test_serving_needs_neither_torch_nor_transformers(module: str) -> None:
     code = (

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
 from captionserve_server.core.engine import CaptionEngine, EngineLimits
+from captionserve_server.core.engine_thread import EngineThread
 from captionserve_server.core.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -20,7 +21,6 @@ from captionserve_server.core.errors import (
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import StepAnswer, StepBatch
-from captionserve_server.triton.engine_thread import EngineThread
 
 from tests.unit.fake_step_model import (
     END,

@@ -6,25 +6,33 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import pytest
 import torch
+from captionserve_server.cli.console import ExitCode
+from captionserve_server.cli.main import app
 from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.core.quality import Calibration
 from captionserve_server.export import checkpoint as checkpoint_module
 from captionserve_server.export import repository as repository_module
+from captionserve_server.export import torchscript_export
 from captionserve_server.export.checkpoint import (
     UnsupportedCheckpointError,
     early_stopping_name,
     load_checkpoint,
 )
-from captionserve_server.export.repository import export_checkpoint
+from captionserve_server.export.repository import OtherFormatError, export_checkpoint
 from captionserve_server.export.verify import GraphMismatchError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from onnx.numpy_helper import from_array, to_array
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from tests.conftest import Repositories
 
 
 @pytest.fixture
@@ -96,44 +104,85 @@ def test_pickled_code_in_weights_is_not_run(checkpoint: Path, tmp_path: Path) ->
     assert not (tmp_path / "ran").exists()
 
 
-def spoil(step_graph: Path) -> None:
-    """Half a percent on one matrix: what a wrong constant or layout would do at the least."""
-    model = onnx.load(step_graph)
+# Half a percent on one matrix: what a wrong constant or layout would do at the least.
+SPOILING = 1.005
+
+
+def spoil_onnx(graph: Path) -> None:
+    model = onnx.load(graph)
     weight = next(one for one in model.graph.initializer if one.name == "blocks.1.mlp.c_fc.weight")
-    weight.CopyFrom(from_array(1.005 * to_array(weight), weight.name))
-    onnx.save(model, step_graph)
+    weight.CopyFrom(from_array(SPOILING * to_array(weight), weight.name))
+    onnx.save(model, graph)
 
 
+def export_spoilt_torchscript(checkpoint: Any, graph: Path) -> None:
+    with torch.no_grad():
+        weight = checkpoint.model.decoder.transformer.h[1].mlp.c_fc.weight
+        weight.mul_(SPOILING)
+        torchscript_export.export_step(checkpoint, graph)
+        weight.div_(SPOILING)
+
+
+@pytest.mark.parametrize("graph_format", GraphFormat)
 def test_a_graph_that_differs_is_not_published(
+    graph_format: GraphFormat,
     checkpoint: Path,
-    model_repository: Callable[[str], Path],
+    model_repository: Repositories,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    good = model_repository("projected")
+    # Graphs that another test has exported serve again: exporting takes longer than all the rest.
+    exported = model_repository("projected", graph_format)
 
     def copy(checkpoint: Any, graph: Path) -> None:
-        shutil.copyfile(good.joinpath(*graph.parts[-3:]), graph)
+        shutil.copyfile(exported.joinpath(*graph.parts[-3:]), graph)
 
-    def copy_and_spoil(checkpoint: Any, graph: Path) -> None:
+    def copy_spoilt_onnx(checkpoint: Any, graph: Path) -> None:
         copy(checkpoint, graph)
-        spoil(graph)
+        spoil_onnx(graph)
 
-    # The graphs that another test has exported: exporting takes longer than all the others here.
-    for exporter in ("export_encoder", "export_prefill", "export_top"):
-        monkeypatch.setattr(repository_module, exporter, copy)
-    monkeypatch.setattr(repository_module, "export_step", copy_and_spoil)
+    spoilt = {
+        GraphFormat.ONNX: copy_spoilt_onnx,
+        GraphFormat.TORCHSCRIPT: export_spoilt_torchscript,
+    }
+
+    def export(export_step: Callable[[Any, Path], None], output: Path) -> None:
+        graphs = {"encoder": copy, "prefill": copy, "step": export_step, "top": copy}
+        exporter = SimpleNamespace(**{f"export_{name}": one for name, one in graphs.items()})
+        monkeypatch.setitem(repository_module._EXPORTERS, graph_format, exporter)
+        export_checkpoint(str(checkpoint), output, graph_format=graph_format)
+
     with pytest.raises(GraphMismatchError, match="decoder graph"):
-        export_checkpoint(str(checkpoint), tmp_path / "spoilt")
+        export(spoilt[graph_format], tmp_path / "spoilt")
     assert list((tmp_path / "spoilt").iterdir()) == []
-
-    monkeypatch.setattr(repository_module, "export_step", copy)
-    export_checkpoint(str(checkpoint), tmp_path / "good")
+    export(copy, tmp_path / "good")
 
 
 def test_a_version_is_never_overwritten(model_repository: Callable[[str], Path]) -> None:
     with pytest.raises(FileExistsError):
         export_checkpoint("unused", model_repository("projected"), version=1)
+
+
+@pytest.mark.parametrize(
+    ("present", "added"),
+    [
+        (GraphFormat.ONNX, GraphFormat.TORCHSCRIPT),
+        (GraphFormat.TORCHSCRIPT, GraphFormat.ONNX),
+    ],
+)
+def test_a_repository_holds_one_format(
+    present: GraphFormat, added: GraphFormat, model_repository: Repositories
+) -> None:
+    repository = model_repository("projected", present)
+    with pytest.raises(OtherFormatError, match=f"versions in {present.value}"):
+        export_checkpoint("unused", repository, version=2, graph_format=added)
+
+
+def test_the_command_names_the_format_that_does_not_fit(model_repository: Repositories) -> None:
+    arguments = ("export", "unused", "--output", str(model_repository("projected")))
+    result = CliRunner().invoke(app, [*arguments, "--version", "2", "--format", "torchscript"])
+    assert result.exit_code == ExitCode.USAGE
+    assert "--format" in result.stderr
 
 
 def test_the_bundle_carries_the_checkpoints_own_defaults(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, cast
@@ -15,15 +15,28 @@ from rich.progress import track
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
 from captionserve_server.cli.decoding_options import with_decoding_options
 
+Answer = dict[str, object]
+"""What is printed of one image, as JSON values."""
+Outcome = CaptionResult | CaptionError | OSError
+"""What became of one image."""
+
+# Options that say something to a service, or about one.
+_SERVICE_ONLY = ("target", "timeout", "bypass_cache", "stream")
+
 
 @with_decoding_options
 def caption(
+    context: typer.Context,
     images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
     *,
     options: GenerationOptions,
     target: Annotated[
         str, typer.Option(help="HOST:PORT of the service.", envvar="CAPTIONSERVE_TARGET")
     ] = "127.0.0.1:9000",
+    local: Annotated[
+        Path | None,
+        typer.Option(help="Model repository to caption with here, instead of a service."),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds allowed for each image.", min=0.001)] = 30,
     bypass_cache: Annotated[
         bool, typer.Option("--bypass-cache", help="Have every answer computed anew.")
@@ -33,22 +46,36 @@ def caption(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Caption image files with a running service."""
+    """Caption image files with a running service, or with a model repository in this process."""
     if stream and as_json:
         raise typer.BadParameter("cannot be combined with --json", param_hint="--stream")
-    answers: list[dict[str, object]] = []
-    with _refusals_as_wrong_usage(), CaptionClient(target, timeout=timeout) as client:
-        for image in _with_progress(images, quiet=stream):
-            if stream:
-                answers.append(_stream(client, image, options))
-                continue
-            answers.append(_answer(client, image, options, bypass_cache=bypass_cache))
-            if not as_json:
-                _print(answers[-1])
+    if local is not None:
+        _refuse_what_needs_a_service(context)
+        answers = _answers(images, _local_outcomes(images, options, local))
+    elif stream:
+        answers = _streamed(images, options, target, timeout)
+    else:
+        outcomes = _served_outcomes(images, options, target, timeout, bypass_cache=bypass_cache)
+        answers = _answers(images, outcomes)
+    collected: list[Answer] = []
+    with _refusals_as_wrong_usage():
+        for answer in _with_progress(answers, len(images), quiet=stream):
+            collected.append(answer)
+            if not (as_json or stream):
+                _print(answer)
     if as_json:
-        print_json(answers)
-    if any("error" in answer for answer in answers):
+        print_json(collected)
+    if any("error" in answer for answer in collected):
         raise typer.Exit(ExitCode.CALL_FAILED)
+
+
+def _refuse_what_needs_a_service(context: typer.Context) -> None:
+    for name in _SERVICE_ONLY:
+        source = context.get_parameter_source(name)
+        # A target in the environment is for other calls.
+        if source is not None and source.name == "COMMANDLINE":
+            flag = "--" + name.replace("_", "-")
+            raise typer.BadParameter("cannot be combined with --local", param_hint=flag)
 
 
 @contextmanager
@@ -60,28 +87,58 @@ def _refusals_as_wrong_usage() -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
-def _with_progress(images: list[Path], *, quiet: bool) -> Iterable[Path]:
-    """The images, with a progress bar for a person who waits for several."""
-    disable = quiet or len(images) == 1
-    return track(images, "captioning", console=messages, transient=True, disable=disable)
+def _with_progress(answers: Iterator[Answer], total: int, *, quiet: bool) -> Iterable[Answer]:
+    """The answers, with a progress bar for a person who waits for several."""
+    disable = quiet or total == 1
+    return track(answers, "captioning", total, console=messages, transient=True, disable=disable)
 
 
-def _answer(
-    client: CaptionClient, image: Path, options: GenerationOptions, *, bypass_cache: bool
-) -> dict[str, object]:
-    """One image's captions or its error; one bad image must not end the others."""
-    try:
-        result = client.caption(image, options, bypass_cache=bypass_cache)
-    except (CaptionError, OSError) as error:
-        return _problem(image, error)
-    return {
-        "image": str(image),
-        "cached": result.cached,
-        "captions": captions_as_json(result),
-    }
+def _answers(images: Sequence[Path], outcomes: Iterator[Outcome]) -> Iterator[Answer]:
+    """Each image's captions or its error; one bad image must not end the others."""
+    for image, outcome in zip(images, outcomes, strict=True):
+        if isinstance(outcome, CaptionResult):
+            captions = captions_as_json(outcome)
+            yield {"image": str(image), "cached": outcome.cached, "captions": captions}
+        else:
+            yield _problem(image, outcome)
 
 
-def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> dict[str, object]:
+def _local_outcomes(
+    images: Sequence[Path], options: GenerationOptions, folder: Path
+) -> Iterator[Outcome]:
+    # ONNX Runtime takes a while to import, and nothing else here needs it.
+    from captionserve_server.cli.local_outcomes import local_outcomes
+
+    return local_outcomes(images, options, folder)
+
+
+def _served_outcomes(
+    images: Sequence[Path],
+    options: GenerationOptions,
+    target: str,
+    timeout: float,
+    *,
+    bypass_cache: bool,
+) -> Iterator[Outcome]:
+    with CaptionClient(target, timeout=timeout) as client:
+        for image in images:
+            outcome: Outcome
+            try:
+                outcome = client.caption(image, options, bypass_cache=bypass_cache)
+            except (CaptionError, OSError) as error:
+                outcome = error
+            yield outcome
+
+
+def _streamed(
+    images: Sequence[Path], options: GenerationOptions, target: str, timeout: float
+) -> Iterator[Answer]:
+    with CaptionClient(target, timeout=timeout) as client:
+        for image in images:
+            yield _stream(client, image, options)
+
+
+def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> Answer:
     """Print one image's words as they come; its error where it has one."""
     text = f"{image}: "
     try:
@@ -98,7 +155,7 @@ def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> d
     return {"image": str(image)}
 
 
-def _problem(image: Path, error: CaptionError | OSError) -> dict[str, object]:
+def _problem(image: Path, error: CaptionError | OSError) -> Answer:
     if isinstance(error, CaptionError):
         problem = {"code": error.code.name, "reason": error.reason, "message": error.message}
     else:
@@ -111,7 +168,7 @@ def captions_as_json(result: CaptionResult) -> list[dict[str, object]]:
     return [_caption_as_json(found) for found in result.captions]
 
 
-def _caption_as_json(found: Caption) -> dict[str, object]:
+def _caption_as_json(found: Caption) -> Answer:
     values: dict[str, object] = {
         field.name: getattr(found, field.name) for field in dataclasses.fields(found)
     }
@@ -124,7 +181,7 @@ def _caption_as_json(found: Caption) -> dict[str, object]:
     return values
 
 
-def _print(answer: dict[str, object]) -> None:
+def _print(answer: Answer) -> None:
     if "error" in answer:
         error = cast("dict[str, str]", answer["error"])
         messages.print(f"{answer['image']}: {error['reason']}: {error['message']}", markup=False)

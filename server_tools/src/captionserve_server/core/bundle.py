@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from captionserve_server.core.captions import SpecialTokens
+from captionserve_server.core.captions import CaptionPlan, SpecialTokens
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.quality import Calibration
+from captionserve_server.core.words import Encode, word_tokens
 
 BUNDLE_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
 PREPROCESSOR_FILE = "preprocessor.json"
+# The graphs' files in ONNX; GraphFormat.file says what they are called in another format.
 ENCODER_GRAPH_FILE = "model.onnx"
 PREFILL_GRAPH_FILE = "prefill.onnx"
 STEP_GRAPH_FILE = "step.onnx"
@@ -36,6 +39,20 @@ class Bundle:
     special: SpecialTokens
     defaults: DecodingOptions
     calibration: Calibration
+
+    def plan(self, given: Mapping[str, Any], encode: Encode) -> CaptionPlan:
+        """How to decode for a caller: the checkpoint's defaults with the caller's own options.
+
+        Args:
+            given: option name to value, holding only what the caller set.
+            encode: the checkpoint's tokenizer.
+
+        Raises:
+            InvalidOptionsError: naming the fields.
+        """
+        options = self.defaults.with_given(given)
+        self.check(options)
+        return CaptionPlan(options, word_tokens(options, encode))
 
     def check(self, options: DecodingOptions) -> None:
         """Refuse options that this checkpoint cannot follow.

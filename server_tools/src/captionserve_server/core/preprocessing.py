@@ -174,7 +174,19 @@ def preprocess(encoded: bytes, config: PreprocessorConfig) -> Pixels:
 
 def decode_image(encoded: bytes) -> Image.Image:
     """Decode an image file to an upright RGB picture; errors as `preprocess` raises them."""
-    image = _open(encoded)
+    return upright_rgb(_open(encoded))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turn a picture upright and convert it to RGB.
+
+    Args:
+        image: a picture in memory, or of a file that has been opened and not yet read.
+
+    Raises:
+        ImageCorruptError: if its file is truncated or damaged.
+        ImageTooManyPixelsError: decided from its size, before anything is decoded.
+    """
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageTooManyPixelsError(

@@ -23,13 +23,13 @@ from captionserve_server.core import tensors
 from captionserve_server.core.bundle import BUNDLE_FILE, TOKENIZER_FILE, Bundle
 from captionserve_server.core.captions import CaptionPlan
 from captionserve_server.core.engine import CaptionEngine, EngineLimits
+from captionserve_server.core.engine_thread import Audience, Captions, EngineThread
 from captionserve_server.core.errors import CancelledError, OverloadedError
+from captionserve_server.core.finishing import Finisher
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import UInt8Array
-from captionserve_server.core.words import word_tokens
-from captionserve_server.triton.caption_tensors import CaptionWriter
-from captionserve_server.triton.engine_thread import Audience, Captions, EngineThread
+from captionserve_server.triton.caption_tensors import caption_response
 from captionserve_server.triton.requests import (
     Array,
     Counter,
@@ -105,7 +105,7 @@ class CaptionModel(ABC):
         self._version = arguments.version
         self._bundle = Bundle.from_json((folder / BUNDLE_FILE).read_text())
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        self._writer = CaptionWriter(self._bundle, self._tokenizer.decode)
+        self._finisher = Finisher(self._bundle, self._tokenizer.decode)
         self._room = _Room(arguments.number("max_requests"))
         self._preprocessing = ThreadPoolExecutor(
             _PREPROCESSING_THREADS, thread_name_prefix="preprocessing"
@@ -180,13 +180,11 @@ class CaptionModel(ABC):
             for name, spec in tensors.OPTION_TENSORS.items()
             if (array := read(request, spec)) is not None
         }
-        options = self._bundle.defaults.with_given(given)
-        self._bundle.check(options)
+        plan = self._bundle.plan(given, self._encode_text)
         nonce = read(request, tensors.NONCE)
         number = None if nonce is None else int(nonce[0])
-        self._check(options, number)
-        words = word_tokens(options, self._encode_text)
-        return CaptionRequest(image, CaptionPlan(options, words), number, caller)
+        self._check(plan.options, number)
+        return CaptionRequest(image, plan, number, caller)
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -203,7 +201,8 @@ class CaptionModel(ABC):
         error = done.exception()
         if isinstance(error, Exception):
             return error_response(error)
-        return self._writer.response(done.result(), request.plan, request_id)
+        finished = [self._finisher.finished(each, request.plan) for each in done.result()]
+        return caption_response(finished, request_id)
 
 
 class _EngineMetrics:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
+from captionserve_server.core.engine_thread import Captions
 from captionserve_server.core.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -19,7 +20,6 @@ from captionserve_server.core.errors import (
 )
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.triton.caption_model import Caller, CaptionModel, CaptionRequest
-from captionserve_server.triton.engine_thread import Captions
 from captionserve_server.triton.requests import ModelArguments
 
 

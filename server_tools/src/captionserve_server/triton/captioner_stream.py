@@ -12,9 +12,9 @@ import numpy as np
 
 from captionserve_server.core import tensors
 from captionserve_server.core.detokenise import Decode, TextStream
+from captionserve_server.core.engine_thread import Captions
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.triton.caption_model import Caller, CaptionModel, CaptionRequest
-from captionserve_server.triton.engine_thread import Captions
 from captionserve_server.triton.requests import response, text_array
 
 

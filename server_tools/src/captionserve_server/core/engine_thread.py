@@ -98,7 +98,7 @@ class EngineThread:
         submission = _Submission(CaptionTask(object(), pixels, plan), audience)
         with self._wake:
             if self._closing:
-                raise ModelUnavailableError("the server is shutting down")
+                raise ModelUnavailableError("the captioner is shutting down")
             self._arrived.append(submission)
             self._wake.notify()
         return submission.future
@@ -120,7 +120,7 @@ class EngineThread:
                 self._log_error(f"decoding failed: {type(error).__name__}: {error}")
                 self._fail_all(error)
             self._after_step(time.perf_counter() - begin)
-        self._fail_all(ModelUnavailableError("the server is shutting down"))
+        self._fail_all(ModelUnavailableError("the captioner is shutting down"))
 
     def _take_arrived(self) -> bool:
         """Wait until there is something to decode; False when closing."""

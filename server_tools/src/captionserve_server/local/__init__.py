@@ -1,0 +1,19 @@
+"""Captioning in one process, without a server: the edge mode.
+
+Needs onnxruntime, numpy, Pillow and tokenizers only.
+"""
+
+from captionserve_server.core.finishing import FinishedCaption
+from captionserve_server.local.captioner import LocalCaptioner, LocalResult
+from captionserve_server.local.images import ImageInput
+from captionserve_server.local.model_folder import ModelFolderError
+from captionserve_server.local.options import NamedOptions
+
+__all__ = [
+    "FinishedCaption",
+    "ImageInput",
+    "LocalCaptioner",
+    "LocalResult",
+    "ModelFolderError",
+    "NamedOptions",
+]

@@ -1,0 +1,290 @@
+"""The captioner in this process: the service's own core and graphs, without its server.
+
+Images are prepared by the thread that asks; the engine's thread encodes and decodes those of all
+askers together.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from captionserve_server.core import graph_tensors
+from captionserve_server.core.captions import CaptionPlan
+from captionserve_server.core.engine import CaptionEngine, EngineLimits
+from captionserve_server.core.engine_thread import Captions, EngineThread
+from captionserve_server.core.errors import CaptionServeError, ModelFaultError
+from captionserve_server.core.finishing import FinishedCaption, Finisher
+from captionserve_server.core.graph_step_model import GraphStepModel
+from captionserve_server.core.search import Vocabulary
+from captionserve_server.core.step_model import Float32Array, UInt8Array
+from captionserve_server.local.images import ImageInput, image_pixels
+from captionserve_server.local.model_folder import load_model
+from captionserve_server.local.options import NamedOptions, given_options
+from captionserve_server.runtime.onnx_graph import OnnxGraph
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from typing_extensions import Self, Unpack
+
+# With nlpconnect's shapes a slot in use takes 14 MB and an entry 72 KB, so that captions together
+# stay below 200 MB.
+DEFAULT_SLOTS = 8
+DEFAULT_LIMITS = EngineLimits(max_rows=32, max_entries=1024, max_admissions=2)
+# Images prepared and not yet handed out, for each slot: enough that none is empty while a caption
+# takes longer than those behind it.
+_IMAGES_AHEAD = 2
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """The captions of one image.
+
+    Attributes:
+        captions: at least one, best first.
+        model_version: the version of the model that made them.
+    """
+
+    captions: tuple[FinishedCaption, ...]
+    model_version: int
+
+    @property
+    def text(self) -> str:
+        """The best caption's text."""
+        return self.captions[0].text
+
+
+Outcome = LocalResult | CaptionServeError | OSError
+"""What becomes of one image of several: its captions, or why there are none."""
+
+
+class LocalCaptioner:
+    """Captions images in this process; several threads may use it at once.
+
+    With `with`, or with `close`, its thread ends and its memory is given back; else both stay until
+    the process ends.
+    """
+
+    def __init__(
+        self,
+        bundle_dir: str | os.PathLike[str],
+        *,
+        version: int | None = None,
+        threads: int = 0,
+        slots: int = DEFAULT_SLOTS,
+        limits: EngineLimits = DEFAULT_LIMITS,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            bundle_dir: a model repository, as `captionserve export` writes it.
+            version: which of its versions; None for the newest.
+            threads: of ONNX Runtime; 0 is one per core.
+            slots: most captions that are decoded together; each takes memory when first used.
+            limits: what those may take besides.
+
+        Raises:
+            ModelFolderError: if something in the folder is missing or damaged; names it.
+            ValueError: if threads is below 0, or slots below 1.
+        """
+        if threads < 0 or slots < 1:
+            raise ValueError(f"threads must be 0 or more, slots 1 or more; are {threads}, {slots}")
+        model = load_model(Path(bundle_dir), version=version, threads=threads)
+        self._model = model
+        self._images_ahead = _IMAGES_AHEAD * slots
+        self._finisher = Finisher(model.bundle, model.tokenizer.decode)
+        engine = CaptionEngine(
+            _Encoder(model.encoder),
+            GraphStepModel(model.decoder, model.bundle.geometry, slots),
+            Vocabulary(model.bundle.special, model.bundle.geometry.vocabulary_size),
+            limits,
+        )
+        self._engine = EngineThread(engine, _logger.error)
+
+    @property
+    def model_version(self) -> int:
+        """The version that was loaded."""
+        return self._model.version
+
+    def caption(
+        self,
+        image: ImageInput,
+        options: DataclassInstance | None = None,
+        **named: Unpack[NamedOptions],
+    ) -> LocalResult:
+        """Caption one image.
+
+        Args:
+            image: a path, an encoded image, a binary file object, a PIL image or a uint8 RGB array
+                of shape (height, width, 3).
+            options: a dataclass with the decoding options' names, such as the client's
+                GenerationOptions; None, also of a single option, is the checkpoint's default.
+            **named: decoding options by name; these come before those of `options`.
+
+        Raises:
+            CaptionServeError: as the service would answer; see core/errors.py.
+            OSError: if a file cannot be read.
+            TypeError: if the image or an option has the wrong type.
+            ValueError: if an array or a PIL image has a wrong form.
+        """
+        plan = self._plan(options, named)
+        return self._result(self._begin(image, plan), plan)
+
+    def caption_all(
+        self,
+        images: Iterable[ImageInput],
+        options: DataclassInstance | None = None,
+        **named: Unpack[NamedOptions],
+    ) -> list[LocalResult]:
+        """Caption several images together.
+
+        Args:
+            images: as `caption` takes them; each is read and prepared when its turn comes.
+            options: as for `caption`, the same for all images.
+            **named: likewise.
+
+        Returns:
+            results in the order of the images.
+
+        Raises:
+            CaptionServeError: as `caption`, and likewise the others; of the first image that fails.
+        """
+        results: list[LocalResult] = []
+        for outcome in self.caption_each(images, options, **named):
+            if isinstance(outcome, Exception):
+                raise outcome
+            results.append(outcome)
+        return results
+
+    def caption_each(
+        self,
+        images: Iterable[ImageInput],
+        options: DataclassInstance | None = None,
+        **named: Unpack[NamedOptions],
+    ) -> Iterator[Outcome]:
+        """Caption several images together, of which some may fail.
+
+        Args:
+            images: as for `caption_all`.
+            options: likewise.
+            **named: likewise.
+
+        Returns:
+            what becomes of each image, in their order, as soon as it is known.
+
+        Raises:
+            InvalidOptionsError: if the options are wrong, before any image is read.
+            TypeError: if an image or an option has the wrong type.
+            ValueError: if an array or a PIL image has a wrong form.
+        """
+        return self._outcomes(images, self._plan(options, named))
+
+    def close(self) -> None:
+        """End the engine's thread; captions under way, and later ones, fail."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        """Use it until the end of the block."""
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _plan(self, options: DataclassInstance | None, named: NamedOptions) -> CaptionPlan:
+        return self._model.bundle.plan(given_options(options, named), self._encode_text)
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _begin(self, image: ImageInput, plan: CaptionPlan) -> _Begun:
+        """Prepare an image and queue it; what its caller did not get wrong is told later."""
+        begun = _Begun()
+        try:
+            pixels = image_pixels(image, self._model.preprocessor)
+            begun.captions = self._engine.submit(pixels, plan, begun)
+        except (CaptionServeError, OSError) as error:
+            begun.captions.set_exception(error)
+        return begun
+
+    def _result(self, begun: _Begun, plan: CaptionPlan) -> LocalResult:
+        """Wait for the captions; raises what `caption` raises."""
+        try:
+            captions = begun.captions.result()
+        except (CaptionServeError, OSError):
+            raise
+        except Exception as error:  # The runtime's own; the engine's thread has logged it.
+            raise ModelFaultError("the model failed") from error
+        finally:
+            begun.has_gone = True
+        finished = tuple(self._finisher.finished(caption, plan) for caption in captions)
+        return LocalResult(finished, self.model_version)
+
+    def _outcomes(self, images: Iterable[ImageInput], plan: CaptionPlan) -> Iterator[Outcome]:
+        begun: deque[_Begun] = deque()
+        try:
+            for image in images:
+                begun.append(self._begin(image, plan))
+                if len(begun) == self._images_ahead:
+                    yield self._outcome(begun.popleft(), plan)
+            while begun:
+                yield self._outcome(begun.popleft(), plan)
+        finally:
+            for each in begun:
+                each.has_gone = True
+
+    def _outcome(self, begun: _Begun, plan: CaptionPlan) -> Outcome:
+        try:
+            return self._result(begun, plan)
+        except (CaptionServeError, OSError) as error:
+            return error
+
+
+@dataclass
+class _Begun:
+    """An image that is being captioned, and whoever waits for it: the engine's Audience.
+
+    Attributes:
+        captions: what will come of it.
+        has_gone: whether nobody waits any more, so that the engine lets go of it.
+        deadline: never.
+    """
+
+    captions: Future[Captions] = field(default_factory=Future)
+    has_gone: bool = False
+    deadline: float = math.inf
+
+    def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
+        """Nobody listens before the end."""
+
+
+class _Encoder:
+    """The encoder's graph: an ImageEncoder."""
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self._graph = graph
+
+    def encode(self, pixels: UInt8Array) -> Float32Array:
+        """uint8 [images, 3, height, width] to float32 [images, image tokens, encoder width]."""
+        try:
+            (states,) = self._graph.run({graph_tensors.PIXELS: pixels})
+        except Exception as error:  # ONNX Runtime's own kinds.
+            _logger.error("the encoder failed: %s", error)
+            raise ModelFaultError("the encoder failed") from error
+        return states

@@ -1,0 +1,109 @@
+"""From whatever a caller has for an image to the encoder's pixels.
+
+Takes what the typed client takes, and makes of it what the service would. The client cannot be used
+for it: it brings gRPC.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from captionserve_server.core.preprocessing import (
+    Pixels,
+    PreprocessorConfig,
+    preprocess,
+    to_pixels,
+    upright_rgb,
+)
+
+
+class BinaryReader(Protocol):
+    """A file object opened in binary mode; it is read from its present position."""
+
+    def read(self) -> bytes:
+        """Everything up to the end."""
+
+
+ImageInput = (
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | BinaryReader
+    | Image.Image
+    | NDArray[np.uint8]
+)
+"""A path, an encoded image, a binary file object, a PIL image or a uint8 HxWx3 RGB array."""
+
+# Modes whose samples have a fixed range, so that they can be shown.
+_MODES = frozenset(
+    {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "I", "I;16", "I;16B"}
+    | {"CMYK", "YCbCr", "HSV", "LAB"}
+)
+
+
+def image_pixels(image: ImageInput, config: PreprocessorConfig) -> Pixels:
+    """Prepare an image for the encoder.
+
+    Args:
+        image: paths are read; bytes-like values and file objects are taken as whole image files.
+        config: the checkpoint's image processor.
+
+    Returns:
+        uint8 [3, height, width], RGB, 0 to 255.
+
+    Raises:
+        TypeError: if the image is none of the kinds that are taken.
+        ValueError: if an array is not uint8 height x width x 3, or a PIL image has no pixels or a
+            mode without a fixed range.
+        OSError: if a file cannot be read, such as FileNotFoundError.
+        ImageCorruptError: empty, truncated or damaged bytes.
+        UnsupportedImageFormatError: bytes of another kind.
+        ImageTooManyPixelsError: decided from the size, before anything is decoded.
+    """
+    if isinstance(image, Image.Image):
+        return to_pixels(_shown(image), config)
+    if isinstance(image, np.ndarray):
+        return to_pixels(upright_rgb(_picture(image)), config)
+    return preprocess(_encoded(image), config)
+
+
+def _encoded(image: Any) -> bytes:
+    if isinstance(image, (str, os.PathLike)):
+        return Path(image).read_bytes()
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
+    if not hasattr(image, "read"):
+        raise TypeError(
+            "an image must be a path, bytes, a binary file object, a PIL image or a uint8 array, "
+            f"is {type(image).__name__}"
+        )
+    data = image.read()
+    if not isinstance(data, bytes):
+        raise TypeError("an image file object must be opened in binary mode")
+    return data
+
+
+def _picture(array: NDArray[Any]) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise ValueError(
+            "an image array must be uint8 of shape (height, width, 3), "
+            f"is {array.dtype} of shape {array.shape}"
+        )
+    return Image.fromarray(array)
+
+
+def _shown(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError("an image must have pixels")
+    if image.mode not in _MODES:
+        raise ValueError(f"a PIL image of mode {image.mode} must be converted to RGB first")
+    # Pillow has no direct way from premultiplied transparency to RGB.
+    return upright_rgb(image.convert("RGBA") if image.mode == "RGBa" else image)

@@ -1,0 +1,116 @@
+"""Finding and loading what `captionserve export` wrote, without Triton."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from captionserve_server.core import bundle as files
+from captionserve_server.core import tensors
+from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.graph_step_model import DecoderGraphs
+from captionserve_server.core.preprocessing import PreprocessorConfig
+from captionserve_server.runtime.onnx_graph import OnnxGraph
+
+
+class ModelFolderError(OSError):
+    """A folder is no complete model repository; the message names what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One version of a model repository, in memory.
+
+    Attributes:
+        version: which version it is.
+        bundle: what the checkpoint says.
+        tokenizer: the checkpoint's.
+        preprocessor: what the checkpoint's image processor does.
+        encoder: pixels to encoder states.
+        decoder: the decoder's graphs.
+    """
+
+    version: int
+    bundle: Bundle
+    tokenizer: Tokenizer
+    preprocessor: PreprocessorConfig
+    encoder: OnnxGraph
+    decoder: DecoderGraphs
+
+
+def load_model(folder: Path, *, version: int | None, threads: int) -> LoadedModel:
+    """Load a version of a model repository.
+
+    Args:
+        folder: as `captionserve export` writes it.
+        version: which version; None for the newest.
+        threads: of ONNX Runtime for one run; 0 is one per core.
+
+    Raises:
+        ModelFolderError: if something is missing or damaged.
+    """
+    found = _VersionFiles(folder, _newest_version(folder) if version is None else version)
+    captioner, decoder = tensors.CAPTIONER.name, tensors.DECODER_STEP.name
+    # Small files first: what is wrong shows before anything large is read.
+    with found.reading(captioner, files.BUNDLE_FILE) as path:
+        bundle = Bundle.from_json(path.read_text())
+    with found.reading(captioner, files.TOKENIZER_FILE) as path:
+        tokenizer = Tokenizer.from_file(str(path))
+    with found.reading(tensors.PREPROCESS.name, files.PREPROCESSOR_FILE) as path:
+        preprocessor = PreprocessorConfig.from_json(json.loads(path.read_text()))
+    return LoadedModel(
+        version=found.version,
+        bundle=bundle,
+        tokenizer=tokenizer,
+        preprocessor=preprocessor,
+        encoder=found.graph(tensors.VISION_ENCODER.name, files.ENCODER_GRAPH_FILE, threads),
+        decoder=DecoderGraphs(
+            prefill=found.graph(decoder, files.PREFILL_GRAPH_FILE, threads),
+            step=found.graph(decoder, files.STEP_GRAPH_FILE, threads),
+            top=found.graph(decoder, files.TOP_GRAPH_FILE, threads),
+        ),
+    )
+
+
+class _VersionFiles:
+    """The files of one version of a model repository."""
+
+    def __init__(self, folder: Path, version: int) -> None:
+        self._folder = folder
+        self.version = version
+
+    @contextmanager
+    def reading(self, model: str, name: str) -> Iterator[Path]:
+        """A file's path; what goes wrong with it inside is said of it by name."""
+        relative = Path(model, str(self.version), name)
+        path = self._folder / relative
+        if not path.is_file():
+            raise ModelFolderError(
+                f"{self._folder} has no {relative}; "
+                "a folder that `captionserve export` wrote is wanted"
+            )
+        try:
+            yield path
+        except Exception as error:  # Each library has its own for a file that it cannot read.
+            raise ModelFolderError(f"{relative} of {self._folder} cannot be loaded") from error
+
+    def graph(self, model: str, name: str, threads: int) -> OnnxGraph:
+        """Load a graph; the process has the cores to itself, so its threads may spin."""
+        with self.reading(model, name) as path:
+            return OnnxGraph(path, threads=threads, spinning=True)
+
+
+def _newest_version(folder: Path) -> int:
+    captioner = folder / tensors.CAPTIONER.name
+    versions = [int(path.name) for path in captioner.glob("*/") if path.name.isdecimal()]
+    if not versions:
+        raise ModelFolderError(
+            f"{folder} has no version of {tensors.CAPTIONER.name}; "
+            "a folder that `captionserve export` wrote is wanted"
+        )
+    return max(versions)
