@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
 import pytest
+from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.export.logs import quiet_libraries
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
@@ -19,6 +21,13 @@ quiet_libraries()
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo"
 CHECKPOINT_NAMES = (*RANDOM_CHECKPOINTS, DEMO)
+
+
+class Repositories(Protocol):
+    """Exported model repositories, as the fixture of that name gives them."""
+
+    def __call__(self, name: str, graph_format: GraphFormat = GraphFormat.ONNX) -> Path:
+        """The folder for a checkpoint's name."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,18 +61,19 @@ def checkpoint_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 @pytest.fixture(scope="session")
 def model_repository(
     checkpoint_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """Checkpoint name to its exported model repository; exported when first asked for."""
+) -> Repositories:
+    """Checkpoint name and format to its model repository; exported when first asked for."""
     from captionserve_server.export.repository import export_checkpoint
 
-    exported: dict[str, Path] = {}
+    exported: dict[tuple[str, GraphFormat], Path] = {}
 
-    def repository(name: str) -> Path:
-        if name not in exported:
+    def repository(name: str, graph_format: GraphFormat = GraphFormat.ONNX) -> Path:
+        key = name, graph_format
+        if key not in exported:
             output = tmp_path_factory.mktemp("repositories") / name
-            export_checkpoint(str(checkpoint_folder(name)), output)
-            exported[name] = output
-        return exported[name]
+            export_checkpoint(str(checkpoint_folder(name)), output, graph_format=graph_format)
+            exported[key] = output
+        return exported[key]
 
     return repository
 

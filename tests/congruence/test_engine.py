@@ -13,22 +13,24 @@ from captionserve_server.core import graph_tensors, tensors
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.engine import CaptionEngine, CaptionTask, EngineLimits, Outcome
+from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepModel
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.preprocessing import PreprocessorConfig, to_pixels
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import Float32Array, UInt8Array
 from captionserve_server.core.words import word_tokens
-from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.runtime.open_graph import NamedGraph, find_graph, open_graph
 from PIL import Image
 from tokenizers import Tokenizer
 
 from tests.checkpoints import RANDOM_CHECKPOINTS
+from tests.conftest import Repositories
 from tests.congruence.option_grid import IMAGES, OPTION_GRID
 from tests.reference import picture, reference
 
-# The full stack is tested with all of them.
-EVERY = 3
+# One of so many options of the grid; the full stack is tested with more of them, on ONNX.
+EVERY = {GraphFormat.ONNX: 3, GraphFormat.TORCHSCRIPT: 11}
 
 
 class InProcess:
@@ -37,13 +39,13 @@ class InProcess:
     def __init__(self, repository: Path) -> None:
         """Load the graphs of version 1."""
         decoder = repository / tensors.DECODER_STEP.name / "1"
-        encoder = repository / tensors.VISION_ENCODER.name / "1" / files.ENCODER_GRAPH_FILE
+        encoder = repository / tensors.VISION_ENCODER.name / "1"
         self.bundle = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text())
         settings = repository / tensors.PREPROCESS.name / "1" / files.PREPROCESSOR_FILE
         self._preprocessor = PreprocessorConfig.from_json(json.loads(settings.read_text()))
-        self._encoder = OnnxGraph(encoder, threads=1)
+        self._encoder = _opened(encoder, files.ENCODER_GRAPH_FILE)
         names = (files.PREFILL_GRAPH_FILE, files.STEP_GRAPH_FILE, files.TOP_GRAPH_FILE)
-        graphs = DecoderGraphs(*(OnnxGraph(decoder / name, threads=1) for name in names))
+        graphs = DecoderGraphs(*(_opened(decoder, name) for name in names))
         self._step_model = GraphStepModel(graphs, self.bundle.geometry, capacity=6)
         tokenizer = repository / tensors.CAPTIONER.name / "1" / files.TOKENIZER_FILE
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
@@ -74,16 +76,22 @@ class InProcess:
         return ids
 
 
+def _opened(folder: Path, name: str) -> NamedGraph:
+    return open_graph(find_graph(folder, name), threads=1)
+
+
+@pytest.mark.parametrize("graph_format", GraphFormat)
 @pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
 def test_mixed_batch_equals_the_truth_token_for_token(
     name: str,
-    model_repository: Callable[[str], Path],
+    graph_format: GraphFormat,
+    model_repository: Repositories,
     checkpoint_folder: Callable[[str], Path],
 ) -> None:
-    in_process = InProcess(model_repository(name))
+    in_process = InProcess(model_repository(name, graph_format))
     truth = reference(checkpoint_folder(name))
     requests = [(picture(number % IMAGES), options) for number, options in enumerate(OPTION_GRID)][
-        ::EVERY
+        :: EVERY[graph_format]
     ]
     random.Random(0).shuffle(requests)
 

@@ -70,7 +70,13 @@ def test_every_package_has_its_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["captionserve_server.cli.main", "captionserve_server.core.engine", "captionserve"]
+    "module",
+    [
+        "captionserve_server.cli.main",
+        "captionserve_server.core.engine",
+        "captionserve_server.runtime.open_graph",
+        "captionserve",
+    ],
 )
 def test_serving_needs_neither_torch_nor_transformers(module: str) -> None:
     code = (

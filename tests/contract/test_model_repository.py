@@ -11,13 +11,15 @@ import pytest
 from captionserve_server.core import bundle as files
 from captionserve_server.core import graph_tensors, tensors
 from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.core.selection import top_tokens
 from captionserve_server.export.repository import static_repository
-from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.runtime.open_graph import NamedGraph, find_graph, open_graph
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from tests.checkpoints import RANDOM_CHECKPOINTS
+from tests.conftest import Repositories
 
 ONNX_TYPES = {"TYPE_UINT8": "tensor(uint8)", "TYPE_FP32": "tensor(float)"}
 
@@ -69,41 +71,79 @@ def test_exported_configuration_differs_from_the_static_one_in_warm_up_only(
 
 
 @pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
-def test_exported_graphs_have_the_tensors_of_the_tables(
+def test_torchscript_changes_what_names_the_backend_only(
+    name: str, model_repository: Repositories
+) -> None:
+    for model in tensors.MODELS:
+        onnx = read_config(model_repository(name) / model.name / "config.pbtxt")
+        torchscript = read_config(
+            model_repository(name, GraphFormat.TORCHSCRIPT) / model.name / "config.pbtxt"
+        )
+        if model is tensors.VISION_ENCODER:
+            onnx.backend, onnx.default_model_filename = "pytorch", "model.pt"
+            threads = onnx.parameters.pop("intra_op_thread_count")
+            onnx.parameters["INTRA_OP_THREAD_COUNT"].CopyFrom(threads)
+        assert torchscript == onnx
+
+
+def test_triton_tells_the_encoders_tensors_apart_without_their_names() -> None:
+    # TorchScript has no names of outputs, and the pytorch backend goes by NAME__INDEX, or else by
+    # their order. With one input and one output that have no index, there is one order.
+    for (spec,) in (tensors.VISION_ENCODER.inputs, tensors.VISION_ENCODER.outputs):
+        assert "__" not in spec.name
+
+
+@pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
+def test_the_exported_encoder_has_the_types_of_the_table(
     name: str, model_repository: Callable[[str], Path]
 ) -> None:
     decoder = model_repository(name) / tensors.DECODER_STEP.name / "1"
     geometry = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry
     encoder = model_repository(name) / tensors.VISION_ENCODER.name / "1" / files.ENCODER_GRAPH_FILE
-
     session = onnxruntime.InferenceSession(str(encoder))
     for nodes, specs in (
         (session.get_inputs(), tensors.VISION_ENCODER.inputs),
         (session.get_outputs(), tensors.VISION_ENCODER.outputs),
     ):
-        assert [node.name for node in nodes] == [spec.name for spec in specs]
         assert [node.type for node in nodes] == [ONNX_TYPES[spec.data_type] for spec in specs]
     assert session.get_outputs()[0].shape[1:] == [geometry.image_tokens, geometry.encoder_width]
 
-    prefill = onnxruntime.InferenceSession(str(decoder / files.PREFILL_GRAPH_FILE))
-    assert [node.name for node in prefill.get_outputs()] == graph_tensors.cross_names(
-        geometry.layers
-    )
-    step = onnxruntime.InferenceSession(str(decoder / files.STEP_GRAPH_FILE))
-    assert [node.name for node in step.get_inputs()] == graph_tensors.step_input_names(
-        geometry.layers
-    )
-    assert [node.name for node in step.get_outputs()] == graph_tensors.step_output_names()
+
+@pytest.mark.parametrize("graph_format", GraphFormat)
+@pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
+def test_exported_graphs_have_the_tensors_of_the_tables(
+    name: str, graph_format: GraphFormat, model_repository: Repositories
+) -> None:
+    repository = model_repository(name, graph_format)
+    decoder = repository / tensors.DECODER_STEP.name / "1"
+    layers = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry.layers
+
+    encoder = opened(repository / tensors.VISION_ENCODER.name / "1", files.ENCODER_GRAPH_FILE)
+    assert encoder.input_names == [spec.name for spec in tensors.VISION_ENCODER.inputs]
+    assert encoder.output_names == [spec.name for spec in tensors.VISION_ENCODER.outputs]
+    prefill = opened(decoder, files.PREFILL_GRAPH_FILE)
+    assert prefill.input_names == [graph_tensors.ENCODER_STATES]
+    assert prefill.output_names == graph_tensors.cross_names(layers)
+    step = opened(decoder, files.STEP_GRAPH_FILE)
+    assert step.input_names == graph_tensors.step_input_names(layers)
+    assert step.output_names == graph_tensors.step_output_names()
+    top = opened(decoder, files.TOP_GRAPH_FILE)
+    assert top.input_names == [graph_tensors.LOGITS, graph_tensors.CANDIDATE_RANKS]
+    assert top.output_names == [graph_tensors.BEST, graph_tensors.BEST_TOKENS]
 
 
+def opened(folder: Path, name: str) -> NamedGraph:
+    return open_graph(find_graph(folder, name))
+
+
+@pytest.mark.parametrize("graph_format", GraphFormat)
 @pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
 def test_the_top_graph_finds_what_sorting_finds(
-    name: str, model_repository: Callable[[str], Path]
+    name: str, graph_format: GraphFormat, model_repository: Repositories
 ) -> None:
-    decoder = model_repository(name) / tensors.DECODER_STEP.name / "1"
+    decoder = model_repository(name, graph_format) / tensors.DECODER_STEP.name / "1"
     vocabulary = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry
-    top = OnnxGraph(decoder / files.TOP_GRAPH_FILE)
-    assert top.output_names == [graph_tensors.BEST, graph_tensors.BEST_TOKENS]
+    top = opened(decoder, files.TOP_GRAPH_FILE)
     shape = (5, vocabulary.vocabulary_size)
     logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     logits[2, 7] = -np.inf

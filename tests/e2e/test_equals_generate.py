@@ -10,18 +10,22 @@ from typing import Any
 
 import pytest
 from captionserve import CaptionClient, CaptionResult
+from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.core.options import DecodingOptions
+from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
 from PIL import Image
 
 from tests.checkpoints import RANDOM_CHECKPOINTS
-from tests.conftest import CHECKPOINT_NAMES, DEMO
+from tests.conftest import CHECKPOINT_NAMES, DEMO, Repositories
 from tests.congruence.option_grid import IMAGES, OPTION_GRID, client_options
 from tests.pictures import pictures
 from tests.reference import ReferenceCaption, reference
 
 IN_FLIGHT = 64
 TIMEOUT_SECONDS = 120.0
+# Its graphs are tested with more of the grid, in one process; see congruence/test_engine.py.
+EVERY_OF_TORCHSCRIPT = 12
 
 Request = tuple[Image.Image, DecodingOptions]
 OneByOne = Callable[[str], list[CaptionResult]]
@@ -109,6 +113,20 @@ def test_captions_do_not_depend_on_their_company(
     for ((image, options), one), result in zip(alone, together, strict=True):
         assert token_ids(result) == token_ids(one), options
         assert_close(result, truth.captions(image, options), options)
+
+
+def test_torchscript_serves_the_same_captions(
+    model_repository: Repositories, checkpoint_folder: Callable[[str], Path]
+) -> None:
+    name = "projected"
+    truth = reference(checkpoint_folder(name))
+    requests = grid_requests(name)[::EVERY_OF_TORCHSCRIPT]
+    with launched_service(model_repository(name, GraphFormat.TORCHSCRIPT)) as served:
+        results = caption_all(served.grpc, requests, in_flight=IN_FLIGHT)
+    for (image, options), result in zip(requests, results, strict=True):
+        expected = truth.captions(image, options)
+        assert token_ids(result) == [true.token_ids for true in expected], options
+        assert_close(result, expected, options)
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_NAMES)

@@ -10,20 +10,27 @@ from typing import Any
 
 import pytest
 import torch
+from captionserve_server.cli.console import ExitCode
+from captionserve_server.cli.main import app
 from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.core.quality import Calibration
 from captionserve_server.export import checkpoint as checkpoint_module
-from captionserve_server.export import repository as repository_module
+from captionserve_server.export import onnx_export, torchscript_export
 from captionserve_server.export.checkpoint import (
     UnsupportedCheckpointError,
     early_stopping_name,
     load_checkpoint,
 )
-from captionserve_server.export.onnx_export import export_step
-from captionserve_server.export.repository import export_checkpoint
+from captionserve_server.export.repository import OtherFormatError, export_checkpoint
 from captionserve_server.export.verify import GraphMismatchError
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from tests.conftest import Repositories
+
+EXPORTERS = {GraphFormat.ONNX: onnx_export, GraphFormat.TORCHSCRIPT: torchscript_export}
 
 
 @pytest.fixture
@@ -95,9 +102,13 @@ def test_pickled_code_in_weights_is_not_run(checkpoint: Path, tmp_path: Path) ->
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("graph_format", GraphFormat)
 def test_a_graph_that_differs_is_not_published(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    graph_format: GraphFormat, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    exporter = EXPORTERS[graph_format]
+    export_step = exporter.export_step
+
     def spoil_then_export(checkpoint: Any, path: Path) -> None:
         # Half a percent on one matrix: what a wrong constant or layout would do at the least.
         weight = checkpoint.model.decoder.transformer.h[1].mlp.c_fc.weight
@@ -106,15 +117,37 @@ def test_a_graph_that_differs_is_not_published(
             export_step(checkpoint, path)
             weight.div_(1.005)
 
-    monkeypatch.setattr(repository_module, "export_step", spoil_then_export)
+    monkeypatch.setattr(exporter, "export_step", spoil_then_export)
     with pytest.raises(GraphMismatchError, match="decoder graph"):
-        export_checkpoint(str(checkpoint), tmp_path / "repository")
+        export_checkpoint(str(checkpoint), tmp_path / "repository", graph_format=graph_format)
     assert list((tmp_path / "repository").iterdir()) == []
 
 
 def test_a_version_is_never_overwritten(model_repository: Callable[[str], Path]) -> None:
     with pytest.raises(FileExistsError):
         export_checkpoint("unused", model_repository("projected"), version=1)
+
+
+@pytest.mark.parametrize(
+    ("present", "added"),
+    [
+        (GraphFormat.ONNX, GraphFormat.TORCHSCRIPT),
+        (GraphFormat.TORCHSCRIPT, GraphFormat.ONNX),
+    ],
+)
+def test_a_repository_holds_one_format(
+    present: GraphFormat, added: GraphFormat, model_repository: Repositories
+) -> None:
+    repository = model_repository("projected", present)
+    with pytest.raises(OtherFormatError, match=f"versions in {present.value}"):
+        export_checkpoint("unused", repository, version=2, graph_format=added)
+
+
+def test_the_command_names_the_format_that_does_not_fit(model_repository: Repositories) -> None:
+    arguments = ("export", "unused", "--output", str(model_repository("projected")))
+    result = CliRunner().invoke(app, [*arguments, "--version", "2", "--format", "torchscript"])
+    assert result.exit_code == ExitCode.USAGE
+    assert "--format" in result.stderr
 
 
 def test_the_bundle_carries_the_checkpoints_own_defaults(

@@ -24,6 +24,13 @@ GEOMETRY = DecoderGeometry(
 CAPACITY = 4
 
 
+def added(store: SlotStore, *images: float) -> list[int]:
+    """Take captions in whose keys and values are the images' numbers; their handles."""
+    for array in store.next_cross(len(images)):
+        array[:] = np.array(images, np.float32)[:, None, None, None]
+    return [int(handle) for handle in store.add(len(images))]
+
+
 class SlotStoreMachine(RuleBasedStateMachine):
     """Adds, steps and removes captions; every row's visible entries must be its own history."""
 
@@ -38,11 +45,21 @@ class SlotStoreMachine(RuleBasedStateMachine):
     @rule()
     def add(self) -> None:
         self.counter += 1
-        shape = (1, GEOMETRY.heads, GEOMETRY.image_tokens, GEOMETRY.head_dim)
-        cross = [np.full(shape, self.counter, np.float32)] * (2 * GEOMETRY.layers)
-        handle = self.store.add(cross, 0)
+        (handle,) = added(self.store, self.counter)
         assert handle not in self.captions
         self.captions[handle] = (self.counter, [[]])
+
+    @precondition(lambda self: len(self.captions) <= CAPACITY - 2)
+    @rule()
+    def add_two(self) -> None:
+        self.counter += 2
+        for handle, image in zip(
+            added(self.store, self.counter - 1, self.counter),
+            (self.counter - 1, self.counter),
+            strict=True,
+        ):
+            assert handle not in self.captions
+            self.captions[handle] = (image, [[]])
 
     @precondition(lambda self: self.captions)
     @rule(data=st.data())
@@ -116,8 +133,7 @@ TestSlotStore = SlotStoreMachine.TestCase
 
 def test_entries_grow_beyond_the_first_block_and_shrink_when_empty() -> None:
     store = SlotStore(GEOMETRY, CAPACITY)
-    shape = (1, GEOMETRY.heads, GEOMETRY.image_tokens, GEOMETRY.head_dim)
-    handle = store.add([np.zeros(shape, np.float32)] * 4, 0)
+    (handle,) = added(store, 1)
     place, row = np.zeros(1, np.int64), np.zeros(1, np.int64)
     keys = np.ones((GEOMETRY.layers, 1, GEOMETRY.heads, GEOMETRY.head_dim), np.float32)
     for _ in range(ENTRY_BLOCK + 1):
@@ -132,8 +148,8 @@ def test_entries_grow_beyond_the_first_block_and_shrink_when_empty() -> None:
 
 def test_a_full_store_refuses() -> None:
     store = SlotStore(GEOMETRY, 1)
-    shape = (1, GEOMETRY.heads, GEOMETRY.image_tokens, GEOMETRY.head_dim)
-    cross = [np.zeros(shape, np.float32)] * 4
-    store.add(cross, 0)
-    with pytest.raises(IndexError):
-        store.add(cross, 0)
+    added(store, 1)
+    with pytest.raises(IndexError, match="room"):
+        store.next_cross(1)
+    with pytest.raises(IndexError, match="room"):
+        store.add(1)

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from captionserve_server.cli.console import ExitCode, messages, output, print_json, stages
+from captionserve_server.core.graph_format import GraphFormat
+from captionserve_server.export.precision import Precision
 
 
 def export(
@@ -15,14 +17,22 @@ def export(
     output_folder: Annotated[
         Path, typer.Option("--output", help="Model repository to write or to add to.")
     ],
+    precision: Annotated[Precision, typer.Option(help="How weights are kept.")] = Precision.FP32,
     version: Annotated[int, typer.Option(min=1, help="Version number in every model.")] = 1,
+    graph_format: Annotated[
+        GraphFormat, typer.Option("--format", help="What the graphs are written as.")
+    ] = GraphFormat.ONNX,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Export a checkpoint into a complete Triton model repository, checked against PyTorch."""
     # Imported here: PyTorch takes seconds to import, and serving does without it.
     from captionserve_server.export.checkpoint import UnsupportedCheckpointError
     from captionserve_server.export.logs import quiet_libraries
-    from captionserve_server.export.repository import export_checkpoint
+    from captionserve_server.export.repository import (
+        OtherFormatError,
+        UnsupportedFormatError,
+        export_checkpoint,
+    )
     from captionserve_server.export.verify import GraphMismatchError
 
     quiet_libraries()
@@ -32,11 +42,15 @@ def export(
                 checkpoint,
                 output_folder,
                 version=version,
+                graph_format=graph_format,
+                precision=precision,
                 progress=progress,
             )
     except UnsupportedCheckpointError as error:
         messages.print(f"error: {error}", markup=False)
         raise typer.Exit(ExitCode.UNSUPPORTED) from error
+    except (OtherFormatError, UnsupportedFormatError) as error:
+        raise typer.BadParameter(str(error), param_hint="--format") from error
     except GraphMismatchError as error:
         messages.print(f"error: {error}; nothing was written", markup=False)
         raise typer.Exit(ExitCode.FAILED) from error

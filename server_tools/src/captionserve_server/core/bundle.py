@@ -17,6 +17,7 @@ from captionserve_server.core.words import Encode, word_tokens
 BUNDLE_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
 PREPROCESSOR_FILE = "preprocessor.json"
+# The graphs' files in ONNX; GraphFormat.file says what they are called in another format.
 ENCODER_GRAPH_FILE = "model.onnx"
 PREFILL_GRAPH_FILE = "prefill.onnx"
 STEP_GRAPH_FILE = "step.onnx"

@@ -76,9 +76,12 @@ class GraphStepModel:
         slots = np.full(len(states), NO_SLOT, dtype=np.int64)
         taken = min(len(states), self._slots.room)
         if taken:
-            cross = self._graphs.prefill.run({names.ENCODER_STATES: states[:taken]})
-            for image in range(taken):
-                slots[image] = self._slots.add(cross, image)
+            cross = self._slots.next_cross(taken)
+            self._graphs.prefill.run(
+                {names.ENCODER_STATES: states[:taken]},
+                into=dict(zip(names.cross_names(self._geometry.layers), cross, strict=True)),
+            )
+            slots[:taken] = self._slots.add(taken)
         return slots
 
     def step(self, batch: StepBatch) -> StepAnswer:

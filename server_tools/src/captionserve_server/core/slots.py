@@ -17,7 +17,6 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -26,8 +25,9 @@ from numpy.typing import NDArray
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.step_model import Float32Array, Int64Array
 
-# Entries are reserved in blocks of this many, so that memory is seldom laid anew.
-ENTRY_BLOCK = 64
+# Entries are reserved in blocks of this many: attention runs over all of them, used or not, and
+# memory is laid anew whenever more are needed.
+ENTRY_BLOCK = 16
 # Added to the score of an entry that a row does not descend from; exp() of it is 0 in float32.
 HIDDEN = np.float32(-1.0e30)
 
@@ -67,30 +67,34 @@ class SlotStore:
         """Captions that could still be taken in."""
         return self._capacity - len(self)
 
-    def add(self, cross: Sequence[Float32Array], image: int) -> int:
-        """Take a caption in.
-
-        Args:
-            cross: 2 L arrays [images, H, S, D], as the prefill graph returns them.
-            image: which of the images.
-
-        Returns:
-            the caption's handle.
+    def next_cross(self, count: int) -> list[Float32Array]:
+        """2 L views [count, H, S, D], where the next captions' keys and values are to be written.
 
         Raises:
-            IndexError: if there is no room.
+            IndexError: if there is no room for so many.
         """
-        place = len(self)
-        for store, values in zip(self._cross, cross, strict=True):
-            store[place] = values[image]
-        self._positions[place] = 0
-        self._used[place] = 0
-        self._visible[place] = False
-        handle = self._next_handle
-        self._next_handle += 1
-        self._handles.append(handle)
-        self._places[handle] = place
-        return handle
+        self._require_room(count)
+        begin = len(self)
+        return [store[begin : begin + count] for store in self._cross]
+
+    def add(self, count: int) -> Int64Array:
+        """Take captions in whose keys and values have been written to `next_cross(count)`.
+
+        Returns:
+            [count], the captions' handles.
+
+        Raises:
+            IndexError: if there is no room for so many.
+        """
+        self._require_room(count)
+        places = range(len(self), len(self) + count)
+        handles = range(self._next_handle, self._next_handle + count)
+        for array in (self._positions, self._used, self._visible):
+            array[places.start : places.stop] = 0
+        self._next_handle = handles.stop
+        self._handles.extend(handles)
+        self._places.update(zip(handles, places, strict=True))
+        return np.array(handles, dtype=np.int64)
 
     def remove(self, handle: int) -> None:
         """Give a slot back; the last one takes its place.
@@ -162,6 +166,10 @@ class SlotStore:
         rows_added = np.bincount(places, minlength=self._capacity)
         self._used += rows_added
         self._positions += rows_added > 0
+
+    def _require_room(self, count: int) -> None:
+        if count > self.room:
+            raise IndexError(f"there is room for {self.room} captions, not for {count}")
 
     def _ensure_entries(self, needed: int) -> None:
         present = self._visible.shape[2]

@@ -199,7 +199,13 @@ def _load_calibration(name: str) -> Calibration:
 
 def _load_model(name: str, config: Any) -> VisionEncoderDecoderModel:
     loaded: Any = VisionEncoderDecoderModel.from_pretrained(
-        name, config=config, dtype=torch.float32, weights_only=True, output_loading_info=True
+        name,
+        config=config,
+        dtype=torch.float32,
+        weights_only=True,
+        output_loading_info=True,
+        # Others export a mask, and a search for NaN in every score.
+        attn_implementation="eager",
     )
     model, report = loaded
     missing = sorted(key for key in report["missing_keys"] if ".pooler." not in key)

@@ -14,4 +14,6 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # onnxruntime's quantisers tell the root logger what they do with every node.
+    logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -7,26 +7,66 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Protocol
 
 from captionserve_server.core import bundle as files
 from captionserve_server.core import tensors
+from captionserve_server.core.graph_format import GraphFormat
+from captionserve_server.export import onnx_export, torchscript_export
 from captionserve_server.export.checkpoint import Checkpoint, load_checkpoint
-from captionserve_server.export.onnx_export import (
-    export_encoder,
-    export_prefill,
-    export_step,
-    export_top,
-)
+from captionserve_server.export.precision import Precision
+from captionserve_server.export.quantise import quantise_decoder, quantise_encoder
 from captionserve_server.export.verify import Verification, verify_export
 
 Progress = Callable[[str], None]
 """Called with what begins now."""
 
+Comparison = Callable[[Path, Path], dict[str, float]]
+"""Given the fp32 and the quantised model repository before the latter is published, without their
+configurations: figures by name of how well their captions agree."""
+
 # The static configuration warms the reference checkpoint's 224 x 224 up; see vision_encoder.
 _WARMUP_DIMS = re.compile(r"dims: \[ ?3, 224, 224 ?\]")
+
+
+class Exporter(Protocol):
+    """What writes a checkpoint's graphs in one format; a module is one."""
+
+    def export_encoder(self, checkpoint: Checkpoint, path: Path, /) -> None:
+        """Write the encoder graph."""
+
+    def export_prefill(self, checkpoint: Checkpoint, path: Path, /) -> None:
+        """Write the prefill graph."""
+
+    def export_step(self, checkpoint: Checkpoint, path: Path, /) -> None:
+        """Write the step graph."""
+
+    def export_top(self, checkpoint: Checkpoint, path: Path, /) -> None:
+        """Write the graph that finds the best tokens."""
+
+
+_EXPORTERS: dict[GraphFormat, Exporter] = {
+    GraphFormat.ONNX: onnx_export,
+    GraphFormat.TORCHSCRIPT: torchscript_export,
+}
+
+
+_QUANTISERS = {
+    files.ENCODER_GRAPH_FILE: quantise_encoder,
+    files.PREFILL_GRAPH_FILE: quantise_decoder,
+    files.STEP_GRAPH_FILE: quantise_decoder,
+}
+
+
+class UnsupportedFormatError(ValueError):
+    """The graphs cannot be written in the format and precision asked for."""
+
+
+class OtherFormatError(ValueError):
+    """The model repository holds versions in another format than the one to be added."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +76,20 @@ class ExportReport:
     Attributes:
         repository: the model repository.
         version: the version folder written in each model.
+        graph_format: what the graphs are written as.
+        precision: of the graphs.
         bytes_on_disk: size of that version over all models.
         verification: how far the graphs are from PyTorch.
+        agreement: what was compared with fp32; empty in fp32.
     """
 
     repository: Path
     version: int
+    graph_format: GraphFormat
+    precision: Precision
     bytes_on_disk: int
     verification: Verification
+    agreement: dict[str, float]
 
     def as_json(self) -> dict[str, object]:
         """The report as JSON values."""
@@ -51,7 +97,14 @@ class ExportReport:
 
 
 def export_checkpoint(
-    checkpoint_name: str, output: Path, *, version: int = 1, progress: Progress = lambda _: None
+    checkpoint_name: str,
+    output: Path,
+    *,
+    version: int = 1,
+    graph_format: GraphFormat = GraphFormat.ONNX,
+    precision: Precision = Precision.FP32,
+    compare: Comparison = lambda fp32, quantised: {},
+    progress: Progress = lambda _: None,
 ) -> ExportReport:
     """Export a checkpoint into a Triton model repository and check it against PyTorch.
 
@@ -62,27 +115,42 @@ def export_checkpoint(
         checkpoint_name: a local folder in Hugging Face layout, or a hub id.
         output: the model repository to write or to add to.
         version: the version number in every model.
+        graph_format: what the graphs are written as.
+        precision: of the graphs.
+        compare: asked how well the captions agree with fp32, unless the precision is fp32.
         progress: told what begins.
 
     Raises:
         UnsupportedCheckpointError: if the checkpoint cannot be exported.
+        UnsupportedFormatError: if the format has no such precision.
         GraphMismatchError: if a graph differs from PyTorch.
         FileExistsError: if the version is there already.
+        OtherFormatError: if the versions that are there have another format.
     """
     if (output / tensors.CAPTIONER.name / str(version)).exists():
         raise FileExistsError(f"version {version} is in the model repository already")
+    if precision is not Precision.FP32 and graph_format is not GraphFormat.ONNX:
+        raise UnsupportedFormatError(f"{graph_format.value} is written in fp32 only")
+    _refuse_other_format(output, graph_format)
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(checkpoint_name)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as folder:
-        staging = Path(folder)
-        graphs = _export_graphs(checkpoint, staging, version, progress)
-        progress("comparing the graphs with PyTorch")
-        verification = verify_export(checkpoint, graphs)
+        staging = Path(folder) / Precision.FP32.value
+        graphs = _export_graphs(checkpoint, staging, version, graph_format, progress)
         _write_settings(checkpoint, staging, version)
+        agreement: dict[str, float] = {}
+        if precision is not Precision.FP32:
+            fp32, staging = staging, Path(folder) / precision.value
+            progress(f"quantising the graphs to {precision.value}")
+            graphs = _quantised(fp32, graphs, staging, precision)
+            progress("comparing the captions with those of fp32")
+            agreement = compare(fp32, staging)
+        progress("comparing the graphs with PyTorch")
+        verification = verify_export(checkpoint, graphs, precision)
         written = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-        _publish(checkpoint, staging, output, version)
-    return ExportReport(output, version, written, verification)
+        _publish(checkpoint, staging, output, version, graph_format)
+    return ExportReport(output, version, graph_format, precision, written, verification, agreement)
 
 
 def static_repository() -> Path:
@@ -90,29 +158,66 @@ def static_repository() -> Path:
     return Path(str(resources.files("captionserve_server") / "model_repository"))
 
 
+def _refuse_other_format(repository: Path, graph_format: GraphFormat) -> None:
+    """All versions of a model share its config.pbtxt, which names one backend and one file."""
+    config = repository / tensors.VISION_ENCODER.name / "config.pbtxt"
+    if not config.exists():
+        return
+    text = config.read_text()
+    for present in GraphFormat:
+        if present is not graph_format and _backend_line(present) in text:
+            raise OtherFormatError(
+                f"the model repository holds versions in {present.value}, and all versions share "
+                f"one configuration: {graph_format.value} needs a model repository of its own"
+            )
+
+
+def _backend_line(graph_format: GraphFormat) -> str:
+    return f'backend: "{graph_format.backend}"'
+
+
 def _export_graphs(
-    checkpoint: Checkpoint, staging: Path, version: int, progress: Progress
+    checkpoint: Checkpoint,
+    staging: Path,
+    version: int,
+    graph_format: GraphFormat,
+    progress: Progress,
 ) -> dict[str, Path]:
+    """Write the graphs; the path of each by its file name in ONNX."""
+    exporter = _EXPORTERS[graph_format]
     jobs = (
-        (export_encoder, tensors.VISION_ENCODER, files.ENCODER_GRAPH_FILE),
-        (export_prefill, tensors.DECODER_STEP, files.PREFILL_GRAPH_FILE),
-        (export_step, tensors.DECODER_STEP, files.STEP_GRAPH_FILE),
-        (export_top, tensors.DECODER_STEP, files.TOP_GRAPH_FILE),
+        (exporter.export_encoder, tensors.VISION_ENCODER, files.ENCODER_GRAPH_FILE),
+        (exporter.export_prefill, tensors.DECODER_STEP, files.PREFILL_GRAPH_FILE),
+        (exporter.export_step, tensors.DECODER_STEP, files.STEP_GRAPH_FILE),
+        (exporter.export_top, tensors.DECODER_STEP, files.TOP_GRAPH_FILE),
     )
     graphs: dict[str, Path] = {}
-    for export, model, filename in jobs:
-        progress(f"exporting {filename} of {model.name}")
-        path = _version_folder(staging, model, version) / filename
+    for export, model, name in jobs:
+        path = _version_folder(staging, model, version) / graph_format.file(name)
+        progress(f"exporting {path.name} of {model.name}")
         export(checkpoint, path)
-        graphs[filename] = path
+        graphs[name] = path
     return graphs
+
+
+def _quantised(
+    fp32: Path, graphs: Mapping[str, Path], target: Path, precision: Precision
+) -> dict[str, Path]:
+    """Copy a staged repository with its graphs in another precision; the graphs' paths in it."""
+    shutil.copytree(fp32, target, ignore=shutil.ignore_patterns(*_QUANTISERS))
+    paths = {name: target / path.relative_to(fp32) for name, path in graphs.items()}
+    for name, quantise in _QUANTISERS.items():
+        quantise(graphs[name], paths[name], precision)
+    return paths
 
 
 def _write_settings(checkpoint: Checkpoint, staging: Path, version: int) -> None:
     for model in (tensors.CAPTIONER, tensors.CAPTIONER_STREAM):
         folder = _version_folder(staging, model, version)
         (folder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
-        checkpoint.tokenizer.backend_tokenizer.save(str(folder / files.TOKENIZER_FILE))
+        checkpoint.tokenizer.backend_tokenizer.save(
+            str(folder / files.TOKENIZER_FILE), pretty=False
+        )
     decoder = _version_folder(staging, tensors.DECODER_STEP, version)
     (decoder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
     preprocess = _version_folder(staging, tensors.PREPROCESS, version)
@@ -126,7 +231,9 @@ def _version_folder(repository: Path, model: tensors.ModelSpec, version: int) ->
     return folder
 
 
-def _publish(checkpoint: Checkpoint, staging: Path, output: Path, version: int) -> None:
+def _publish(
+    checkpoint: Checkpoint, staging: Path, output: Path, version: int, graph_format: GraphFormat
+) -> None:
     static = static_repository()
     for model in tensors.MODELS:
         source, target = staging / model.name / str(version), output / model.name
@@ -136,9 +243,24 @@ def _publish(checkpoint: Checkpoint, staging: Path, output: Path, version: int) 
         target.mkdir(exist_ok=True)
         source.rename(target / str(version))
         config = (static / model.name / "config.pbtxt").read_text()
+        if model is tensors.VISION_ENCODER:
+            config = _in_format(config, graph_format)
         (target / "config.pbtxt").write_text(_with_image_size(config, checkpoint.image_size))
 
 
 def _with_image_size(config: str, size: tuple[int, int]) -> str:
     """A model's configuration, its warm-up made for images of `size` (height, width)."""
     return _WARMUP_DIMS.sub(f"dims: [3, {size[0]}, {size[1]}]", config)
+
+
+def _in_format(config: str, graph_format: GraphFormat) -> str:
+    """A graph's configuration, which is kept for ONNX, for another format."""
+    static = GraphFormat.ONNX
+    changes = {
+        _backend_line(static): _backend_line(graph_format),
+        f'"{files.ENCODER_GRAPH_FILE}"': f'"{graph_format.file(files.ENCODER_GRAPH_FILE)}"',
+        f'"{static.thread_parameter}"': f'"{graph_format.thread_parameter}"',
+    }
+    for kept, wanted in changes.items():
+        config = config.replace(kept, wanted)
+    return config

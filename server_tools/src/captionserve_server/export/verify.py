@@ -7,6 +7,7 @@ layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from captionserve_server.core.bundle import (
 from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepModel
 from captionserve_server.core.step_model import Int64Array, RowRequests, StepBatch
 from captionserve_server.export.checkpoint import Checkpoint
-from captionserve_server.export.onnx_export import encoder_module
-from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.export.precision import Precision
+from captionserve_server.export.sources import encoder_module
+from captionserve_server.runtime.open_graph import open_graph
 
-LOGPROB_TOLERANCE = 1e-4
-"""Largest accepted absolute difference of a log-probability, fp32."""
-STATE_TOLERANCE = 1e-3
-"""Largest accepted absolute difference of an encoder state, fp32; states reach tens."""
+LOGPROB_TOLERANCES = {Precision.FP32: 1e-4, Precision.INT8: 1.0, Precision.INT4: 3.0}
+"""Largest accepted absolute difference of a log-probability."""
+STATE_TOLERANCES = {Precision.FP32: 1e-3, Precision.INT8: 2.0, Precision.INT4: 2.0}
+"""Largest accepted absolute difference of an encoder state; states reach tens."""
 _IMAGES = 2
 _STEPS = 4
 _ROWS = 2
@@ -54,12 +56,15 @@ class Verification:
     logprobs: float
 
 
-def verify_export(checkpoint: Checkpoint, graphs: dict[str, Path]) -> Verification:
+def verify_export(
+    checkpoint: Checkpoint, graphs: Mapping[str, Path], precision: Precision
+) -> Verification:
     """Compare the exported graphs with PyTorch on random pixels and tokens.
 
     Args:
         checkpoint: the source.
         graphs: path of each graph by its file name.
+        precision: of the graphs; says what difference is accepted.
 
     Raises:
         GraphMismatchError: if a difference exceeds its tolerance; names graph and difference.
@@ -70,9 +75,9 @@ def verify_export(checkpoint: Checkpoint, graphs: dict[str, Path]) -> Verificati
     with torch.no_grad():
         states = encoder_module(checkpoint)(pixels)
         state_error = _encoder_error(pixels, states, graphs[ENCODER_GRAPH_FILE])
-        _refuse_above(STATE_TOLERANCE, state_error, "encoder")
+        _refuse_above(STATE_TOLERANCES[precision], state_error, "encoder")
         logprob_error = _decoder_error(checkpoint, states, graphs, generator)
-        _refuse_above(LOGPROB_TOLERANCE, logprob_error, "decoder")
+        _refuse_above(LOGPROB_TOLERANCES[precision], logprob_error, "decoder")
     return Verification(state_error, logprob_error)
 
 
@@ -86,20 +91,20 @@ def _refuse_above(tolerance: float, error: float, graph: str) -> None:
 
 
 def _encoder_error(pixels: Tensor, states: Tensor, path: Path) -> float:
-    (exported,) = OnnxGraph(path).run({names.PIXELS: pixels.numpy()})
+    (exported,) = open_graph(path).run({names.PIXELS: pixels.numpy()})
     return float(np.abs(exported - states.numpy()).max())
 
 
 def _decoder_error(
-    checkpoint: Checkpoint, states: Tensor, graphs: dict[str, Path], generator: torch.Generator
+    checkpoint: Checkpoint, states: Tensor, graphs: Mapping[str, Path], generator: torch.Generator
 ) -> float:
     """Decode random tokens along branching rows; compare every step's log-probabilities."""
     geometry = checkpoint.bundle.geometry
     steps = min(_STEPS, geometry.max_positions)
     decoder = DecoderGraphs(
-        OnnxGraph(graphs[PREFILL_GRAPH_FILE]),
-        OnnxGraph(graphs[STEP_GRAPH_FILE]),
-        OnnxGraph(graphs[TOP_GRAPH_FILE]),
+        open_graph(graphs[PREFILL_GRAPH_FILE]),
+        open_graph(graphs[STEP_GRAPH_FILE]),
+        open_graph(graphs[TOP_GRAPH_FILE]),
     )
     step_model = GraphStepModel(decoder, geometry, capacity=_IMAGES)
     slots = step_model.prefill(states.numpy())

@@ -1,1 +1,1 @@
-"""Running exported graphs with ONNX Runtime."""
+"""Running exported graphs: with ONNX Runtime, or with PyTorch where they are TorchScript."""

@@ -10,21 +10,31 @@ import onnxruntime
 
 from captionserve_server.core.graph_step_model import Array
 
+# How a run's work is shared out; docs/adr/0011 has what was measured.
+_THREAD_POOL = {
+    # Spinning ends with the run.
+    "session.force_spinning_stop": "1",
+    # Ever smaller pieces of an operator, so that no thread waits long for one that lost its core.
+    "session.dynamic_block_base": "4",
+}
+
 
 class OnnxGraph:
     """An ONNX file, loaded and ready to run on the CPU."""
 
-    def __init__(self, path: Path, *, threads: int = 0, spinning: bool = False) -> None:
+    def __init__(self, path: Path, *, threads: int = 0, spinning: bool = True) -> None:
         """Load a graph.
 
         Args:
             path: the .onnx file.
             threads: threads of one run; 0 lets ONNX Runtime take one per core.
-            spinning: whether idle threads keep polling for work. Faster for one process that has
-                the cores to itself, slower where several share them.
+            spinning: whether threads poll for work between a run's operators instead of sleeping.
+                Between runs they sleep in any case, so that other processes have the cores.
         """
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        for name, value in _THREAD_POOL.items():
+            options.add_session_config_entry(name, value)
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         # 3 silences warnings about initialisers, which say nothing to the one who serves.
         options.log_severity_level = 3

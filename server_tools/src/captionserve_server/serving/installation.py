@@ -3,7 +3,7 @@
 Three kinds of installation are understood:
 
 - the `nvidia-pytriton` wheel, which carries tritonserver, the Python backend and a stub for each
-  Python version, but no ONNX Runtime backend;
+  Python version, but no backend that runs graphs;
 - NVIDIA's container or any installation with `backends` beside `bin`, such as /opt/tritonserver;
 - a lone tritonserver binary, whose `backends` folder is looked for beside it.
 """
@@ -17,8 +17,14 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+from captionserve_server.core.graph_format import GraphFormat
+
 _STUB = "triton_python_backend_stub"
-_ONNX_RUNTIME_LIBRARY = "libtriton_onnxruntime.so"
+# Triton's own backends for graphs, and the library of each.
+_GRAPH_BACKENDS = {
+    GraphFormat.ONNX.backend: "libtriton_onnxruntime.so",
+    GraphFormat.TORCHSCRIPT.backend: "libtriton_pytorch.so",
+}
 _DEFAULT_ROOT = Path("/opt/tritonserver")
 
 
@@ -113,19 +119,25 @@ def assemble_backends(installation: TritonInstallation, folder: Path) -> None:
         installation: where backends and stub come from.
         folder: an empty folder to fill.
     """
+    missing = [
+        name
+        for name, library in _GRAPH_BACKENDS.items()
+        if not (installation.backends / name / library).exists()
+    ]
     for backend in installation.backends.iterdir():
-        if backend.name != "python" and backend.is_dir():
+        if backend.name not in {"python", *missing} and backend.is_dir():
             (folder / backend.name).symlink_to(backend)
     # Copies: Triton refuses a backend library whose real path is outside of the backend folder.
     python = folder / "python"
     shutil.copytree(installation.backends / "python", python)
     shutil.copy(installation.python_stub, python / _STUB)
-    if not (installation.backends / "onnxruntime" / _ONNX_RUNTIME_LIBRARY).exists():
-        _add_onnxruntime_backend(folder / "onnxruntime")
+    for name in missing:
+        _add_graph_backend(folder / name)
 
 
-def _add_onnxruntime_backend(folder: Path) -> None:
+def _add_graph_backend(folder: Path) -> None:
+    """The python-based backend in the place of Triton's own."""
     folder.mkdir()
     (folder / "model.py").write_text(
-        "from captionserve_server.triton.onnxruntime_backend import TritonPythonModel\n"
+        "from captionserve_server.triton.graph_backend import TritonPythonModel\n"
     )

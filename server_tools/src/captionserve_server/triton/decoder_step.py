@@ -37,7 +37,7 @@ from captionserve_server.core.step_model import (
     StepBatch,
 )
 from captionserve_server.core.tensors import TensorSpec
-from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.runtime.open_graph import find_graph, open_graph
 from captionserve_server.runtime.timed_graph import TimedGraph
 from captionserve_server.triton.requests import (
     Array,
@@ -71,8 +71,11 @@ class TritonPythonModel:
         folder = Path(arguments.repository) / str(arguments.version)
         geometry = Bundle.from_json((folder / BUNDLE_FILE).read_text()).geometry
         threads = arguments.number("intra_op_thread_count")
+        spinning = bool(arguments.number("spinning"))
         timed = {
-            role: TimedGraph(OnnxGraph(folder / name, threads=threads))
+            role: TimedGraph(
+                open_graph(find_graph(folder, name), threads=threads, spinning=spinning)
+            )
             for role, name in _GRAPH_FILES.items()
         }
         graphs = DecoderGraphs(**timed)

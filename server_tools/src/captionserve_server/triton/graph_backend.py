@@ -1,6 +1,6 @@
-"""Triton's `onnxruntime` backend on the onnxruntime wheel, for servers without the C++ one.
+"""Triton's `onnxruntime` and `pytorch` backends on the Python wheels, for servers without them.
 
-A python-based backend: the folder `onnxruntime` of the backend directory holds a model.py that
+A python-based backend: the folder of that name in the backend directory holds a model.py that
 imports this, and the same config.pbtxt runs here and on the C++ backend. Triton's dynamic batcher
 hands several requests at once; they are joined into one run and parted again.
 """
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.core.graph_format import GraphFormat
+from captionserve_server.runtime.open_graph import open_graph
 from captionserve_server.triton.requests import (
     Array,
     ModelArguments,
@@ -23,15 +24,16 @@ from captionserve_server.triton.requests import (
 
 
 class TritonPythonModel:
-    """Any batched ONNX model with fixed inputs and outputs."""
+    """Any batched model of one graph with fixed inputs and outputs."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model file that the configuration names."""
         arguments = ModelArguments(args)
         folder = Path(arguments.repository) / str(arguments.version)
-        filename = arguments.config.get("default_model_filename") or "model.onnx"
-        threads = arguments.number("intra_op_thread_count")
-        self._graph = OnnxGraph(folder / filename, threads=threads)
+        path = folder / arguments.config["default_model_filename"]
+        threads = arguments.number(GraphFormat.of(path).thread_parameter)
+        spinning = bool(arguments.number("spinning"))
+        self._graph = open_graph(path, threads=threads, spinning=spinning)
 
     def execute(self, requests: list[Request]) -> list[Any]:
         """Run all requests as one batch; all of them fail together when the run fails."""

@@ -1,0 +1,182 @@
+"""Smaller, faster graphs: weights in 8 or 4 bits.
+
+8 bits: symmetric weights with a scale for each output column, activations quantised as they come,
+whole numbers multiplied (ONNX Runtime's dynamic quantisation). Weights use 7 of the 8 bits: AVX2
+without VNNI adds two products of an unsigned and a signed byte in 16 bits, which full bytes
+overflow.
+
+4 bits: symmetric weights with a scale for each block of a column (MatMulNBits), where reading the
+weights is what takes the time: the decoder. The encoder multiplies far more than it reads and keeps
+its feed-forward layers, two thirds of it, at 8 bits.
+
+The embedding of tokens reads the output head's weights, of which a graph keeps one quantised copy.
+What was measured to choose all this is in docs/adr/0012.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+from captionserve_server.export.precision import Precision
+
+BLOCK_SIZE = 128
+"""Rows of a column that share one scale of 4-bit weights."""
+_INT8_ACTIVATIONS = 4
+"""MatMulNBits' accuracy level that multiplies whole numbers."""
+_ATTENTION = re.compile(r"\.attention\.")
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def quantise_encoder(source: Path, target: Path, precision: Precision) -> None:
+    """Write the encoder's graph in a precision; the source has it in fp32."""
+    model = onnx.load(str(source))
+    if precision is Precision.INT4:
+        chosen = [node.name for node in _products(model.graph) if _is_of_attention(node)]
+        model = _in_4_bits(model, chosen)
+    onnx.save(_in_8_bits(model), str(target))
+
+
+def quantise_decoder(source: Path, target: Path, precision: Precision) -> None:
+    """Write the prefill or the step graph in a precision; the source has it in fp32."""
+    model = onnx.load(str(source))
+    if precision is Precision.INT4:
+        model = _in_4_bits(model, [node.name for node in _products(model.graph)])
+    else:
+        model = _in_8_bits(model)
+    _share_embedding(model.graph)
+    onnx.save(model, str(target))
+
+
+def _products(graph: GraphProto) -> Iterator[NodeProto]:
+    """The matrix products with weights."""
+    weights = {initializer.name for initializer in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in weights:
+            yield node
+
+
+def _is_of_attention(node: NodeProto) -> bool:
+    scopes = {entry.key: entry.value for entry in node.metadata_props}
+    return bool(_ATTENTION.search(scopes.get(_SCOPES, "")))
+
+
+def _in_8_bits(model: ModelProto) -> ModelProto:
+    """All products with weights that are left in fp32."""
+    with tempfile.TemporaryDirectory(prefix="captionserve-quantise-") as folder:
+        target = Path(folder) / "quantised.onnx"
+        quantize_dynamic(
+            model,
+            str(target),
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=[node.name for node in _products(model.graph)],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        return onnx.load(str(target))
+
+
+def _in_4_bits(model: ModelProto, chosen: Collection[str]) -> ModelProto:
+    """The products of these names."""
+    others = [node.name for node in _products(model.graph) if node.name not in chosen]
+    quantizer = MatMulNBitsQuantizer(
+        model,
+        block_size=BLOCK_SIZE,
+        is_symmetric=True,
+        accuracy_level=_INT8_ACTIVATIONS,
+        nodes_to_exclude=others,
+    )
+    quantizer.process()
+    quantised: ModelProto = quantizer.model.model
+    return quantised
+
+
+def _share_embedding(graph: GraphProto) -> None:
+    """Let the embedding read the head's quantised weights; the fp32 ones go."""
+    weights = {initializer.name: initializer for initializer in graph.initializer}
+    for index, node in enumerate(graph.node):
+        table = node.input[0] if node.op_type == "Gather" else ""
+        if f"{table}_quantized" in weights:
+            rows = _rows_of_8_bits(table, node)
+        elif f"{table}_Q4" in weights:
+            rows = _rows_of_4_bits(table, node, width=weights[table].dims[0])
+        else:
+            continue
+        graph.node.remove(node)
+        for offset, replacement in enumerate(rows.node):
+            graph.node.insert(index + offset, replacement)
+        graph.initializer.extend(rows.initializer)
+        graph.initializer.remove(weights[table])
+        return
+
+
+@dataclasses.dataclass
+class _Nodes:
+    """Part of a graph under construction; every name in it begins with `prefix`."""
+
+    prefix: str
+    node: list[NodeProto] = dataclasses.field(default_factory=list)
+    initializer: list[TensorProto] = dataclasses.field(default_factory=list)
+
+    def add(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        """One operator; the name of what it gives."""
+        name = f"{self.prefix}_{len(self.node)}"
+        self.node.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
+        return name
+
+    def constant(self, values: NDArray[Any]) -> str:
+        """The name of a constant."""
+        name = f"{self.prefix}_constant_{len(self.initializer)}"
+        self.initializer.append(numpy_helper.from_array(values, name))
+        return name
+
+    def give(self, name: str) -> None:
+        """Let the last operator give its result that name."""
+        self.node[-1].output[0] = name
+
+
+def _rows_of_8_bits(table: str, gather: NodeProto) -> _Nodes:
+    """Columns [E, R] of int8 [E, V], times their scales [V]."""
+    tokens, nodes = gather.input[1], _Nodes(f"{table}_rows")
+    columns = nodes.add("Gather", f"{table}_quantized", tokens, axis=1)
+    scales = nodes.add("Gather", f"{table}_scale", tokens, axis=0)
+    nodes.add("Mul", nodes.add("Cast", columns, to=TensorProto.FLOAT), scales)
+    nodes.give(gather.output[0])
+    return nodes
+
+
+def _rows_of_4_bits(table: str, gather: NodeProto, width: int) -> _Nodes:
+    """Columns [E, R] of the transpose of uint8 [V, blocks, BLOCK_SIZE / 2], times their scales.
+
+    A byte has two values, the first in its lower half; 8 stands for 0.
+    """
+    tokens, nodes = gather.input[1], _Nodes(f"{table}_rows")
+    last = nodes.constant(np.array([-1]))
+    packed = nodes.add("Gather", f"{table}_Q4", tokens, axis=0)
+    lower = nodes.add("BitwiseAnd", packed, nodes.constant(np.array(15, np.uint8)))
+    upper = nodes.add("BitShift", packed, nodes.constant(np.array(4, np.uint8)), direction="RIGHT")
+    halves = [nodes.add("Unsqueeze", half, last) for half in (lower, upper)]
+    pairs = nodes.add("Concat", *halves, axis=-1)
+    blocks = nodes.add("Reshape", pairs, nodes.constant(np.array([0, 0, BLOCK_SIZE])))
+    numbers = nodes.add("Cast", blocks, to=TensorProto.FLOAT)
+    centred = nodes.add("Sub", numbers, nodes.constant(np.array(8, np.float32)))
+    scales = nodes.add("Gather", f"{table}_scales", tokens, axis=0)
+    scaled = nodes.add("Mul", centred, nodes.add("Unsqueeze", scales, last))
+    rows = nodes.add("Reshape", scaled, nodes.constant(np.array([0, -1])))
+    bounds = (nodes.constant(np.array([bound])) for bound in (0, width, 1))
+    nodes.add("Transpose", nodes.add("Slice", rows, *bounds), perm=[1, 0])
+    nodes.give(gather.output[0])
+    return nodes

@@ -1,0 +1,75 @@
+"""What graphs are exported from: a checkpoint's modules, and example inputs of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from captionserve_server.core.geometry import DecoderGeometry
+from captionserve_server.export.checkpoint import Checkpoint
+from captionserve_server.export.modules import EncoderModule, PrefillModule, StepModule
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes of one step's arrays, as in core/graph_tensors.py.
+
+    Attributes:
+        rows_per_caption: live beams of each of the captions.
+        entries: P, remembered entries per caption.
+    """
+
+    rows_per_caption: tuple[int, ...] = (2, 3)
+    entries: int = 5
+
+
+def encoder_module(checkpoint: Checkpoint) -> EncoderModule:
+    """The checkpoint's encoder as a graph."""
+    return EncoderModule(checkpoint.model.encoder, checkpoint.preprocessor)
+
+
+def prefill_module(checkpoint: Checkpoint) -> PrefillModule:
+    """The checkpoint's cross-attention projections as a graph."""
+    projection = getattr(checkpoint.model, "enc_to_dec_proj", None)
+    return PrefillModule(checkpoint.model.decoder, projection)
+
+
+def step_module(checkpoint: Checkpoint) -> StepModule:
+    """The checkpoint's decoder as a graph."""
+    return StepModule(checkpoint.model.decoder)
+
+
+def step_example(
+    geometry: DecoderGeometry, shape: StepShape, generator: torch.Generator | None = None
+) -> tuple[Tensor | list[Tensor], ...]:
+    """Inputs of StepModule: random keys and values, every row descending from every other entry.
+
+    Args:
+        geometry: the decoder's shapes.
+        shape: sizes of the step.
+        generator: source of the random numbers; PyTorch's own when None.
+    """
+    counts = shape.rows_per_caption
+    captions, most, rows = len(counts), max(counts), sum(counts)
+    cells = [caption * most + row for caption, count in enumerate(counts) for row in range(count)]
+    row_cell = torch.tensor(cells)
+    cell_row = torch.zeros(captions * most, dtype=torch.int64)
+    cell_row[row_cell] = torch.arange(rows)
+    bias = torch.zeros(captions, 1, most, shape.entries)
+    bias[..., 1::2] = -1e30
+
+    def arrays(length: int) -> list[Tensor]:
+        dims = (captions, geometry.heads, length, geometry.head_dim)
+        return [torch.randn(dims, generator=generator) for _ in range(2 * geometry.layers)]
+
+    return (
+        torch.randint(geometry.vocabulary_size, (rows,), generator=generator),
+        torch.randint(geometry.max_positions, (rows,), generator=generator),
+        cell_row.view(captions, most),
+        row_cell,
+        bias,
+        arrays(geometry.image_tokens),
+        arrays(shape.entries),
+    )

@@ -1,0 +1,186 @@
+"""Graphs of either format: their sizes vary as they may, and files are opened by what they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from captionserve_server.core import bundle as files
+from captionserve_server.core import graph_tensors, tensors
+from captionserve_server.core.graph_format import GraphFormat
+from captionserve_server.core.graph_step_model import Array
+from captionserve_server.export.checkpoint import Checkpoint, load_checkpoint
+from captionserve_server.export.sources import (
+    StepShape,
+    encoder_module,
+    prefill_module,
+    step_example,
+    step_module,
+)
+from captionserve_server.runtime.open_graph import NamedGraph, find_graph, open_graph
+from captionserve_server.runtime.torchscript_graph import TorchScriptGraph
+from torch import Tensor
+
+from tests.conftest import Repositories
+
+NAME = "projected"
+STEP_SHAPES = (
+    StepShape((1,), 1),
+    StepShape((4,), 7),
+    StepShape((1, 1, 1, 1), 16),
+    StepShape((5, 1, 2), 64),
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoint_folder: Callable[[str], Path]) -> Checkpoint:
+    return load_checkpoint(str(checkpoint_folder(NAME)))
+
+
+@pytest.fixture(scope="module", params=GraphFormat)
+def repository(request: pytest.FixtureRequest, model_repository: Repositories) -> Path:
+    """The checkpoint's model repository in each format."""
+    return model_repository(NAME, request.param)
+
+
+def opened(repository: Path, model: tensors.ModelSpec, name: str) -> NamedGraph:
+    return open_graph(find_graph(repository / model.name / "1", name))
+
+
+def assert_equal(outputs: list[Array], expected: tuple[Tensor, ...]) -> None:
+    assert len(outputs) == len(expected)
+    for output, true in zip(outputs, expected, strict=True):
+        assert output.dtype == true.numpy().dtype
+        np.testing.assert_allclose(output, true.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_encoder_and_prefill_take_any_number_of_images(
+    images: int, repository: Path, checkpoint: Checkpoint
+) -> None:
+    generator = torch.Generator().manual_seed(images)
+    shape = (images, 3, *checkpoint.image_size)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    with torch.inference_mode():
+        states = encoder_module(checkpoint)(pixels)
+        cross = prefill_module(checkpoint)(states)
+
+    encoder = opened(repository, tensors.VISION_ENCODER, files.ENCODER_GRAPH_FILE)
+    assert_equal(encoder.run({graph_tensors.PIXELS: pixels.numpy()}), (states,))
+    prefill = opened(repository, tensors.DECODER_STEP, files.PREFILL_GRAPH_FILE)
+    assert_equal(prefill.run({graph_tensors.ENCODER_STATES: states.numpy()}), cross)
+
+
+@pytest.mark.parametrize("shape", STEP_SHAPES)
+def test_a_step_takes_any_number_of_captions_rows_and_entries(
+    shape: StepShape, repository: Path, checkpoint: Checkpoint
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    example = step_example(checkpoint.bundle.geometry, shape, generator)
+    with torch.inference_mode():
+        expected = step_module(checkpoint)(*example)
+
+    step = opened(repository, tensors.DECODER_STEP, files.STEP_GRAPH_FILE)
+    parts = [part if isinstance(part, list) else [part] for part in example]
+    arrays = [tensor.numpy() for part in parts for tensor in part]
+    assert_equal(step.run(dict(zip(step.input_names, arrays, strict=True))), expected)
+
+
+@pytest.mark.parametrize(("rows", "candidates"), [(1, 1), (2, 16), (9, 40)])
+def test_any_number_of_the_best_can_be_found(rows: int, candidates: int, repository: Path) -> None:
+    top = opened(repository, tensors.DECODER_STEP, files.TOP_GRAPH_FILE)
+    logits = np.random.default_rng(0).normal(size=(rows, 301)).astype(np.float32)
+    inputs = {graph_tensors.LOGITS: logits, graph_tensors.CANDIDATE_RANKS: np.arange(candidates)}
+    best, tokens = top.run(inputs)
+    order = np.argsort(-logits, axis=1)[:, :candidates]
+    np.testing.assert_array_equal(tokens, order)
+    np.testing.assert_array_equal(best, np.take_along_axis(logits, order, axis=1))
+
+
+def test_outputs_are_written_where_they_are_wanted(repository: Path) -> None:
+    top = opened(repository, tensors.DECODER_STEP, files.TOP_GRAPH_FILE)
+    logits = np.random.default_rng(0).normal(size=(3, 301)).astype(np.float32)
+    inputs = {graph_tensors.LOGITS: logits, graph_tensors.CANDIDATE_RANKS: np.arange(4)}
+    wanted = np.zeros((3, 4), np.float32)
+    best, tokens = top.run(inputs, into={graph_tensors.BEST: wanted})
+    assert best is wanted
+    plain_best, plain_tokens = top.run(inputs)
+    np.testing.assert_array_equal(wanted, plain_best)
+    np.testing.assert_array_equal(tokens, plain_tokens)
+
+
+def test_inputs_may_be_read_only_and_views(model_repository: Repositories) -> None:
+    repository = model_repository(NAME, GraphFormat.TORCHSCRIPT)
+    store = np.random.default_rng(0).normal(size=(6, 301)).astype(np.float32)
+    store.flags.writeable = False
+    ranks = np.arange(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        top = opened(repository, tensors.DECODER_STEP, files.TOP_GRAPH_FILE)
+        best, _ = top.run({graph_tensors.LOGITS: store[::2], graph_tensors.CANDIDATE_RANKS: ranks})
+    np.testing.assert_array_equal(best, -np.sort(-store[::2], axis=1)[:, :4])
+
+
+def test_threads_are_set_for_the_process(model_repository: Repositories) -> None:
+    path = find_graph(
+        model_repository(NAME, GraphFormat.TORCHSCRIPT) / tensors.DECODER_STEP.name / "1",
+        files.TOP_GRAPH_FILE,
+    )
+    before = torch.get_num_threads()
+    try:
+        open_graph(path, threads=before + 1)
+        assert torch.get_num_threads() == before + 1
+        open_graph(path)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_torchscript_file_that_export_did_not_write_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(torch.nn.Identity(), torch.zeros(1)), str(path))
+    with pytest.raises(ValueError, match=r"model\.pt does not carry its tensors' names"):
+        TorchScriptGraph(path)
+
+
+def test_what_is_no_graph_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.bin is no graph.*\.onnx, \.pt"):
+        open_graph(tmp_path / "model.bin")
+
+
+def test_a_missing_graph_is_named_in_every_format(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"neither step\.onnx nor step\.pt"):
+        find_graph(tmp_path, files.STEP_GRAPH_FILE)
+
+
+def without_torch(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    """Run code where PyTorch is not installed."""
+    blocked = f"import sys; sys.modules['torch'] = None\n{code}"
+    command = [sys.executable, "-c", blocked, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+OPEN = (
+    "from pathlib import Path\n"
+    "from captionserve_server.runtime.open_graph import open_graph\n"
+    "print(open_graph(Path(sys.argv[1])).input_names)"
+)
+
+
+def test_onnx_is_opened_without_pytorch(model_repository: Repositories) -> None:
+    encoder = model_repository(NAME) / tensors.VISION_ENCODER.name / "1"
+    process = without_torch(OPEN, encoder / files.ENCODER_GRAPH_FILE)
+    assert process.stdout.strip() == str([graph_tensors.PIXELS]), process.stderr
+
+
+def test_torchscript_without_pytorch_says_what_to_install(tmp_path: Path) -> None:
+    process = without_torch(OPEN, tmp_path / "model.pt")
+    assert "install captionserve-server[torchscript]" in process.stderr.splitlines()[-1]
