@@ -92,7 +92,7 @@ class _VersionFiles:
         if not path.is_file():
             raise ModelFolderError(
                 f"{self._folder} has no {relative}; "
-                "a folder that `captionserve export` wrote is wanted"
+                "a folder that `captionserve export` wrote as ONNX is wanted"
             )
         try:
             yield path
