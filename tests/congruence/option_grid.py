@@ -6,10 +6,14 @@ forbidding them changes captions. Token ids are below every checkpoint's vocabul
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
+from captionserve import GenerationOptions
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
+
+from tests.reference import EARLY_STOPPING
 
 MAX_LENGTH = 14
 IMAGES = 11
@@ -183,3 +187,14 @@ OPTION_GRID: tuple[DecodingOptions, ...] = tuple(
     )
 )
 """Different options, in an order that stays."""
+
+
+def client_options(options: DecodingOptions) -> GenerationOptions:
+    """The options as a client sets them; those of sampling are refused where none is wanted."""
+    given: dict[str, Any] = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name not in NOT_IN_GRID
+    }
+    given["early_stopping"] = EARLY_STOPPING[options.early_stopping]
+    return GenerationOptions(**given)

@@ -25,7 +25,7 @@ ALLOWED = {
     "gateway": {"captionserve"},
     "serving": {"gateway", "export"},
     "demo": set(),
-    "evaluation": {"demo"},
+    "evaluation": {"demo", "local"},
     "bench": {"captionserve", "serving", "export", "evaluation"},
     "cli": {"captionserve", "gateway", "serving", "export", "local", "demo", "evaluation"},
 }

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from captionserve_server.serving.ready import ReadyReport
 
@@ -66,6 +68,40 @@ def test_json_is_for_scripts(service: Callable[[str], ReadyReport], tmp_path: Pa
     assert missing["error"]["reason"] == "UNREADABLE"
 
 
+def test_without_a_service_captions_are_the_same(
+    service: Callable[[str], ReadyReport],
+    model_repository: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no image")
+    arguments = ("caption", *IMAGES, str(bad), "--json", "--num-beams", "3", "--attention")
+    served = run(*arguments, "--bypass-cache", "--target", service(DEMO).grpc)
+    local = run(*arguments, "--local", str(model_repository(DEMO)))
+    assert (served.returncode, local.returncode) == (5, 5)
+    *expected, expected_problem = json.loads(served.stdout)
+    *answers, problem = json.loads(local.stdout)
+    assert problem == expected_problem
+    for answer, other in zip(answers, expected, strict=True):
+        assert _without_numbers(answer) == _without_numbers(other)
+        for found, true in zip(answer["captions"], other["captions"], strict=True):
+            assert list(found) == list(true)
+            for name in ("score", "token_logprobs", "confidence"):
+                assert found[name] == pytest.approx(true[name], abs=1e-4), name
+            attention = np.array(found["attention"])
+            np.testing.assert_allclose(attention, true["attention"], atol=1e-4)
+
+
+def _without_numbers(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer without what rounding may change."""
+    rounded = {"score", "token_logprobs", "confidence", "attention"}
+    captions = [
+        {name: value for name, value in found.items() if name not in rounded}
+        for found in answer["captions"]
+    ]
+    return {**answer, "captions": captions}
+
+
 def test_no_service_is_an_error_in_words() -> None:
     process = run("caption", IMAGES[0], "--target", "127.0.0.1:1", "--timeout", "2")
     assert process.returncode == 5
@@ -120,14 +156,24 @@ def test_evaluate_scores_a_running_service(service: Callable[[str], ReadyReport]
 
 
 @pytest.mark.parametrize("language", ["python"])
-def test_the_readme_snippets_run(language: str, service: Callable[[str], ReadyReport]) -> None:
+def test_the_readme_snippets_run(
+    language: str,
+    service: Callable[[str], ReadyReport],
+    model_repository: Callable[[str], Path],
+) -> None:
     readme = (ROOT / "README.md").read_text()
     snippets = re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
     assert snippets
+    places = {
+        "127.0.0.1:9000": service(DEMO).grpc,
+        "model_repository_dir": str(model_repository(DEMO)),
+    }
     for snippet in snippets:
-        assert "127.0.0.1:9000" in snippet
+        assert any(named in snippet for named in places)
+        for named, place in places.items():
+            snippet = snippet.replace(named, place)
         process = subprocess.run(
-            [sys.executable, "-c", snippet.replace("127.0.0.1:9000", service(DEMO).grpc)],
+            [sys.executable, "-c", snippet],
             capture_output=True,
             text=True,
             timeout=120,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from captionserve import CaptionClient, CaptionResult, GenerationOptions
+from captionserve import CaptionClient, CaptionResult
 from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.serving.launch import launched_service
@@ -19,9 +18,9 @@ from PIL import Image
 
 from tests.checkpoints import RANDOM_CHECKPOINTS
 from tests.conftest import CHECKPOINT_NAMES, DEMO, Repositories
-from tests.congruence.option_grid import IMAGES, NOT_IN_GRID, OPTION_GRID
+from tests.congruence.option_grid import IMAGES, OPTION_GRID, client_options
 from tests.pictures import pictures
-from tests.reference import EARLY_STOPPING, ReferenceCaption, reference
+from tests.reference import ReferenceCaption, reference
 
 IN_FLIGHT = 64
 TIMEOUT_SECONDS = 120.0
@@ -53,17 +52,6 @@ def grid_requests(name: str) -> list[Request]:
         for number, options in enumerate(OPTION_GRID)
         if number % 5
     ]
-
-
-def client_options(options: DecodingOptions) -> GenerationOptions:
-    """The options as a client sets them; those of sampling are refused where none is wanted."""
-    given: dict[str, Any] = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(options)
-        if field.name not in NOT_IN_GRID
-    }
-    given["early_stopping"] = EARLY_STOPPING[options.early_stopping]
-    return GenerationOptions(**given)
 
 
 def caption_all(target: str, requests: list[Request], *, in_flight: int) -> list[CaptionResult]:

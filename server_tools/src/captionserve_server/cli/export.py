@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +24,12 @@ def export(
     graph_format: Annotated[
         GraphFormat, typer.Option("--format", help="What the graphs are written as.")
     ] = GraphFormat.ONNX,
+    compare_images: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Scenes to caption in fp32 and in a lower precision, for comparison."
+        ),
+    ] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Export a checkpoint into a complete Triton model repository, checked against PyTorch."""
@@ -44,6 +52,7 @@ def export(
                 version=version,
                 graph_format=graph_format,
                 precision=precision,
+                compare=_comparison(compare_images),
                 progress=progress,
             )
     except UnsupportedCheckpointError as error:
@@ -62,6 +71,24 @@ def export(
         f"difference from PyTorch: {report.verification.logprobs:.1e} in log-probabilities, "
         f"{report.verification.encoder_states:.1e} in encoder states"
     )
+    if report.agreement:
+        output.print(
+            "of {images} held-out scenes of the demo, {same_captions:.1%} get the same caption as "
+            "in fp32; CIDEr-D {cider_d:.2f}, where fp32 reaches {cider_d_of_fp32:.2f}".format_map(
+                report.agreement
+            )
+        )
+
+
+def _comparison(images: int) -> Callable[[Path, Path], dict[str, float]]:
+    """What compares a lower precision's captions with those of fp32."""
+
+    def compare(fp32: Path, quantised: Path) -> dict[str, float]:
+        from captionserve_server.evaluation.agreement import caption_agreement
+
+        return dataclasses.asdict(caption_agreement(fp32, quantised, images)) if images else {}
+
+    return compare
 
 
 def make_checkpoint(

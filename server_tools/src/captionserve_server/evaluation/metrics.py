@@ -71,7 +71,7 @@ def score_captions(scenes: Sequence[TrueScene], predictions: Sequence[str]) -> E
         background_accuracy=_share(_background_named(*pair) for pair in pairs),
         exact_captions=sum(map(is_exact, predictions, true)) / len(true),
         bleu_4=_bleu_4(said, true),
-        cider_d=_cider_d(said, true),
+        cider_d=cider_d(said, true),
     )
 
 
@@ -85,7 +85,8 @@ def _bleu_4(said: Sequence[str], true: Sequence[str]) -> float:
     return float(100 * scores[3])
 
 
-def _cider_d(said: Sequence[str], true: Sequence[str]) -> float:
+def cider_d(said: Sequence[str], true: Sequence[str]) -> float:
+    """Corpus CIDEr-D of one caption for each image against one true caption, 0..10."""
     # The library's Cider is CIDEr-D: clipped counts and a penalty on length.
     score, _ = Cider().compute_score(*_by_image(true, said))
     return float(score)

@@ -24,7 +24,7 @@ from captionserve_server.export.verify import Verification, verify_export
 Progress = Callable[[str], None]
 """Called with what begins now."""
 
-Comparison = Callable[[Path, Path], dict[str, float]]
+Comparison = Callable[[Path, Path], Mapping[str, float]]
 """Given the fp32 and the quantised model repository before the latter is published, without their
 configurations: figures by name of how well their captions agree."""
 
@@ -89,7 +89,7 @@ class ExportReport:
     precision: Precision
     bytes_on_disk: int
     verification: Verification
-    agreement: dict[str, float]
+    agreement: Mapping[str, float]
 
     def as_json(self) -> dict[str, object]:
         """The report as JSON values."""
@@ -139,7 +139,7 @@ def export_checkpoint(
         staging = Path(folder) / Precision.FP32.value
         graphs = _export_graphs(checkpoint, staging, version, graph_format, progress)
         _write_settings(checkpoint, staging, version)
-        agreement: dict[str, float] = {}
+        agreement: Mapping[str, float] = {}
         if precision is not Precision.FP32:
             fp32, staging = staging, Path(folder) / precision.value
             progress(f"quantising the graphs to {precision.value}")

@@ -92,7 +92,7 @@ class _VersionFiles:
         if not path.is_file():
             raise ModelFolderError(
                 f"{self._folder} has no {relative}; "
-                "a folder that `captionserve export` wrote is wanted"
+                "a folder that `captionserve export` wrote as ONNX is wanted"
             )
         try:
             yield path
@@ -102,7 +102,7 @@ class _VersionFiles:
     def graph(self, model: str, name: str, threads: int) -> OnnxGraph:
         """Load a graph; the process has the cores to itself, so its threads may spin."""
         with self.reading(model, name) as path:
-            return OnnxGraph(path, threads=threads, spinning=True)
+            return OnnxGraph(path, threads=threads)
 
 
 def _newest_version(folder: Path) -> int:

@@ -1,0 +1,277 @@
+"""The edge mode: what it needs, what it refuses, and how several captions go together."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from captionserve_server.core.engine_thread import Audience, EngineThread
+from captionserve_server.core.errors import (
+    ImageCorruptError,
+    InvalidOptionsError,
+    ModelFaultError,
+    ModelUnavailableError,
+)
+from captionserve_server.core.graph_tensors import PIXELS, TOKENS
+from captionserve_server.local import (
+    ImageInput,
+    LocalCaptioner,
+    LocalResult,
+    ModelFolderError,
+)
+from captionserve_server.local import model_folder as model_folder_module
+from captionserve_server.runtime.onnx_graph import OnnxGraph
+from PIL import Image
+
+from tests.reference import picture
+
+NAME = "projected"
+FILES = [
+    "captioner/1/bundle.json",
+    "captioner/1/tokenizer.json",
+    "preprocess/1/preprocessor.json",
+    "vision_encoder/1/model.onnx",
+    "decoder_step/1/prefill.onnx",
+    "decoder_step/1/step.onnx",
+    "decoder_step/1/top.onnx",
+]
+NOT_NEEDED = ("torch", "transformers", "onnx", "grpc", "google", "tritonclient", "pytriton")
+PICTURES = [picture(seed) for seed in range(6)]
+
+
+@pytest.fixture
+def captioner(model_repository: Callable[[str], Path]) -> Iterator[LocalCaptioner]:
+    with LocalCaptioner(model_repository(NAME), threads=1, slots=2) as made:
+        yield made
+
+
+@pytest.fixture
+def repository(model_repository: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the model repository, to be spoilt."""
+    return Path(shutil.copytree(model_repository(NAME), tmp_path / "repository"))
+
+
+def texts(results: list[LocalResult]) -> list[str]:
+    return [result.text for result in results]
+
+
+def test_it_needs_neither_triton_nor_torch_nor_grpc(
+    model_repository: Callable[[str], Path], captioner: LocalCaptioner, tmp_path: Path
+) -> None:
+    image = tmp_path / "image.png"
+    PICTURES[0].save(image)
+    code = f"""
+import sys
+for name in (*{NOT_NEEDED!r}, "captionserve"):
+    sys.modules[name] = None
+from captionserve_server.local import LocalCaptioner
+with LocalCaptioner({str(model_repository(NAME))!r}, threads=1) as captioner:
+    print(captioner.caption({str(image)!r}, num_beams=2).captions[0].token_ids)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert process.returncode == 0, process.stderr
+    expected = captioner.caption(PICTURES[0], num_beams=2).captions[0].token_ids
+    assert process.stdout.strip() == str(expected)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(name: str, repository: Path) -> None:
+    (repository / name).unlink()
+    with pytest.raises(ModelFolderError, match=f"has no {name}"):
+        LocalCaptioner(repository)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named(name: str, repository: Path) -> None:
+    (repository / name).write_text("{ no such thing")
+    with pytest.raises(ModelFolderError, match=f"{name} of .* cannot be loaded"):
+        LocalCaptioner(repository)
+
+
+def test_a_folder_that_is_no_repository_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ModelFolderError, match="has no version of captioner"):
+            LocalCaptioner(folder)
+
+
+def test_the_newest_version_is_taken_unless_one_is_chosen(repository: Path) -> None:
+    for version in ("2", "10"):
+        for model in {name.split("/")[0] for name in FILES}:
+            shutil.copytree(repository / model / "1", repository / model / version)
+    with LocalCaptioner(repository, threads=1) as newest:
+        assert newest.model_version == 10
+        assert newest.caption(PICTURES[0]).model_version == 10
+    with LocalCaptioner(repository, version=2, threads=1) as chosen:
+        assert chosen.model_version == 2
+    with pytest.raises(ModelFolderError, match=r"has no captioner/3/bundle\.json"):
+        LocalCaptioner(repository, version=3)
+
+
+def test_threads_are_onnx_runtimes_and_spin(
+    model_repository: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: list[Mapping[str, Any]] = []
+
+    def recorded(path: Path, **given: Any) -> OnnxGraph:
+        settings.append(given)
+        return OnnxGraph(path, **given)
+
+    monkeypatch.setattr(model_folder_module, "OnnxGraph", recorded)
+    for threads in (0, 2):
+        LocalCaptioner(model_repository(NAME), threads=threads).close()
+        assert len(settings) == 4
+        assert all(given["threads"] == threads for given in settings)
+        # Nobody else wants the cores.
+        assert all(given.get("spinning", True) for given in settings)
+        settings.clear()
+
+
+def test_captions_are_the_same_with_any_number_of_threads(
+    model_repository: Callable[[str], Path], captioner: LocalCaptioner
+) -> None:
+    with LocalCaptioner(model_repository(NAME), threads=2) as several:
+        assert texts(several.caption_all(PICTURES)) == texts(captioner.caption_all(PICTURES))
+
+
+@pytest.mark.parametrize("wrong", [{"threads": -1}, {"slots": 0}])
+def test_numbers_that_mean_nothing_are_refused(
+    wrong: dict[str, Any], model_repository: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ValueError, match="threads must be 0 or more, slots 1 or more"):
+        LocalCaptioner(model_repository(NAME), **wrong)
+
+
+def test_a_result_tells_all_that_is_known(captioner: LocalCaptioner) -> None:
+    result = captioner.caption(
+        PICTURES[0],
+        num_beams=3,
+        num_return_sequences=2,
+        prefix="a",
+        output_attentions=True,
+        max_length=12,
+    )
+    assert len(result.captions) == 2
+    assert result.text == result.captions[0].text
+    for caption in result.captions:
+        tokens = len(caption.token_ids)
+        assert caption.text.startswith("a")
+        assert caption.score == pytest.approx(sum(caption.token_logprobs) / tokens, abs=1e-5)
+        assert len(caption.token_texts) == len(caption.token_logprobs) == tokens
+        assert ("a" + "".join(caption.token_texts)).strip() == caption.text
+        assert caption.finish_reason in {"eos", "length"}
+        assert 0 < caption.confidence < 1
+        assert caption.attention is not None
+        assert caption.attention.shape == (tokens, 4, 4)
+        assert (caption.attention.sum(axis=(1, 2)) <= 1.001).all()
+    assert captioner.caption(PICTURES[0]).captions[0].attention is None
+
+
+def test_bad_images_do_not_end_the_others(captioner: LocalCaptioner, tmp_path: Path) -> None:
+    good = texts(captioner.caption_all(PICTURES))
+    images: list[ImageInput] = [PICTURES[0], b"", *PICTURES[1:], tmp_path / "missing.png"]
+    first, corrupt, *others, missing = captioner.caption_each(images)
+    assert isinstance(corrupt, ImageCorruptError)
+    assert isinstance(missing, FileNotFoundError)
+    results = [each for each in (first, *others) if isinstance(each, LocalResult)]
+    assert texts(results) == good
+    with pytest.raises(ImageCorruptError):
+        captioner.caption_all(images)
+    with pytest.raises(ImageCorruptError):
+        captioner.caption(b"")
+
+
+def test_wrong_options_are_refused_before_any_image_is_read(captioner: LocalCaptioner) -> None:
+    def images() -> Iterator[Image.Image]:
+        raise AssertionError("an image was read")
+        yield
+
+    with pytest.raises(InvalidOptionsError) as refused:
+        captioner.caption_each(images(), num_beams=99, min_length=-1)
+    assert set(refused.value.field_violations) == {"num_beams", "min_length"}
+
+
+def test_images_are_read_when_their_turn_comes(captioner: LocalCaptioner) -> None:
+    read: list[int] = []
+
+    def images() -> Iterator[io.BytesIO]:
+        for number in range(40):
+            read.append(number)
+            content = io.BytesIO()
+            PICTURES[number % len(PICTURES)].save(content, "PNG")
+            content.seek(0)
+            yield content
+
+    captions = captioner.caption_each(images())
+    assert not read
+    for done, _ in enumerate(captions, start=1):
+        # Two for each of the two slots.
+        assert len(read) < done + 4
+    assert len(read) == 40
+
+
+def test_who_looks_at_no_more_results_is_not_captioned_for(
+    captioner: LocalCaptioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audiences: list[Audience] = []
+    submit = EngineThread.submit
+
+    def recorded(self: EngineThread, pixels: Any, plan: Any, audience: Audience) -> Any:
+        audiences.append(audience)
+        return submit(self, pixels, plan, audience)
+
+    monkeypatch.setattr(EngineThread, "submit", recorded)
+    captions = captioner.caption_each(PICTURES)
+    assert isinstance(captions, Iterator)
+    next(captions)
+    assert not all(audience.has_gone for audience in audiences)
+    captions.close()  # type: ignore[attr-defined]  # A generator.
+    assert all(audience.has_gone for audience in audiences)
+
+
+class FaultyOnce:
+    """Lets one run of the graph that has an input of this name fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, input_name: str) -> None:
+        self.failed = False
+        run = OnnxGraph.run
+
+        def faulty(graph: OnnxGraph, inputs: Mapping[str, Any], into: Any = None) -> Any:
+            if input_name in inputs and not self.failed:
+                self.failed = True
+                raise RuntimeError("a secret of the runtime")
+            return run(graph, inputs, into)
+
+        monkeypatch.setattr(OnnxGraph, "run", faulty)
+
+
+@pytest.mark.parametrize("input_name", [PIXELS, TOKENS])
+def test_a_model_that_fails_does_not_stay_broken(
+    input_name: str, captioner: LocalCaptioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = captioner.caption(PICTURES[0])
+    once = FaultyOnce(monkeypatch, input_name)
+    with pytest.raises(ModelFaultError) as fault:
+        captioner.caption(PICTURES[0])
+    assert once.failed
+    assert "secret" not in fault.value.message
+    assert captioner.caption(PICTURES[0]) == expected
+
+
+def test_closing_ends_its_thread(model_repository: Callable[[str], Path]) -> None:
+    before = set(threading.enumerate())
+    with LocalCaptioner(model_repository(NAME), threads=1) as captioner:
+        assert set(threading.enumerate()) - before
+        captioner.caption(np.asarray(PICTURES[0]))
+    assert set(threading.enumerate()) <= before
+    with pytest.raises(ModelUnavailableError):
+        captioner.caption(PICTURES[0])

@@ -1,0 +1,142 @@
+"""Quantised graphs: what is in them, and how far their captions are from those of fp32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from captionserve_server.core import bundle as files
+from captionserve_server.core.graph_format import GraphFormat
+from captionserve_server.evaluation.agreement import caption_agreement
+from captionserve_server.export.checkpoint import load_checkpoint
+from captionserve_server.export.onnx_export import export_encoder, export_step
+from captionserve_server.export.precision import Precision
+from captionserve_server.export.quantise import quantise_decoder, quantise_encoder
+from captionserve_server.export.repository import UnsupportedFormatError, export_checkpoint
+from captionserve_server.export.sources import StepShape, step_example
+from captionserve_server.runtime.onnx_graph import OnnxGraph
+
+from tests.checkpoints import RANDOM_CHECKPOINTS
+
+LOWER = (Precision.INT8, Precision.INT4)
+# Of the demo's held-out scenes, half of them in an unseen style.
+IMAGES = 60
+# Root mean square, in standard deviations of what is right.
+MOST_ERROR = {Precision.INT8: 0.1, Precision.INT4: 0.5}
+
+
+@pytest.fixture(scope="session")
+def fp32_graphs(
+    checkpoint_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A folder with a random checkpoint's encoder and step graph."""
+    made: dict[str, Path] = {}
+
+    def graphs(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(f"fp32-{name}")
+            checkpoint = load_checkpoint(str(checkpoint_folder(name)))
+            export_encoder(checkpoint, made[name] / files.ENCODER_GRAPH_FILE)
+            export_step(checkpoint, made[name] / files.STEP_GRAPH_FILE)
+        return made[name]
+
+    return graphs
+
+
+@pytest.mark.parametrize("precision", LOWER)
+@pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
+def test_weights_are_kept_once_and_in_few_bits(
+    fp32_graphs: Callable[[str], Path], tmp_path: Path, name: str, precision: Precision
+) -> None:
+    source, target = fp32_graphs(name) / files.STEP_GRAPH_FILE, tmp_path / "step.onnx"
+    quantise_decoder(source, target, precision)
+
+    shape = RANDOM_CHECKPOINTS[name].shape
+    large = {
+        initializer.name
+        for initializer in onnx.load(str(target)).graph.initializer
+        if initializer.data_type == onnx.TensorProto.FLOAT
+        and math.prod(initializer.dims) >= shape.vocabulary_size * shape.decoder_width
+    }
+    # An untied embedding is looked up, not multiplied with, and stays as it is.
+    assert large == (set() if shape.tied_head else {"token_embedding.weight"})
+
+
+@pytest.mark.parametrize("precision", LOWER)
+@pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
+def test_a_quantised_step_gives_nearly_the_same(
+    fp32_graphs: Callable[[str], Path],
+    checkpoint_folder: Callable[[str], Path],
+    tmp_path: Path,
+    name: str,
+    precision: Precision,
+) -> None:
+    source, target = fp32_graphs(name) / files.STEP_GRAPH_FILE, tmp_path / "step.onnx"
+    quantise_decoder(source, target, precision)
+    geometry = load_checkpoint(str(checkpoint_folder(name))).bundle.geometry
+    *head, cross, remembered = step_example(geometry, StepShape((2, 3, 1), entries=7))
+    fp32, quantised = OnnxGraph(source, threads=1), OnnxGraph(target, threads=1)
+    arrays = [*head, *cross, *remembered]
+    inputs = {
+        graph_input: np.asarray(array)
+        for graph_input, array in zip(fp32.input_names, arrays, strict=True)
+    }
+
+    for output, expected, found in zip(
+        fp32.output_names, fp32.run(inputs), quantised.run(inputs), strict=True
+    ):
+        assert found.shape == expected.shape
+        error = float(np.sqrt(np.mean((found - expected) ** 2)))
+        assert error < MOST_ERROR[precision] * float(expected.std()), output
+
+
+@pytest.mark.parametrize(
+    ("precision", "operators"),
+    [
+        (Precision.INT8, {"MatMulInteger"}),
+        # Two thirds of the encoder multiply whole numbers of 8 bits, the rest reads blocks of 4.
+        (Precision.INT4, {"MatMulInteger", "MatMulNBits"}),
+    ],
+)
+def test_no_product_of_the_encoder_keeps_fp32_weights(
+    fp32_graphs: Callable[[str], Path], tmp_path: Path, precision: Precision, operators: set[str]
+) -> None:
+    target = tmp_path / "model.onnx"
+    quantise_encoder(fp32_graphs("deit") / files.ENCODER_GRAPH_FILE, target, precision)
+    graph = onnx.load(str(target)).graph
+    weights = {initializer.name for initializer in graph.initializer}
+    with_weights = {
+        node.op_type for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights
+    }
+    assert with_weights == set()
+    assert {node.op_type for node in graph.node} >= operators
+
+
+def test_torchscript_is_written_in_fp32_only(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedFormatError, match="fp32 only"):
+        export_checkpoint(
+            "unused",
+            tmp_path / "repository",
+            graph_format=GraphFormat.TORCHSCRIPT,
+            precision=Precision.INT8,
+        )
+
+
+@pytest.mark.parametrize(("precision", "least"), [(Precision.INT8, 0.97), (Precision.INT4, 0.9)])
+def test_captions_of_the_demo_agree_with_fp32(
+    model_repository: Callable[[str], Path],
+    checkpoint_folder: Callable[[str], Path],
+    tmp_path: Path,
+    precision: Precision,
+    least: float,
+) -> None:
+    quantised = tmp_path / "repository"
+    export_checkpoint(str(checkpoint_folder("demo")), quantised, precision=precision)
+    agreement = caption_agreement(model_repository("demo"), quantised, IMAGES)
+    assert agreement.images == IMAGES
+    assert agreement.same_captions >= least
+    assert agreement.cider_d >= least * agreement.cider_d_of_fp32
