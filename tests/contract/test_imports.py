@@ -25,8 +25,8 @@ ALLOWED = {
     "serving": {"gateway", "export"},
     "demo": set(),
     "evaluation": {"demo"},
-    "bench": {"captionserve", "serving", "export", "evaluation"},
-    "cli": {"captionserve", "serving", "export", "demo", "evaluation"},
+    "bench": {"captionserve", "runtime", "serving", "export", "demo"},
+    "cli": {"captionserve", "serving", "export", "demo", "evaluation", "bench"},
 }
 
 
