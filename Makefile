@@ -14,7 +14,8 @@ $(VENV)/installed: client/pyproject.toml server_tools/pyproject.toml constraints
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt \
-		--editable './client[images]' --editable './server_tools[service,embedded,export,evaluation,dev]'
+		--editable './client[images]' \
+		--editable './server_tools[service,embedded,export,evaluation,bench,dev]'
 	touch $@
 
 demo: setup  ## Caption the bundled images through the whole stack.
@@ -56,8 +57,11 @@ profile: setup  ## Where a decoding step's time goes, on the full-size model wit
 	$(BIN)/python -m captionserve_server.bench.step_profile \
 		--model-repository build/full-size-repository --json docs/measurements/step-fp32.json
 
-bench: setup  ## The service against transformers' generate(), on the demo checkpoint.
-	$(BIN)/python -m captionserve_server.bench.throughput
+bench: setup  ## Speed beside other ways to run the same model: full-size, then the demo's; an hour or two.
+	$(BIN)/captionserve bench --checkpoint full \
+		--json docs/measurements/bench-full.json --chart docs/measurements/bench-full.png
+	$(BIN)/captionserve bench --checkpoint demo --images 128 \
+		--json docs/measurements/bench-demo.json --chart docs/measurements/bench-demo.png
 
 perf: setup  ## NVIDIA's perf_analyzer against the captioner; more options with PERF="...".
 	$(BIN)/python -m captionserve_server.bench.perf_analyzer $(PERF)

@@ -26,8 +26,17 @@ ALLOWED = {
     "serving": {"gateway", "export"},
     "demo": set(),
     "evaluation": {"demo", "local"},
-    "bench": {"captionserve", "serving", "export", "evaluation"},
-    "cli": {"captionserve", "gateway", "serving", "export", "local", "demo", "evaluation"},
+    "bench": {"captionserve", "runtime", "serving", "export", "demo", "evaluation"},
+    "cli": {
+        "captionserve",
+        "gateway",
+        "serving",
+        "export",
+        "local",
+        "demo",
+        "evaluation",
+        "bench",
+    },
 }
 
 

@@ -7,6 +7,7 @@ import sys
 import typer
 from captionserve import CaptionError
 
+from captionserve_server.cli.bench import bench
 from captionserve_server.cli.calibrate import calibrate
 from captionserve_server.cli.caption import caption
 from captionserve_server.cli.console import ExitCode, messages
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (export, serve, caption, evaluate, calibrate, make_checkpoint, demo):
+for command in (export, serve, caption, evaluate, calibrate, make_checkpoint, demo, bench):
     app.command()(command)
 
 # Errors that a person can act on; anything else is ours and keeps its stack trace.

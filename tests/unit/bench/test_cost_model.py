@@ -1,0 +1,150 @@
+"""The cost model against PyTorch's own count of operations, and its limits against hand counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from captionserve_server.bench.cost_model import (
+    Load,
+    MachineRates,
+    ModelShape,
+    Stage,
+    images_per_second_at_most,
+    row_weights,
+    seconds_at_least,
+    shape_of,
+    stages_of,
+)
+from captionserve_server.export.random_checkpoint import make_checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import VisionEncoderDecoderModel
+
+from tests.checkpoints import RANDOM_CHECKPOINTS
+
+SHAPE = ModelShape(
+    patches=4,
+    patch_values=12,
+    image_tokens=5,
+    encoder_width=8,
+    encoder_layers=2,
+    encoder_mlp=32,
+    decoder_width=6,
+    decoder_layers=3,
+    decoder_mlp=24,
+    vocabulary=50,
+)
+
+
+@pytest.fixture(scope="module", params=["projected", "deit"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint(folder, RANDOM_CHECKPOINTS[request.param].shape, seed=0)
+    # Eager attention is made of products, which the counter knows.
+    loaded: Any = VisionEncoderDecoderModel.from_pretrained(folder, attn_implementation="eager")
+    return loaded.eval()
+
+
+def flops(stages: list[Stage]) -> dict[str, float]:
+    return {stage.name: stage.weight_flops + stage.float_flops for stage in stages}
+
+
+@torch.no_grad()
+def test_encoding_costs_what_pytorch_counts(model: Any) -> None:
+    size = model.config.encoder.image_size
+    model.encoder.pooler = None  # Captioning does without.
+    with FlopCounterMode(display=False) as counter:
+        model.encoder(torch.zeros(1, 3, size, size))
+    stages = stages_of(shape_of(model.config), Load(batch=1, num_beams=1, tokens=1))
+    assert flops(stages)["encode"] == counter.get_total_flops()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_decoding_costs_what_pytorch_counts(model: Any, num_beams: int) -> None:
+    shape, tokens = shape_of(model.config), 4
+    states = torch.zeros(1, shape.image_tokens, shape.encoder_width)
+    with FlopCounterMode(display=False) as counter:
+        # transformers projects the states at every call; once is enough.
+        projected = model.enc_to_dec_proj(states) if shape.projection else states
+        output = model.decoder(torch.zeros(1, 1, dtype=torch.long), encoder_hidden_states=projected)
+        output.past_key_values.batch_repeat_interleave(num_beams)
+        for _ in range(tokens - 1):
+            output = model.decoder(
+                torch.zeros(num_beams, 1, dtype=torch.long),
+                encoder_hidden_states=projected.repeat(num_beams, 1, 1),
+                past_key_values=output.past_key_values,
+            )
+    counted = flops(stages_of(shape, Load(batch=1, num_beams=num_beams, tokens=tokens)))
+    assert counted["prefill"] + counted["steps"] == counter.get_total_flops()
+
+
+def test_weights_are_those_of_the_model(model: Any) -> None:
+    shape = shape_of(model.config)
+    encode, prefill, steps = stages_of(shape, Load(batch=1, num_beams=1, tokens=1))
+    decoder = model.decoder.transformer
+    crossing = [block.crossattention.c_attn.weight for block in decoder.h]
+    own = [each for each in decoder.h.parameters() if each.dim() == 2]
+    embedded = model.encoder.embeddings.patch_embeddings.projection.weight
+    blocks = [
+        each
+        for name, each in model.encoder.named_parameters()
+        if each.dim() == 2 and not name.startswith("pooler")
+    ]
+    assert encode.weights == embedded.numel() + sum(each.numel() for each in blocks)
+    assert prefill.weights == shape.projection + sum(each.numel() for each in crossing)
+    assert steps.weights == row_weights(shape)
+    assert row_weights(shape) == (
+        model.decoder.lm_head.weight.numel()
+        + sum(each.numel() for each in own)
+        - sum(each.numel() for each in crossing)
+    )
+
+
+def test_a_batch_shares_weights_but_not_work() -> None:
+    alone = stages_of(SHAPE, Load(batch=1, num_beams=4, tokens=3))
+    together = stages_of(SHAPE, Load(batch=8, num_beams=4, tokens=3))
+    for one, many in zip(alone, together, strict=True):
+        assert one.weights == 8 * many.weights
+        assert flops([one]) == flops([many])
+        assert one.state_bytes == many.state_bytes
+
+
+def test_what_a_step_reads_by_hand() -> None:
+    steps = stages_of(SHAPE, Load(batch=1, num_beams=2, tokens=3))[2]
+    cross = 2 * 3 * 5 * 6 * 4  # Keys and values, layers, image tokens, width, bytes.
+    entry = 2 * 3 * 6 * 4
+    # One entry at the first step; then two rows with two and with three each.
+    assert steps.state_bytes == 3 * cross + (1 + 2 * 2 + 2 * 3) * entry
+
+
+@pytest.mark.parametrize(
+    ("precision", "seconds"),
+    [
+        # 100 + 20 operations at 10 a second; 40 weights of 4 bytes and 8 bytes at 20 a second.
+        ("fp32", 12.0),
+        # 100 at 50 and 20 at 10; 40 weights of a byte and 8 bytes.
+        ("int8", 4.0),
+        ("int4", 4.0),
+    ],
+)
+def test_the_slower_of_computing_and_reading_counts(precision: str, seconds: float) -> None:
+    stage = Stage("steps", weight_flops=100, float_flops=20, weights=40, state_bytes=8)
+    rates = MachineRates(fp32_flops=10, int8_flops=50, bytes=20)
+    assert seconds_at_least(stage, rates, precision) == seconds
+
+
+def test_reading_may_be_what_takes_longest() -> None:
+    stage = Stage("steps", weight_flops=100, float_flops=20, weights=40, state_bytes=8)
+    rates = MachineRates(fp32_flops=1e9, int8_flops=1e9, bytes=2)
+    assert seconds_at_least(stage, rates, "fp32") == (40 * 4 + 8) / 2
+    assert seconds_at_least(stage, rates, "int8") == (40 + 8) / 2
+    assert seconds_at_least(stage, rates, "int4") == (20 + 8) / 2
+
+
+def test_stages_follow_each_other() -> None:
+    load = Load(batch=2, num_beams=1, tokens=5)
+    rates = MachineRates(fp32_flops=1e6, int8_flops=2e6, bytes=1e5)
+    seconds = sum(seconds_at_least(stage, rates, "fp32") for stage in stages_of(SHAPE, load))
+    assert images_per_second_at_most(SHAPE, load, rates, "fp32") == pytest.approx(1 / seconds)

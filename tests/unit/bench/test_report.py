@@ -1,0 +1,141 @@
+"""Reports: medians, ratios, shares of the limit, JSON and the chart."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from captionserve_server.bench.chart import write_chart
+from captionserve_server.bench.cost_model import Load, MachineRates, images_per_second_at_most
+from captionserve_server.bench.report import Report, Settings
+from captionserve_server.bench.rounds import Measurements, Sample
+from captionserve_server.bench.rows import Row
+from captionserve_server.cli.bench import shown_command
+from PIL import Image
+from rich.console import Console
+
+from tests.unit.bench.test_cost_model import SHAPE
+
+PEER = Row("peer", "fp32", "batch", 8, 4)
+OURS = Row("ours", "int8", "in flight", 16, 4)
+OURS_GREEDY = Row("ours", "int8", "in flight", 16, 1)
+UNKNOWN = Row("other", "bf16", "batch", 1, 4)
+RATES = [MachineRates(1e9, 3e9, 4e9), MachineRates(3e9, 1e9, 4e9), MachineRates(2e9, 2e9, 1e9)]
+
+
+def sample(row: Row, number: int, seconds: float, **stages_ms: float) -> Sample:
+    return Sample(
+        row=row.label,
+        round=number,
+        images=10,
+        seconds=seconds,
+        latency_p50_ms=100 * seconds,
+        latency_p99_ms=200 * seconds,
+        tokens=6,
+        same_captions=0.9,
+        pss_mib=300 + number,
+        peak_rss_mib=400 + number,
+        cpu_seconds=2 * seconds,
+        others_cpu_seconds=0.25,
+        stages_ms=stages_ms,
+    )
+
+
+def report() -> Report:
+    samples = [sample(PEER, number, seconds) for number, seconds in enumerate((5.0, 4.0, 10.0))]
+    samples += [
+        sample(OURS, number, seconds, encode=10 * seconds)
+        for number, seconds in enumerate((1.0, 2.0, 1.25))
+    ]
+    samples += [sample(OURS_GREEDY, 0, 1.0, encode=1.0), sample(UNKNOWN, 0, 1.0)]
+    return Report(
+        settings=Settings("captionserve bench", "tiny", 3, 10, None, "peer, batch 8"),
+        machine={"processor": "Some CPU", "cores": 2},
+        versions={"ours": {"numpy": "1"}},
+        shape=SHAPE,
+        rates=RATES,
+        rows=[PEER, OURS, OURS_GREEDY, UNKNOWN, Row("broken", "fp32", "batch", 1, 4)],
+        measurements=Measurements(samples, {"broken": "it broke"}),
+    )
+
+
+def test_medians_and_spread_are_of_the_rounds() -> None:
+    peer, ours, *_ = report().summaries()
+    assert (peer.images_per_second, peer.lowest, peer.highest) == (2.0, 1.0, 2.5)
+    assert (ours.images_per_second, ours.lowest, ours.highest) == (8.0, 5.0, 10.0)
+    assert (peer.latency_p50_ms, peer.latency_p99_ms) == (500, 1000)
+    assert (peer.pss_mib, peer.peak_rss_mib) == (301, 402)
+    assert peer.cpu_seconds_per_image == 1.0
+    assert ours.stages_ms == {"encode": 12.5}
+
+
+def test_ratios_are_to_the_reference_with_as_many_beams() -> None:
+    peer, ours, greedy, unknown = report().summaries()
+    assert (peer.ratio, ours.ratio, unknown.ratio) == (1.0, 4.0, 5.0)
+    assert greedy.ratio is None
+
+
+def test_the_limit_is_that_of_the_rows_own_load_and_precision() -> None:
+    peer, ours, _, unknown = report().summaries()
+    rates = MachineRates(2e9, 2e9, 4e9)
+    assert report().median_rates() == rates
+    limit = images_per_second_at_most(SHAPE, Load(16, 4, 6), rates, "int8")
+    assert ours.limit == limit
+    assert ours.share_of_limit == 8.0 / limit
+    assert peer.limit == images_per_second_at_most(SHAPE, Load(8, 4, 6), rates, "fp32")
+    assert unknown.limit is None
+    assert unknown.share_of_limit is None
+
+
+def test_json_has_every_round_and_what_failed() -> None:
+    values = json.loads(report().as_json())
+    assert values["command"] == "captionserve bench"
+    assert values["machine"] == {"processor": "Some CPU", "cores": 2}
+    assert len(values["samples"]) == 8
+    assert values["samples"][0]["images_per_second"] == 2.0
+    assert [rates["fp32_flops"] for rates in values["machine_rates_by_round"]] == [1e9, 3e9, 2e9]
+    assert values["rows"][0]["label"] == PEER.label
+    assert values["rows"][1]["ratio"] == 4.0
+    assert values["failures"] == {"broken": "it broke"}
+
+
+def test_tables_are_not_cut() -> None:
+    console = Console(width=125, record=True, file=io.StringIO())
+    console.print(report().as_tables())
+    text = console.export_text()
+    assert "…" not in text
+    for expected in (PEER.label, OURS.label, "encode", "Some CPU, 2 cores", "broken: it broke"):
+        assert expected in text
+    assert "ratio to peer, batch 8" in text
+    # 0.25 seconds of others in a second.
+    assert "at most 25.0 % of a core" in text
+
+
+def test_the_chart_is_a_picture_with_two_panels_for_each_number_of_beams(tmp_path: Path) -> None:
+    path = tmp_path / "chart.png"
+    write_chart(report(), path)
+    with Image.open(path) as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert picture.width > picture.height > 600
+        assert len(picture.convert("RGB").getcolors(2**24) or []) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["bench", "--rows", "bare*"], "captionserve bench --rows 'bare*'"),
+        (
+            ["bench", "--checkpoint", "/home/me/model", "--json", "docs/bench.json"],
+            "captionserve bench --checkpoint model --json docs/bench.json",
+        ),
+        (
+            ["bench", "--repository", "int8=/home/me/int8", "--json=/home/me/b.json"],
+            "captionserve bench --repository int8=int8 --json=b.json",
+        ),
+    ],
+)
+def test_the_command_names_no_folder_of_the_machine(arguments: list[str], shown: str) -> None:
+    assert shown_command(arguments) == shown
