@@ -97,6 +97,7 @@ def test_pictures_are_the_same_photos_each_time(tmp_path: Path) -> None:
 
 
 METRICS = """
+# TYPE nv_inference_compute_infer_duration_us counter
 nv_inference_compute_infer_duration_us{model="preprocess",version="1"} 3000000
 nv_inference_compute_infer_duration_us{model="vision_encoder",version="1"} 2000000
 nv_inference_compute_infer_duration_us{model="captioner",version="1"} 9000000
