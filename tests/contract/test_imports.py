@@ -23,7 +23,7 @@ ALLOWED = {
     "triton": {"runtime"},
     "local": {"runtime"},
     "gateway": {"captionserve"},
-    "serving": {"gateway", "export"},
+    "serving": {"gateway", "export", "runtime"},
     "demo": set(),
     "evaluation": {"demo", "local"},
     "bench": {"captionserve", "runtime", "serving", "export", "demo", "evaluation"},

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from captionserve_server.runtime.cores import (
+    THREADS_VARIABLE,
     CpuGroup,
     available_cores,
     cpu_groups,
     default_threads,
     parse_cfs_quota,
     parse_cpu_max,
+    threads_of_graphs,
     whole_cores,
 )
 
@@ -141,3 +143,9 @@ def test_threads_are_left_to_the_runtime_on_a_whole_machine_only(
 
 def test_this_process_has_cores() -> None:
     assert 1 <= available_cores() <= len(os.sched_getaffinity(0))
+
+
+def test_the_environment_may_say_how_many_threads() -> None:
+    assert threads_of_graphs({THREADS_VARIABLE: "3"}) == 3
+    assert threads_of_graphs({THREADS_VARIABLE: "0"}) == default_threads()
+    assert threads_of_graphs({}) == default_threads()

@@ -53,6 +53,14 @@ def serve(
             envvar="CAPTIONSERVE_RESPONSE_CACHE_MEGABYTES",
         ),
     ] = 64,
+    threads: Annotated[
+        int,
+        typer.Option(
+            help="Threads of one run of a graph; 0 follows from affinity and control groups.",
+            min=0,
+            envvar="CAPTIONSERVE_THREADS",
+        ),
+    ] = 0,
     start_seconds: Annotated[
         float, typer.Option(help="Seconds that Triton may take to load its models.", min=1)
     ] = 300.0,
@@ -68,6 +76,7 @@ def serve(
         ready_file=ready_file,
         tritonserver=tritonserver,
         response_cache_megabytes=response_cache_megabytes,
+        threads=threads,
         start_seconds=start_seconds,
         grace_seconds=grace_seconds,
     )

@@ -8,7 +8,7 @@ period is used up, and whoever waits for the slowest waits until the next period
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -60,6 +60,15 @@ def default_threads(process: Path = _SELF) -> int:
     """
     cores = available_cores(process)
     return cores if cores < (os.cpu_count() or 1) else 0
+
+
+def threads_of_graphs(environment: Mapping[str, str] = os.environ) -> int:
+    """Threads for one run of a graph whose configuration says 0: the environment's, or the default.
+
+    Args:
+        environment: may have THREADS_VARIABLE.
+    """
+    return int(environment.get(THREADS_VARIABLE, "0")) or default_threads()
 
 
 def whole_cores(affinity: int, quotas: list[float]) -> int:

@@ -39,6 +39,7 @@ class ServeOptions:
         ready_file: written as JSON once captions can be answered, removed at the end.
         tritonserver: the tritonserver executable; None finds one.
         response_cache_megabytes: memory for answers that may be asked for again; 0 for none.
+        threads: of one run of a graph; 0 follows from the cores there are.
         start_seconds: how long Triton may take to load its models.
         grace_seconds: how long calls in flight may take at the end.
     """
@@ -49,6 +50,7 @@ class ServeOptions:
     ready_file: Path | None = None
     tritonserver: Path | None = None
     response_cache_megabytes: int = 64
+    threads: int = 0
     start_seconds: float = 300.0
     grace_seconds: float = 30.0
 
@@ -91,6 +93,7 @@ async def _triton(options: ServeOptions, stop: asyncio.Event) -> AsyncIterator[T
         find_triton(options.tritonserver),
         options.model_repository,
         response_cache_bytes=options.response_cache_megabytes * 2**20,
+        threads=options.threads,
     )
     try:
         await _first(triton.wait_ready(options.start_seconds), stop.wait())

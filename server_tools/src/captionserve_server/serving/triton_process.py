@@ -19,6 +19,7 @@ from pathlib import Path
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from captionserve_server.runtime.cores import THREADS_VARIABLE
 from captionserve_server.serving.installation import TritonInstallation, assemble_backends
 
 _LOOPBACK = "127.0.0.1"
@@ -50,6 +51,7 @@ class TritonProcess:
         repository: Path,
         *,
         response_cache_bytes: int = 0,
+        threads: int = 0,
         exit_seconds: int = 30,
     ) -> None:
         """Start the server; use `wait_ready` before relying on it.
@@ -58,6 +60,7 @@ class TritonProcess:
             installation: what to run.
             repository: the model repository.
             response_cache_bytes: size of the response cache; 0 for none.
+            threads: of one run of a graph; 0 follows from the cores there are.
             exit_seconds: how long Triton may take to end its models before it is killed.
         """
         self._exit_seconds = exit_seconds
@@ -70,7 +73,10 @@ class TritonProcess:
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
         cache = _cache_arguments(installation, response_cache_bytes)
-        self._process = self._start(installation, repository, backends, ports, cache)
+        environment = _environment(installation) | {THREADS_VARIABLE: str(threads)}
+        self._process = self._start(
+            installation.binary, repository, backends, ports, cache, environment
+        )
 
     @property
     def pid(self) -> int:
@@ -122,14 +128,15 @@ class TritonProcess:
 
     def _start(
         self,
-        installation: TritonInstallation,
+        binary: Path,
         repository: Path,
         backends: Path,
         ports: list[int],
         cache: list[str],
+        environment: Mapping[str, str],
     ) -> subprocess.Popen[bytes]:
         command = [
-            str(installation.binary),
+            str(binary),
             f"--model-repository={repository}",
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
@@ -148,7 +155,7 @@ class TritonProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(installation),
+                env=environment,
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
@@ -173,7 +180,7 @@ async def _is_ready(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> bool:
     return bool(answer.ready)
 
 
-def _environment(installation: TritonInstallation) -> Mapping[str, str]:
+def _environment(installation: TritonInstallation) -> dict[str, str]:
     """This process's environment, with what Triton and the stubs need to find.
 
     The stub embeds a Python of its own. It ignores PYTHONPATH and PYTHONHOME, but looks for

@@ -70,7 +70,7 @@ class TritonPythonModel:
         arguments = ModelArguments(args)
         folder = Path(arguments.repository) / str(arguments.version)
         geometry = Bundle.from_json((folder / BUNDLE_FILE).read_text()).geometry
-        threads = arguments.number("intra_op_thread_count")
+        threads = arguments.threads("intra_op_thread_count")
         spinning = bool(arguments.number("spinning"))
         timed = {
             role: TimedGraph(

@@ -31,7 +31,7 @@ class TritonPythonModel:
         arguments = ModelArguments(args)
         folder = Path(arguments.repository) / str(arguments.version)
         path = folder / arguments.config["default_model_filename"]
-        threads = arguments.number(GraphFormat.of(path).thread_parameter)
+        threads = arguments.threads(GraphFormat.of(path).thread_parameter)
         spinning = bool(arguments.number("spinning"))
         self._graph = open_graph(path, threads=threads, spinning=spinning)
 

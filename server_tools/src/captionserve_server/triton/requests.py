@@ -26,6 +26,7 @@ from captionserve_server.core.errors import (
     from_wire,
 )
 from captionserve_server.core.tensors import ModelSpec, TensorSpec
+from captionserve_server.runtime.cores import threads_of_graphs
 
 Array = NDArray[Any]
 Request = Any
@@ -55,6 +56,10 @@ class ModelArguments:
     def number(self, name: str) -> int:
         """A whole number from the configuration's parameters."""
         return int(self._config["parameters"][name]["string_value"])
+
+    def threads(self, name: str) -> int:
+        """The threads of one run that a parameter sets; 0 follows from the cores there are."""
+        return self.number(name) or threads_of_graphs()
 
 
 def read(request: Request, spec: TensorSpec) -> Array | None:
