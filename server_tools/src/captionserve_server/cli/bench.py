@@ -21,7 +21,7 @@ _DEMO_FOLDER = Path("demo/checkpoint")
 _FULL_SIZE_TOKENS = 16
 _NUM_BEAMS = (1, 4)
 # Characters that the tables need, also where output goes to a file.
-_LEAST_WIDTH = 125
+_LEAST_WIDTH = 140
 
 
 def bench(
@@ -110,7 +110,8 @@ def bench(
             report = compare(comparison, settings, progress)
         except NothingToMeasureError as error:
             raise typer.BadParameter(str(error), param_hint="--rows") from error
-    output.print(report.as_tables(), width=max(output.width, _LEAST_WIDTH))
+    output.width = max(output.width, _LEAST_WIDTH)
+    output.print(report.as_tables())
     if json_file is not None:
         json_file.write_text(report.as_json())
     if chart is not None:
