@@ -19,7 +19,7 @@ from tests.congruence.test_engine import InProcess
 from tests.reference import picture, reference
 
 # The engine is tested with a third of them, the full stack with nearly all.
-EVERY = 9
+EVERY = 27
 SLOTS = 3
 PICTURES = [picture(seed) for seed in range(IMAGES)]
 
