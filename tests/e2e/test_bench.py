@@ -23,7 +23,16 @@ def test_bench_compares_systems_that_give_the_same_captions(
         *("bench", "--checkpoint", str(checkpoint_folder(name)), "--tokens", "6"),
         *("--repository", f"fp32={model_repository(name)}", "--num-beams", "1"),
         *(argument for system in SYSTEMS for argument in ("--rows", system)),
-        *("--rounds", "1", "--images", "8", "--reference", SYSTEMS[0], "--work-folder", str(tmp_path / "work")),
+        *(
+            "--rounds",
+            "1",
+            "--images",
+            "8",
+            "--reference",
+            SYSTEMS[0],
+            "--work-folder",
+            str(tmp_path / "work"),
+        ),
         *("--json", str(tmp_path / "bench.json"), "--chart", str(tmp_path / "bench.png")),
     )
     assert process.returncode == 0, process.stderr

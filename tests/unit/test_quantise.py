@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from captionserve_server.core import bundle as files
+from captionserve_server.core import graph_tensors
 from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.evaluation.agreement import caption_agreement
 from captionserve_server.export.checkpoint import load_checkpoint
@@ -78,7 +80,9 @@ def test_a_quantised_step_gives_nearly_the_same(
     source, target = fp32_graphs(name) / files.STEP_GRAPH_FILE, tmp_path / "step.onnx"
     quantise_decoder(source, target, precision)
     geometry = load_checkpoint(str(checkpoint_folder(name))).bundle.geometry
-    *head, cross, remembered = step_example(geometry, StepShape((2, 3, 1), entries=7))
+    *head, cross, remembered = step_example(
+        geometry, StepShape((2, 3, 1), entries=7), torch.Generator().manual_seed(0)
+    )
     fp32, quantised = OnnxGraph(source, threads=1), OnnxGraph(target, threads=1)
     arrays = [*head, *cross, *remembered]
     inputs = {
@@ -86,12 +90,16 @@ def test_a_quantised_step_gives_nearly_the_same(
         for graph_input, array in zip(fp32.input_names, arrays, strict=True)
     }
 
+    truth = fp32.run(inputs)
+    logits = truth[fp32.output_names.index(graph_tensors.LOGITS)]
     for output, expected, found in zip(
-        fp32.output_names, fp32.run(inputs), quantised.run(inputs), strict=True
+        fp32.output_names, truth, quantised.run(inputs), strict=True
     ):
         assert found.shape == expected.shape
-        error = float(np.sqrt(np.mean((found - expected) ** 2)))
-        assert error < MOST_ERROR[precision] * float(expected.std()), output
+        # A normaliser is a sum over a row of logits; rows are too few to say how far it spreads.
+        spread = logits.std() if output == graph_tensors.LOG_NORMALISERS else expected.std()
+        error = np.sqrt(np.mean((found - expected) ** 2))
+        assert error < MOST_ERROR[precision] * spread, output
 
 
 @pytest.mark.parametrize(
