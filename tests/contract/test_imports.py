@@ -26,7 +26,7 @@ ALLOWED = {
     "serving": {"gateway", "export", "runtime"},
     "demo": set(),
     "evaluation": {"demo", "local"},
-    "bench": {"captionserve", "runtime", "serving", "export", "demo", "evaluation"},
+    "bench": {"captionserve", "runtime", "local", "serving", "export", "demo", "evaluation"},
     "cli": {
         "captionserve",
         "gateway",

@@ -23,16 +23,8 @@ def test_bench_compares_systems_that_give_the_same_captions(
         *("bench", "--checkpoint", str(checkpoint_folder(name)), "--tokens", "6"),
         *("--repository", f"fp32={model_repository(name)}", "--num-beams", "1"),
         *(argument for system in SYSTEMS for argument in ("--rows", system)),
-        *(
-            "--rounds",
-            "1",
-            "--images",
-            "8",
-            "--reference",
-            SYSTEMS[0],
-            "--work-folder",
-            str(tmp_path / "work"),
-        ),
+        *("--rounds", "1", "--images", "8", "--reference", SYSTEMS[0]),
+        *("--work-folder", str(tmp_path / "work")),
         *("--json", str(tmp_path / "bench.json"), "--chart", str(tmp_path / "bench.png")),
     )
     assert process.returncode == 0, process.stderr
@@ -50,17 +42,3 @@ def test_bench_compares_systems_that_give_the_same_captions(
     assert all(stages[stage] > 0 for stage in ("encode", "prefill", "steps", "preprocess"))
     with Image.open(tmp_path / "bench.png") as picture:
         assert picture.format == "PNG"
-
-
-def test_rows_that_nobody_has_are_wrong_usage(
-    checkpoint_folder: Callable[[str], Path],
-    model_repository: Callable[[str], Path],
-    tmp_path: Path,
-) -> None:
-    process = run(
-        *("bench", "--checkpoint", str(checkpoint_folder("projected")), "--rows", "nobody"),
-        *("--repository", f"fp32={model_repository('projected')}"),
-        *("--work-folder", str(tmp_path / "work")),
-    )
-    assert process.returncode == 2
-    assert "no row is called that" in process.stderr

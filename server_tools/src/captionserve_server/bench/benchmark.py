@@ -21,11 +21,10 @@ from captionserve_server.bench.peers.service import service_peer
 from captionserve_server.bench.report import Report, Settings
 from captionserve_server.bench.rounds import Measurements, Progress, Rounds
 from captionserve_server.bench.rows import Peer, PeerPlan, Row, rows_of
-from captionserve_server.export.random_checkpoint import CheckpointShape, make_checkpoint
-from captionserve_server.export.repository import export_checkpoint
+from captionserve_server.export.precision import Precision
 
 # Different pictures; a run that captions more begins again with the first.
-_PICTURES = 64
+_PICTURES = 32
 _BATCHES = (1, 8)
 _NAIVE_IN_FLIGHT = (1, 16)
 _LIVE = (16,)
@@ -42,7 +41,8 @@ class Comparison:
 
     Attributes:
         checkpoint: a local folder or a hub id.
-        repositories: exported model repositories by precision; empty to export the checkpoint.
+        repositories: exported model repositories by precision.
+        precisions: what to export the checkpoint in beside those.
         num_beams: the numbers of beams.
         patterns: shell patterns, of which one must match the beginning of a row's label.
         encode_batch: images that the bare loop encodes at once.
@@ -51,6 +51,7 @@ class Comparison:
 
     checkpoint: str
     repositories: Mapping[str, Path]
+    precisions: Sequence[Precision]
     num_beams: Sequence[int]
     patterns: Sequence[str]
     encode_batch: int
@@ -59,6 +60,9 @@ class Comparison:
 
 def full_size_checkpoint(folder: Path) -> Path:
     """A random checkpoint of nlpconnect's shapes, made when it is not there."""
+    # Imported here: PyTorch takes seconds to import, and most runs do without it in this process.
+    from captionserve_server.export.random_checkpoint import CheckpointShape, make_checkpoint
+
     checkpoint = folder / "full-size"
     if not checkpoint.exists():
         with tempfile.TemporaryDirectory(dir=folder) as draft:
@@ -96,13 +100,25 @@ def compare(comparison: Comparison, settings: Settings, progress: Progress) -> R
 
 @contextmanager
 def _exported(comparison: Comparison, progress: Progress) -> Iterator[Mapping[str, Path]]:
-    """Model repositories by precision."""
-    if comparison.repositories:
-        yield comparison.repositories
-        return
+    """Model repositories by precision: those that are there, and what has to be exported."""
     with tempfile.TemporaryDirectory(prefix="captionserve-repository-") as folder:
-        export_checkpoint(comparison.checkpoint, Path(folder), progress=progress)
-        yield {"fp32": Path(folder)}
+        repositories = dict(comparison.repositories)
+        for precision in comparison.precisions:
+            repositories[precision.value] = Path(folder) / precision.value
+            _export(comparison.checkpoint, repositories[precision.value], precision, progress)
+        yield repositories
+
+
+def _export(checkpoint: str, folder: Path, precision: Precision, progress: Progress) -> None:
+    # Imported here: as above.
+    from captionserve_server.export.repository import export_checkpoint
+
+    export_checkpoint(
+        checkpoint,
+        folder,
+        precision=precision,
+        progress=lambda stage: progress(f"{precision.value}: {stage}"),
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import psutil
 from onnx import TensorProto, helper, numpy_helper
 
 from captionserve_server.bench.cost_model import MachineRates
+from captionserve_server.runtime.cores import available_cores
 
 # Rows, inner width and columns of the matrix product: a feed-forward layer over many images.
 _PRODUCT = (1024, 1024, 4096)
@@ -32,18 +32,13 @@ def machine_facts() -> dict[str, object]:
     """Cores, processor and memory; no names and no paths."""
     model, flags = _processor()
     return {
-        "cores": cores(),
+        "cores": available_cores(),
         "processor": model,
         "instructions": [flag for flag in _TELLING_FLAGS if flag in flags],
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": platform.system(),
         "architecture": platform.machine(),
     }
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _processor() -> tuple[str, set[str]]:
@@ -68,8 +63,8 @@ class MachineProbe:
             "scale": np.full(1, 0.01, np.float32),
         }
         self._int8_product = _session("DynamicQuantizeMatMul", "com.microsoft", quantised)
-        values = _READ_BYTES // np.dtype(np.float32).itemsize // cores()
-        self._arrays = [np.ones(values, np.float32) for _ in range(cores())]
+        values = _READ_BYTES // np.dtype(np.float32).itemsize // available_cores()
+        self._arrays = [np.ones(values, np.float32) for _ in range(available_cores())]
 
     def measure(self) -> MachineRates:
         """What the machine does now, at its best of a few times."""

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from captionserve_server.cli.console import ExitCode, messages, output, stages
+from captionserve_server.export.precision import Precision
 
 _FULL = "full"
 _DEMO = "demo"
@@ -52,13 +53,17 @@ def bench(
     repository: Annotated[
         list[str] | None,
         typer.Option(
-            help="PRECISION=DIR of an exported model repository; may be repeated. By default the "
-            "checkpoint is exported."
+            help="PRECISION=DIR of an exported model repository; may be repeated. Only these are "
+            "served then, unless --precision says what to export beside them."
         ),
+    ] = None,
+    precision: Annotated[
+        list[Precision] | None,
+        typer.Option(help="What to export and serve; may be repeated. By default all."),
     ] = None,
     encode_batch: Annotated[
         int, typer.Option(help="Images that the bare graphs encode at once.", min=1)
-    ] = 1,
+    ] = 4,
     reference: Annotated[
         str, typer.Option(help="Row that the others are compared with, without its beams.")
     ] = "transformers, batch 1",
@@ -101,6 +106,7 @@ def bench(
         comparison = Comparison(
             checkpoint=places.get(checkpoint, checkpoint),
             repositories=_repositories(repository or []),
+            precisions=precision or ([] if repository else list(Precision)),
             num_beams=num_beams or _NUM_BEAMS,
             patterns=rows or ["*"],
             encode_batch=encode_batch,
@@ -114,7 +120,7 @@ def bench(
     output.print(report.as_tables())
     if json_file is not None:
         json_file.write_text(report.as_json())
-    if chart is not None:
+    if chart is not None and report.measurements.samples:
         write_chart(report, chart)
     if report.measurements.failures:
         messages.print("error: some systems were not measured to the end")

@@ -9,7 +9,6 @@ they cost in a beam search without there being one. Speaks generate_worker's lin
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
@@ -25,11 +24,9 @@ from captionserve_server.bench.peers.generate_worker import (
     serve_lines,
     versions_of,
 )
-from captionserve_server.core import bundle as files
-from captionserve_server.core import graph_tensors, tensors
-from captionserve_server.core.bundle import Bundle
-from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepModel
-from captionserve_server.core.preprocessing import PreprocessorConfig, preprocess
+from captionserve_server.core import graph_tensors
+from captionserve_server.core.graph_step_model import GraphStepModel
+from captionserve_server.core.preprocessing import preprocess
 from captionserve_server.core.step_model import (
     FORBIDDEN,
     Float32Array,
@@ -39,7 +36,8 @@ from captionserve_server.core.step_model import (
     StepAnswer,
     StepBatch,
 )
-from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.local.model_folder import LoadedModel, load_model
+from captionserve_server.runtime.cores import threads_of_graphs
 
 
 @dataclass
@@ -61,58 +59,24 @@ class _Live:
     tokens: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Graphs:
-    """One version of a model repository, loaded.
-
-    Attributes:
-        encoder: pixels to states.
-        decoder: the decoder's graphs.
-        bundle: what to know beside them.
-        preprocessor: the checkpoint's image processor.
-    """
-
-    encoder: OnnxGraph
-    decoder: DecoderGraphs
-    bundle: Bundle
-    preprocessor: PreprocessorConfig
-
-
-def load_graphs(repository: Path, version: int = 1) -> Graphs:
-    """Load what a model repository serves."""
-    decoder = repository / tensors.DECODER_STEP.name / str(version)
-    encoder = repository / tensors.VISION_ENCODER.name / str(version)
-    settings = repository / tensors.PREPROCESS.name / str(version) / files.PREPROCESSOR_FILE
-    return Graphs(
-        encoder=OnnxGraph(encoder / files.ENCODER_GRAPH_FILE),
-        decoder=DecoderGraphs(
-            prefill=OnnxGraph(decoder / files.PREFILL_GRAPH_FILE),
-            step=OnnxGraph(decoder / files.STEP_GRAPH_FILE),
-            top=OnnxGraph(decoder / files.TOP_GRAPH_FILE),
-        ),
-        bundle=Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()),
-        preprocessor=PreprocessorConfig.from_json(json.loads(settings.read_text())),
-    )
-
-
 class BareLoop:
     """Captions images until none is left."""
 
-    def __init__(self, graphs: Graphs, images: list[bytes], encode_batch: int) -> None:
-        """Keep the graphs; images are JPEG files, encoded at most `encode_batch` at once."""
-        self._graphs = graphs
+    def __init__(self, model: LoadedModel, images: list[bytes], encode_batch: int) -> None:
+        """Keep the model; images are JPEG files, encoded at most `encode_batch` at once."""
+        self._loaded = model
         self._images = images
         self._encode_batch = encode_batch
-        special = graphs.bundle.special
+        special = model.bundle.special
         self._start = np.array([special.start], np.int64)
         self._ends = np.array(special.end, np.int64)
-        self._options = graphs.bundle.defaults
+        self._options = model.bundle.defaults
         self._room = 0
         self._model = self._with_room(1)
 
     def answer(self, images: int, load: int, options: dict[str, int]) -> Answer:
         """Caption the first `images` images, `load` live at once."""
-        self._options = self._graphs.bundle.defaults.with_given(options)
+        self._options = self._loaded.bundle.defaults.with_given(options)
         self._model = self._with_room(load)
         waiting, live = deque(range(images)), list[_Live]()
         latencies, token_ids = [0.0] * images, [list[int]()] * images
@@ -134,7 +98,7 @@ class BareLoop:
         if load <= self._room:
             return self._model
         self._room = load
-        return GraphStepModel(self._graphs.decoder, self._graphs.bundle.geometry, load)
+        return GraphStepModel(self._loaded.decoder, self._loaded.bundle.geometry, load)
 
     def _admit(self, waiting: deque[int], room: int) -> list[_Live]:
         count = min(room, self._encode_batch, len(waiting))
@@ -148,8 +112,8 @@ class BareLoop:
 
     def _encode(self, images: list[int]) -> Float32Array:
         files = [self._images[image % len(self._images)] for image in images]
-        pixels = np.stack([preprocess(file, self._graphs.preprocessor) for file in files])
-        (states,) = self._graphs.encoder.run({graph_tensors.PIXELS: pixels})
+        pixels = np.stack([preprocess(file, self._loaded.preprocessor) for file in files])
+        (states,) = self._loaded.encoder.run({graph_tensors.PIXELS: pixels})
         return states
 
     def _step(self, live: list[_Live]) -> None:
@@ -209,7 +173,8 @@ def main() -> None:
     repository, images, encode_batch = sys.argv[1:]
 
     def load() -> tuple[dict[str, str], Callable[..., Answer]]:
-        loop = BareLoop(load_graphs(Path(repository)), read_images(images), int(encode_batch))
+        model = load_model(Path(repository), version=None, threads=threads_of_graphs())
+        loop = BareLoop(model, read_images(images), int(encode_batch))
         return versions_of("captionserve-server", "onnxruntime", "numpy"), loop.answer
 
     serve_lines(load)
