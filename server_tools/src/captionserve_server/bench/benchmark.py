@@ -111,8 +111,11 @@ def _exported(comparison: Comparison, progress: Progress) -> Iterator[Mapping[st
 
 def _export(checkpoint: str, folder: Path, precision: Precision, progress: Progress) -> None:
     # Imported here: as above.
+    from captionserve_server.export.logs import quiet_libraries
     from captionserve_server.export.repository import export_checkpoint
 
+    # Once more: onnxruntime's quantisers turn the root logger up when they are imported.
+    quiet_libraries()
     export_checkpoint(
         checkpoint,
         folder,
