@@ -36,7 +36,7 @@ def test_bench_compares_systems_that_give_the_same_captions(
         assert row["same_captions"] == 1.0
         assert row["tokens"] == 6
         assert row["limit"] > row["images_per_second"] > 0
-        assert row["pss_mib"] > 0
+        assert row["memory_mib"] > 0
         assert row["label"] in process.stdout
     stages = report["rows"][2]["stages_ms"]
     assert all(stages[stage] > 0 for stage in ("encode", "prefill", "steps", "preprocess"))

@@ -35,7 +35,7 @@ def sample(row: Row, number: int, seconds: float, **stages_ms: float) -> Sample:
         latency_p99_ms=200 * seconds,
         tokens=6,
         same_captions=0.9,
-        pss_mib=300 + number,
+        memory_mib=300 + number,
         peak_rss_mib=400 + number,
         cpu_seconds=2 * seconds,
         others_cpu_seconds=0.25,
@@ -66,7 +66,7 @@ def test_medians_and_spread_are_of_the_rounds() -> None:
     assert (peer.images_per_second, peer.lowest, peer.highest) == (2.0, 1.0, 2.5)
     assert (ours.images_per_second, ours.lowest, ours.highest) == (8.0, 5.0, 10.0)
     assert (peer.latency_p50_ms, peer.latency_p99_ms) == (500, 1000)
-    assert (peer.pss_mib, peer.peak_rss_mib) == (301, 402)
+    assert (peer.memory_mib, peer.peak_rss_mib) == (301, 402)
     assert peer.cpu_seconds_per_image == 1.0
     assert ours.stages_ms == {"encode": 12.5}
 

@@ -94,7 +94,7 @@ def test_a_sample_says_what_the_run_gave() -> None:
     assert 3.9 < sample.latency_p99_ms <= 4.0
     assert sample.tokens == 3
     assert sample.stages_ms == {"steps": 3}
-    assert 0 < sample.pss_mib <= sample.peak_rss_mib
+    assert 0 < sample.memory_mib <= sample.peak_rss_mib
     assert sample.cpu_seconds >= 0
     assert sample.others_cpu_seconds == 0
 

@@ -55,6 +55,8 @@ def _latency(axes: Axes, summaries: Sequence[Summary]) -> None:
         p99 = [each.latency_p99_ms / 1e3 for each in own]
         axes.plot(_loads(own), p99, linestyle=":", marker=".", color=line.get_color())
     axes.set_yscale("log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted("{x:g}")
     _finish(axes, summaries, "median, dotted: 99th percentile", "seconds per image")
 
 

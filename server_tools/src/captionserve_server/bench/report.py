@@ -67,7 +67,7 @@ class Summary:
     latency_p99_ms: float
     tokens: float
     same_captions: float
-    pss_mib: float
+    memory_mib: float
     peak_rss_mib: float
     cpu_seconds_per_image: float
     ratio: float | None
@@ -139,7 +139,7 @@ class Report:
             latency_p99_ms=statistics.median(sample.latency_p99_ms for sample in samples),
             tokens=tokens,
             same_captions=statistics.median(sample.same_captions for sample in samples),
-            pss_mib=statistics.median(sample.pss_mib for sample in samples),
+            memory_mib=statistics.median(sample.memory_mib for sample in samples),
             peak_rss_mib=max(sample.peak_rss_mib for sample in samples),
             cpu_seconds_per_image=statistics.median(
                 sample.cpu_seconds / sample.images for sample in samples
@@ -243,7 +243,7 @@ def _rows_table(summaries: Sequence[Summary], settings: Settings) -> Table:
             _MISSING if summary.ratio is None else f"{summary.ratio:.2f}",
             f"{summary.latency_p50_ms:.0f}",
             f"{summary.latency_p99_ms:.0f}",
-            f"{summary.pss_mib:.0f}",
+            f"{summary.memory_mib:.0f}",
             _MISSING if summary.share_of_limit is None else f"{100 * summary.share_of_limit:.0f} %",
             f"{100 * summary.same_captions:.0f} %",
         )

@@ -29,7 +29,7 @@ class Sample:
         tokens: generated tokens per image, mean.
         same_captions: share of images captioned token for token as by the first row with as many
             beams.
-        pss_mib: memory of the system's processes afterwards, shared pages parted among them.
+        memory_mib: memory of the system's processes afterwards, as if there were no others.
         peak_rss_mib: the sum of their highest memory so far.
         cpu_seconds: processor time that they used.
         others_cpu_seconds: processor time that the other systems used meanwhile.
@@ -44,7 +44,7 @@ class Sample:
     latency_p99_ms: float
     tokens: float
     same_captions: float
-    pss_mib: float
+    memory_mib: float
     peak_rss_mib: float
     cpu_seconds: float
     others_cpu_seconds: float
@@ -162,7 +162,7 @@ class Rounds:
             latency_p99_ms=1e3 * float(p99),
             tokens=statistics.fmean(map(len, run.token_ids)),
             same_captions=share_equal(run.token_ids, expected),
-            pss_mib=memory.pss_mib,
+            memory_mib=memory.mib,
             peak_rss_mib=memory.peak_rss_mib,
             cpu_seconds=own_after - own,
             others_cpu_seconds=others_after - others,
