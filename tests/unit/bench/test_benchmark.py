@@ -9,7 +9,7 @@ import pytest
 from captionserve_server.bench.benchmark import Comparison, NothingToMeasureError, compare
 from captionserve_server.bench.report import Settings
 
-SETTINGS = Settings("captionserve bench", "tiny", 1, 1, None, "transformers")
+SETTINGS = Settings("captionserve bench", "tiny", 2, 1, 3, "transformers")
 
 
 def comparison(checkpoint: str, repository: Path, pattern: str) -> Comparison:
@@ -37,3 +37,19 @@ def test_a_system_that_does_not_start_is_in_the_report(
     assert report.summaries() == []
     assert set(report.measurements.failures) == {"bare graphs int8"}
     assert "ModelFolderError" in report.measurements.failures["bare graphs int8"]
+
+
+def test_who_interrupts_keeps_what_has_been_measured(
+    checkpoint_folder: Callable[[str], Path], model_repository: Callable[[str], Path]
+) -> None:
+    def interrupt(stage: str) -> None:
+        if stage.startswith("round 2 of 2"):
+            raise KeyboardInterrupt
+
+    checkpoint = str(checkpoint_folder("projected"))
+    asked = comparison(checkpoint, model_repository("projected"), "bare")
+    report = compare(asked, SETTINGS, interrupt)
+    (summary,) = report.summaries()
+    assert summary.row.label == "bare graphs int8, 16 live, greedy"
+    assert summary.tokens == 3
+    assert report.measurements.failures == {"the rest": "interrupted"}

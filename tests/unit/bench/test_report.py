@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from captionserve_server.bench.chart import write_chart
 from captionserve_server.bench.cost_model import Load, MachineRates, images_per_second_at_most
-from captionserve_server.bench.report import Report, Settings
+from captionserve_server.bench.report import Report, Settings, without_folders
 from captionserve_server.bench.rounds import Measurements, Sample
 from captionserve_server.bench.rows import Row
 from captionserve_server.cli.bench import shown_command
@@ -139,3 +139,9 @@ def test_the_chart_is_a_picture_with_two_panels_for_each_number_of_beams(tmp_pat
 )
 def test_the_command_names_no_folder_of_the_machine(arguments: list[str], shown: str) -> None:
     assert shown_command(arguments) == shown
+
+
+def test_reasons_name_no_folder_of_the_machine() -> None:
+    reason = 'File "/home/me/x/worker.py", line 3: no weights in /home/me/model: 3 images/s'
+    assert without_folders(reason) == 'File "worker.py", line 3: no weights in model: 3 images/s'
+    assert without_folders("docs/bench.json and org/name") == "docs/bench.json and org/name"

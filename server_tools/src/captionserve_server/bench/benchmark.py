@@ -174,7 +174,10 @@ def _measured(
         peers = _started(plans, stack, measurements, progress)
         versions = {name: peer.versions for name, peer in peers.items()}
         rounds = Rounds(peers, settings.images, settings.forced_tokens, progress)
-        rounds.measure(rows, settings.rounds, measurements, lambda: rates.append(probe.measure()))
+        with _interruption_noted(measurements):
+            rounds.measure(
+                rows, settings.rounds, measurements, lambda: rates.append(probe.measure())
+            )
     return Report(
         settings=settings,
         machine=machine_facts(),
@@ -184,6 +187,17 @@ def _measured(
         rows=list(rows),
         measurements=measurements,
     )
+
+
+@contextmanager
+def _interruption_noted(measurements: Measurements) -> Iterator[None]:
+    """Whoever ends a run of hours early keeps what has been measured."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if not measurements.samples:
+            raise
+        measurements.failures["the rest"] = "interrupted"
 
 
 def _started(

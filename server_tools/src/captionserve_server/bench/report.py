@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from captionserve_server.bench.rounds import Measurements, Sample
 from captionserve_server.bench.rows import Row
 
 _MISSING = "-"
+# The folders of an absolute path, up to its last name.
+_FOLDERS = re.compile(r"(?<![\w.~/])/(?:[^\s/:'\"]+/)*")
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,9 @@ class Report:
                 dataclasses.asdict(sample) | {"images_per_second": sample.images_per_second}
                 for sample in self.measurements.samples
             ],
-            "failures": self.measurements.failures,
+            "failures": {
+                name: without_folders(reason) for name, reason in self.measurements.failures.items()
+            },
         }
         return json.dumps(_rounded(values), indent=2) + "\n"
 
@@ -202,6 +207,11 @@ class Report:
             default=0.0,
         )
         return f"systems that were not being measured used at most {100 * most:.1f} % of a core"
+
+
+def without_folders(text: str) -> str:
+    """The text with the last name of each absolute path in its place, to be shown to others."""
+    return _FOLDERS.sub("", text)
 
 
 def _with_ratio(summary: Summary, reference: float | None) -> Summary:
