@@ -24,11 +24,11 @@ GEOMETRY = DecoderGeometry(
 CAPACITY = 4
 
 
-def added(store: SlotStore, *images: float) -> list[int]:
-    """Take captions in whose keys and values are the images' numbers; their handles."""
-    for array in store.next_cross(len(images)):
-        array[:] = np.array(images, np.float32)[:, None, None, None]
-    return [int(handle) for handle in store.add(len(images))]
+def added(store: SlotStore, image: float) -> int:
+    """Take a caption in whose keys and values are the image's number; its handle."""
+    for array in store.next_cross():
+        array[:] = image
+    return store.add()
 
 
 class SlotStoreMachine(RuleBasedStateMachine):
@@ -39,27 +39,18 @@ class SlotStoreMachine(RuleBasedStateMachine):
         self.store = SlotStore(GEOMETRY, CAPACITY)
         # handle -> (image number, history of entry numbers for each row)
         self.captions: dict[int, tuple[float, list[list[float]]]] = {}
+        # handle -> entries written so far
+        self.used: dict[int, int] = {}
         self.counter = 0.0
 
     @precondition(lambda self: len(self.captions) < CAPACITY)
     @rule()
     def add(self) -> None:
         self.counter += 1
-        (handle,) = added(self.store, self.counter)
+        handle = added(self.store, self.counter)
         assert handle not in self.captions
         self.captions[handle] = (self.counter, [[]])
-
-    @precondition(lambda self: len(self.captions) <= CAPACITY - 2)
-    @rule()
-    def add_two(self) -> None:
-        self.counter += 2
-        for handle, image in zip(
-            added(self.store, self.counter - 1, self.counter),
-            (self.counter - 1, self.counter),
-            strict=True,
-        ):
-            assert handle not in self.captions
-            self.captions[handle] = (image, [[]])
+        self.used[handle] = 0
 
     @precondition(lambda self: self.captions)
     @rule(data=st.data())
@@ -76,6 +67,11 @@ class SlotStoreMachine(RuleBasedStateMachine):
         handles = data.draw(
             st.lists(st.sampled_from(sorted(self.captions)), min_size=1, unique=True)
         )
+        self.store.close_gaps()
+        assert sorted(self.store.places(np.array(sorted(self.captions)))) == list(
+            range(len(self.captions))
+        )
+        self.store.close_gaps()
         places, rows, parents, entries = [], [], [], []
         for handle in handles:
             image, histories = self.captions[handle]
@@ -92,6 +88,7 @@ class SlotStoreMachine(RuleBasedStateMachine):
                 parents.append(parent)
                 entries.append(self.counter)
             self.captions[handle] = (image, after)
+            self.used[handle] += len(after)
         place_array, row_array = np.array(places), np.array(rows)
         self.store.descend(place_array, np.array(parents), row_array)
         shape = (GEOMETRY.layers, len(rows), GEOMETRY.heads, GEOMETRY.head_dim)
@@ -100,22 +97,29 @@ class SlotStoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def rows_see_their_own_history_and_nothing_else(self) -> None:
-        count = len(self.captions)
-        assert len(self.store) == count
-        assert self.store.room == CAPACITY - count
+        assert len(self.store) == len(self.captions)
+        assert self.store.room == CAPACITY - len(self.captions)
         for handle, (image, histories) in self.captions.items():
             place = int(self.store.places(np.array([handle]))[0])
-            assert place < count
-            assert (self.store.cross(count)[0][place] == image).all()
-            bias = self.store.entry_bias(count, len(histories))[place, 0]
+            assert (self.store.cross(CAPACITY)[0][place] == image).all()
+            bias = self.store.entry_bias(CAPACITY, len(histories))[place, 0]
             for layer in range(GEOMETRY.layers):
-                keys = self.store.remembered(count)[2 * layer][place, 0, :, 0]
-                values = self.store.remembered(count)[2 * layer + 1][place, 0, :, 0]
+                keys = self.store.remembered(CAPACITY)[2 * layer][place, 0, :, 0]
+                values = self.store.remembered(CAPACITY)[2 * layer + 1][place, 0, :, 0]
                 for row, history in enumerate(histories):
                     assert sorted(keys[bias[row] == 0]) == history
                     assert sorted(-values[bias[row] == 0]) == history
             steps = len(histories[0])
             assert int(self.store.positions(np.array([place]))[0]) == steps
+
+    @invariant()
+    def what_a_caption_has_not_written_is_zero(self) -> None:
+        for handle in self.captions:
+            (place,) = self.store.places(np.array([handle]))
+            used = self.used[handle]
+            for array in self.store.remembered(CAPACITY):
+                assert (array[place, :, :used] != 0).all()
+                assert (array[place, :, used:] == 0).all()
 
     @invariant()
     def what_a_step_reads_is_a_view(self) -> None:
@@ -133,7 +137,7 @@ TestSlotStore = SlotStoreMachine.TestCase
 
 def test_entries_grow_beyond_the_first_block_and_shrink_when_empty() -> None:
     store = SlotStore(GEOMETRY, CAPACITY)
-    (handle,) = added(store, 1)
+    handle = added(store, 1)
     place, row = np.zeros(1, np.int64), np.zeros(1, np.int64)
     keys = np.ones((GEOMETRY.layers, 1, GEOMETRY.heads, GEOMETRY.head_dim), np.float32)
     for _ in range(ENTRY_BLOCK + 1):
@@ -146,10 +150,23 @@ def test_entries_grow_beyond_the_first_block_and_shrink_when_empty() -> None:
     assert store.remembered(1)[0].shape[2] == ENTRY_BLOCK
 
 
+def test_numbers_that_are_none_do_not_outlive_their_caption() -> None:
+    store = SlotStore(GEOMETRY, CAPACITY)
+    zero = np.zeros(1, np.int64)
+    none = np.full((GEOMETRY.layers, 1, GEOMETRY.heads, GEOMETRY.head_dim), np.nan, np.float32)
+    for _ in range(2):
+        handle = added(store, 1)
+        assert all((array == 0).all() for array in store.remembered(1))
+        for _ in range(ENTRY_BLOCK + 1):
+            store.descend(zero, zero, zero)
+            store.append(zero, zero, none, none)
+        store.remove(handle)
+
+
 def test_a_full_store_refuses() -> None:
     store = SlotStore(GEOMETRY, 1)
     added(store, 1)
     with pytest.raises(IndexError, match="room"):
-        store.next_cross(1)
+        store.next_cross()
     with pytest.raises(IndexError, match="room"):
-        store.add(1)
+        store.add()

@@ -74,19 +74,20 @@ class GraphStepModel:
     def prefill(self, states: Float32Array) -> Int64Array:
         """Project as many images as find room; [images, S, E] to slots [images]."""
         slots = np.full(len(states), NO_SLOT, dtype=np.int64)
-        taken = min(len(states), self._slots.room)
-        if taken:
-            cross = self._slots.next_cross(taken)
+        cross_names = names.cross_names(self._geometry.layers)
+        for index in range(min(len(states), self._slots.room)):
+            # One by one: free places need not be neighbours, and one image fills a product.
             self._graphs.prefill.run(
-                {names.ENCODER_STATES: states[:taken]},
-                into=dict(zip(names.cross_names(self._geometry.layers), cross, strict=True)),
+                {names.ENCODER_STATES: states[index : index + 1]},
+                into=dict(zip(cross_names, self._slots.next_cross(), strict=True)),
             )
-            slots[:taken] = self._slots.add(taken)
+            slots[index] = self._slots.add()
         return slots
 
     def step(self, batch: StepBatch) -> StepAnswer:
         """Run one token of every row; KeyError for a slot that is not held."""
         slots, requests = self._slots, batch.rows
+        slots.close_gaps()
         places = slots.places(batch.slots)
         row_places = np.repeat(places, batch.row_counts)
         rows = _index_within(batch.row_counts)

@@ -5,18 +5,21 @@ of self-attention entries, one per row and step. Entries are only ever appended.
 die move nothing: each row has a mask of the entries it descends from, and attention skips the
 others.
 
-Occupied slots stand first and without gaps in every array, so that what a step reads is a view of
-the whole arrays, never a copy. Callers hold handles, which are not reused; a slot's place may
-change when another one is freed.
+A step reads the first places of every array, so that what it reads is a view, never a copy. A slot
+that is given back leaves a gap; whoever comes next takes it. Gaps that are left when a step begins
+are closed by moving the last slots. Callers hold handles, which are not reused.
 
 Invariants:
     1. A handle is valid from `add` until `remove`, and names one place.
-    2. Places 0 .. len(self) - 1 are occupied, the others are not.
+    2. After `close_gaps`, places 0 .. len(self) - 1 are occupied, the others are not.
     3. An entry, once written, is not changed until its caption is removed.
+    4. An entry that its caption has not written is 0: hidden entries are multiplied by 0, too, and
+       a number that is none would spread.
 """
 
 from __future__ import annotations
 
+import heapq
 from typing import TypeVar
 
 import numpy as np
@@ -28,6 +31,9 @@ from captionserve_server.core.step_model import Float32Array, Int64Array
 # Entries are reserved in blocks of this many: attention runs over all of them, used or not, and
 # memory is laid anew whenever more are needed.
 ENTRY_BLOCK = 16
+# Memory for up to so many entries is kept for reuse: touching fresh pages costs as much as filling
+# them. More is needed rarely, and given back.
+_KEPT_ENTRIES = 64
 # Added to the score of an entry that a row does not descend from; exp() of it is 0 in float32.
 HIDDEN = np.float32(-1.0e30)
 
@@ -40,77 +46,83 @@ class SlotStore:
 
     def __init__(self, geometry: DecoderGeometry, capacity: int) -> None:
         """Reserve room for `capacity` captions; the pages are touched only when used."""
-        self._geometry = geometry
         self._capacity = capacity
         shape = (capacity, geometry.heads, geometry.image_tokens, geometry.head_dim)
         self._cross = [np.zeros(shape, np.float32) for _ in range(2 * geometry.layers)]
         self._places: dict[int, int] = {}
-        self._handles: list[int] = []
+        self._handles: dict[int, int] = {}
+        self._free = list(range(capacity))
         self._next_handle = 0
         self._positions = np.zeros(capacity, np.int64)
         self._used = np.zeros(capacity, np.int64)
-        self._self: list[Float32Array] = []
-        self._visible: NDArray[np.bool_] = np.zeros((capacity, 1, 0), np.bool_)
-        self._reserve_entries(ENTRY_BLOCK)
+        self._memory = _EntryMemory(geometry, capacity)
+        self._visible: NDArray[np.bool_] = np.zeros((capacity, 1, ENTRY_BLOCK), np.bool_)
 
     def __len__(self) -> int:
         """Captions in slots."""
-        return len(self._handles)
+        return len(self._places)
 
     @property
     def entries(self) -> int:
         """Self-attention entries remembered for all captions."""
-        return int(self._used[: len(self)].sum())
+        return int(self._used[list(self._handles)].sum())
 
     @property
     def room(self) -> int:
         """Captions that could still be taken in."""
-        return self._capacity - len(self)
+        return len(self._free)
 
-    def next_cross(self, count: int) -> list[Float32Array]:
-        """2 L views [count, H, S, D], where the next captions' keys and values are to be written.
+    def next_cross(self) -> list[Float32Array]:
+        """2 L views [1, H, S, D], where the next caption's keys and values are to be written.
 
         Raises:
-            IndexError: if there is no room for so many.
+            IndexError: if there is no room.
         """
-        self._require_room(count)
-        begin = len(self)
-        return [store[begin : begin + count] for store in self._cross]
+        place = self._next_place()
+        return [store[place : place + 1] for store in self._cross]
 
-    def add(self, count: int) -> Int64Array:
-        """Take captions in whose keys and values have been written to `next_cross(count)`.
+    def add(self) -> int:
+        """Take a caption in whose keys and values have been written to `next_cross()`.
 
         Returns:
-            [count], the captions' handles.
+            its handle.
 
         Raises:
-            IndexError: if there is no room for so many.
+            IndexError: if there is no room.
         """
-        self._require_room(count)
-        places = range(len(self), len(self) + count)
-        handles = range(self._next_handle, self._next_handle + count)
-        for array in (self._positions, self._used, self._visible):
-            array[places.start : places.stop] = 0
-        self._next_handle = handles.stop
-        self._handles.extend(handles)
-        self._places.update(zip(handles, places, strict=True))
-        return np.array(handles, dtype=np.int64)
+        place = self._next_place()
+        heapq.heappop(self._free)
+        handle = self._next_handle
+        self._next_handle += 1
+        self._places[handle] = place
+        self._handles[place] = handle
+        self._positions[place] = self._used[place] = 0
+        self._visible[place] = False
+        self._memory.clear(place)
+        return handle
 
     def remove(self, handle: int) -> None:
-        """Give a slot back; the last one takes its place.
+        """Give a slot back.
 
         Raises:
             KeyError: if the handle is not valid.
         """
         place = self._places.pop(handle)
-        last = len(self) - 1
-        moved = self._handles.pop()
-        if place != last:
-            self._move(last, place)
-            self._handles[place] = moved
-            self._places[moved] = place
+        del self._handles[place]
+        heapq.heappush(self._free, place)
         if not self._handles:
-            self._reserve_entries(ENTRY_BLOCK)
+            self._memory.shrink()
+            self._visible = np.zeros((self._capacity, 1, ENTRY_BLOCK), np.bool_)
+
+    def close_gaps(self) -> None:
+        """Move the last slots into the gaps, so that the first places are all occupied."""
+        while self._free and self._free[0] < len(self):
+            gap, last = heapq.heappop(self._free), max(self._handles)
+            self._move(last, gap)
+            handle = self._handles.pop(last)
+            self._handles[gap] = handle
+            self._places[handle] = gap
+            heapq.heappush(self._free, last)
 
     def places(self, handles: Int64Array) -> Int64Array:
         """The present places of handles, [captions]; KeyError names one that is not valid."""
@@ -126,7 +138,7 @@ class SlotStore:
 
     def remembered(self, count: int) -> list[Float32Array]:
         """2 L views [count, H, P, D] of the first places."""
-        return [store[:count] for store in self._self]
+        return self._memory.views(count)
 
     def descend(self, places: Int64Array, parents: Int64Array, rows: Int64Array) -> None:
         """Let rows continue others: each takes over its parent's mask.
@@ -159,36 +171,90 @@ class SlotStore:
         """
         entries = self._used[places] + rows
         self._ensure_entries(int(entries.max()) + 1)
-        for layer in range(self._geometry.layers):
-            self._self[2 * layer][places, :, entries] = keys[layer]
-            self._self[2 * layer + 1][places, :, entries] = values[layer]
+        self._memory.write(places, entries, keys, values)
         self._visible[places, rows, entries] = True
         rows_added = np.bincount(places, minlength=self._capacity)
         self._used += rows_added
         self._positions += rows_added > 0
 
-    def _require_room(self, count: int) -> None:
-        if count > self.room:
-            raise IndexError(f"there is room for {self.room} captions, not for {count}")
+    def _next_place(self) -> int:
+        if not self._free:
+            raise IndexError("there is no room for another caption")
+        return self._free[0]
 
     def _ensure_entries(self, needed: int) -> None:
-        present = self._visible.shape[2]
+        present = self._memory.entries
         if needed <= present:
             return
         size = -(-max(needed, 2 * present) // ENTRY_BLOCK) * ENTRY_BLOCK
-        live = len(self)
-        self._self = [_grown(store, axis=2, size=size, live=live) for store in self._self]
+        live = max(self._handles) + 1
+        self._memory.grow(size, live)
         self._visible = _grown(self._visible, axis=2, size=size, live=live)
 
-    def _reserve_entries(self, entries: int) -> None:
-        geometry = self._geometry
-        shape = (self._capacity, geometry.heads, entries, geometry.head_dim)
-        self._self = [np.zeros(shape, np.float32) for _ in range(2 * geometry.layers)]
-        self._visible = np.zeros((self._capacity, 1, entries), np.bool_)
-
     def _move(self, source: int, target: int) -> None:
-        for store in (*self._cross, *self._self, self._visible, self._positions, self._used):
+        self._memory.move(source, target)
+        for store in (*self._cross, self._visible, self._positions, self._used):
             store[target] = store[source]
+
+
+class _EntryMemory:
+    """Self-attention keys and values: [2, L, places, H, P, D], keys first."""
+
+    def __init__(self, geometry: DecoderGeometry, capacity: int) -> None:
+        self._geometry = geometry
+        self._capacity = capacity
+        self._kept: dict[int, Float32Array] = {}
+        self._stores = self._of_size(ENTRY_BLOCK)
+
+    @property
+    def entries(self) -> int:
+        """P, entries that a place has room for."""
+        return self._stores.shape[4]
+
+    def views(self, count: int) -> list[Float32Array]:
+        """2 L views [count, H, P, D] of the first places: each layer's keys, then values."""
+        return [
+            self._stores[kind, layer, :count]
+            for layer in range(self._geometry.layers)
+            for kind in (0, 1)
+        ]
+
+    def write(
+        self, places: Int64Array, entries: Int64Array, keys: Float32Array, values: Float32Array
+    ) -> None:
+        """Set entries of places, both [rows], to [L, rows, H, D]."""
+        for store, new in zip(self._stores, (keys, values), strict=True):
+            # Two index arrays apart from each other: their dimension comes first.
+            store[:, places, :, entries] = new.swapaxes(0, 1)
+
+    def clear(self, place: int) -> None:
+        """Set all of a place's entries to 0."""
+        self._stores[:, :, place] = 0
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a place's entries to another's."""
+        self._stores[:, :, target] = self._stores[:, :, source]
+
+    def grow(self, entries: int, live: int) -> None:
+        """Make room for so many entries; those of the first `live` places stay."""
+        present, self._stores = self._stores, self._of_size(entries)
+        before = present.shape[4]
+        self._stores[:, :, :live, :, :before] = present[:, :, :live]
+        self._stores[:, :, :live, :, before:] = 0
+
+    def shrink(self) -> None:
+        """Go back to the least room; what the entries are is forgotten."""
+        self._stores = self._of_size(ENTRY_BLOCK)
+
+    def _of_size(self, entries: int) -> Float32Array:
+        if entries in self._kept:
+            return self._kept[entries]
+        geometry = self._geometry
+        places = (2, geometry.layers, self._capacity, geometry.heads)
+        stores = np.zeros((*places, entries, geometry.head_dim), np.float32)
+        if entries <= _KEPT_ENTRIES:
+            self._kept[entries] = stores
+        return stores
 
 
 def _grown(array: NDArray[_Element], axis: int, size: int, live: int) -> NDArray[_Element]:

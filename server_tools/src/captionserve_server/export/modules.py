@@ -12,13 +12,50 @@ VisionEncoderDecoderModel computes, cut where serving needs it cut:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedModel
 
 from captionserve_server.core.preprocessing import PreprocessorConfig
+
+_UNMASKED = "captionserve_unmasked"
+
+
+def _unmasked_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention of everything to everything; [B, H, S, D] each to [B, S, H, D].
+
+    The interface is transformers' AttentionInterface.
+    """
+    weights = torch.softmax(torch.matmul(query * scaling, key.transpose(2, 3)), dim=-1)
+    return torch.matmul(weights, value).transpose(1, 2), None
+
+
+AttentionInterface.register(_UNMASKED, _unmasked_attention)
+
+
+@contextmanager
+def without_mask(encoder: PreTrainedModel) -> Iterator[None]:
+    """Spare an encoder the mask that hides nothing; transformers' own attention exports one."""
+    own = encoder.config._attn_implementation
+    encoder.set_attn_implementation(_UNMASKED)
+    try:
+        yield
+    finally:
+        encoder.set_attn_implementation(own)
 
 
 class EncoderModule(nn.Module):

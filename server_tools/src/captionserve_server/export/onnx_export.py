@@ -12,7 +12,7 @@ from torch.export import Dim
 
 from captionserve_server.core import graph_tensors as names
 from captionserve_server.export.checkpoint import Checkpoint
-from captionserve_server.export.modules import TopModule
+from captionserve_server.export.modules import TopModule, without_mask
 from captionserve_server.export.sources import (
     StepShape,
     encoder_module,
@@ -31,14 +31,15 @@ def export_encoder(checkpoint: Checkpoint, path: Path) -> None:
     """Write the encoder graph."""
     height, width = checkpoint.image_size
     pixels = torch.zeros(2, 3, height, width, dtype=torch.uint8)
-    _export(
-        encoder_module(checkpoint),
-        (pixels,),
-        ({0: Dim("images")},),
-        [names.PIXELS],
-        [names.ENCODER_STATES],
-        path,
-    )
+    with without_mask(checkpoint.model.encoder):
+        _export(
+            encoder_module(checkpoint),
+            (pixels,),
+            ({0: Dim("images")},),
+            [names.PIXELS],
+            [names.ENCODER_STATES],
+            path,
+        )
 
 
 def export_prefill(checkpoint: Checkpoint, path: Path) -> None:

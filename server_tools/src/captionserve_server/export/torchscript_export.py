@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from captionserve_server.core import graph_tensors as names
 from captionserve_server.export.checkpoint import Checkpoint
-from captionserve_server.export.modules import TopModule
+from captionserve_server.export.modules import TopModule, without_mask
 from captionserve_server.export.sources import (
     StepShape,
     encoder_module,
@@ -34,7 +34,9 @@ def export_encoder(checkpoint: Checkpoint, path: Path) -> None:
     """Write the encoder graph."""
     height, width = checkpoint.image_size
     pixels = torch.zeros(_IMAGES, 3, height, width, dtype=torch.uint8)
-    _export(encoder_module(checkpoint), (pixels,), [names.PIXELS], [names.ENCODER_STATES], path)
+    module = encoder_module(checkpoint)
+    with without_mask(checkpoint.model.encoder):
+        _export(module, (pixels,), [names.PIXELS], [names.ENCODER_STATES], path)
 
 
 def export_prefill(checkpoint: Checkpoint, path: Path) -> None:

@@ -30,10 +30,9 @@ from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import UInt8Array
 from captionserve_server.triton.caption_tensors import caption_response
+from captionserve_server.triton.metrics import Counter, Gauge, Pace
 from captionserve_server.triton.requests import (
     Array,
-    Counter,
-    Gauge,
     ModelArguments,
     Request,
     call_model,
@@ -122,7 +121,7 @@ class CaptionModel(ABC):
             ),
         )
         metrics = _EngineMetrics(engine, arguments)
-        self._engine = EngineThread(engine, pb_utils.Logger.log_error, metrics.show)
+        self._engine = EngineThread(engine, pb_utils.Logger.log_error, metrics.count)
 
     def execute(self, requests: list[Request]) -> None:
         """Accept the requests; they are answered later, through their response senders."""
@@ -215,13 +214,22 @@ class _EngineMetrics:
         self._waiting = Gauge("captionserve_waiting_captions", "Captions without a slot.", labels)
         self._steps = Counter("captionserve_engine_steps_total", "Decoding steps.", labels)
         self._seconds = Counter("captionserve_engine_seconds_total", "Time spent decoding.", labels)
+        self._pace = Pace()
+        self._steps_taken = 0
+        self._seconds_spent = 0.0
 
-    def show(self, seconds: float) -> None:
-        """Count a step that took so long."""
+    def count(self, seconds: float) -> None:
+        """Count a step that took so long; all counts are shown once the engine is idle."""
+        self._steps_taken += 1
+        self._seconds_spent += seconds
+        if self._engine.idle or self._pace.is_due():
+            self._show()
+
+    def _show(self) -> None:
         self._live.set(self._engine.live)
         self._waiting.set(self._engine.waiting)
-        self._steps.add(1)
-        self._seconds.add(seconds)
+        self._steps.raise_to(self._steps_taken)
+        self._seconds.raise_to(self._seconds_spent)
 
 
 class _Room:

@@ -39,10 +39,9 @@ from captionserve_server.core.step_model import (
 from captionserve_server.core.tensors import TensorSpec
 from captionserve_server.runtime.open_graph import find_graph, open_graph
 from captionserve_server.runtime.timed_graph import TimedGraph
+from captionserve_server.triton.metrics import Counter, Gauge, Pace
 from captionserve_server.triton.requests import (
     Array,
-    Counter,
-    Gauge,
     ModelArguments,
     Request,
     error_response,
@@ -88,6 +87,7 @@ class TritonPythonModel:
         )
         _warm_up(GraphStepModel(graphs, geometry, 1), geometry.image_tokens, geometry.encoder_width)
         self._metrics = _Metrics(arguments.version, capacity, timed)
+        self._pace = Pace()
         self._operations = {PREFILL: self._prefill, STEP: self._step, FREE: self._free}
 
     def execute(self, requests: list[Request]) -> list[Any]:
@@ -101,7 +101,9 @@ class TritonPythonModel:
                 raise InvalidRequestError(f"OPERATION must be one of {', '.join(self._operations)}")
             memory = self._owners.memory_of(_text(request, tensors.OWNER))
             answer = self._operations[name](memory, request)
-            self._metrics.show(self._owners.memories)
+            # A step changes no slot; what it changes can wait.
+            if name != STEP or self._pace.is_due():
+                self._metrics.show(self._owners.memories)
             return answer
         except Exception as error:  # Whatever goes wrong is this request's answer.
             return error_response(error)

@@ -137,43 +137,6 @@ def _output(answer: Any, spec: TensorSpec) -> Array:
     return array
 
 
-class Gauge:
-    """A value among Triton's metrics that goes up and down."""
-
-    def __init__(self, name: str, description: str, labels: Mapping[str, str]) -> None:
-        """Add it to Triton's metrics."""
-        # Triton wants the family to live as long as its metric.
-        self._family = pb_utils.MetricFamily(
-            name=name, description=description, kind=pb_utils.MetricFamily.GAUGE
-        )
-        self._metric = self._family.Metric(labels=dict(labels))
-
-    def set(self, value: float) -> None:
-        """Show the present value."""
-        self._metric.set(value)
-
-
-class Counter:
-    """A value among Triton's metrics that only goes up."""
-
-    def __init__(self, name: str, description: str, labels: Mapping[str, str]) -> None:
-        """Add it to Triton's metrics, at zero."""
-        self._family = pb_utils.MetricFamily(
-            name=name, description=description, kind=pb_utils.MetricFamily.COUNTER
-        )
-        self._metric = self._family.Metric(labels=dict(labels))
-        self._shown = 0.0
-
-    def add(self, amount: float) -> None:
-        """Go up by `amount`."""
-        self._metric.increment(amount)
-
-    def raise_to(self, total: float) -> None:
-        """Go up to `total`."""
-        self.add(total - self._shown)
-        self._shown = total
-
-
 def text_array(*texts: str | bytes) -> Array:
     """Strings as Triton's TYPE_STRING wants them."""
     encoded = [text if isinstance(text, bytes) else text.encode() for text in texts]
