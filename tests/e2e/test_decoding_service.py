@@ -289,6 +289,13 @@ def decoder_attention(
     return result
 
 
+def test_the_time_spent_on_images_is_counted(demo: ReadyReport) -> None:
+    before = metric(demo, "captionserve_preprocess_seconds")
+    with CaptionClient(demo.grpc, timeout=WAIT_SECONDS) as client:
+        client.caption(picture(1), bypass_cache=True)
+    assert metric(demo, "captionserve_preprocess_seconds") > before
+
+
 def test_contradictory_options_are_refused_before_any_model_runs(demo: ReadyReport) -> None:
     before = metric(demo, "nv_inference_request_success", model="preprocess")
     refused = {

@@ -98,10 +98,10 @@ def test_pictures_are_the_same_photos_each_time(tmp_path: Path) -> None:
 
 METRICS = """
 # TYPE nv_inference_compute_infer_duration_us counter
-nv_inference_compute_infer_duration_us{model="preprocess",version="1"} 3000000
 nv_inference_compute_infer_duration_us{model="vision_encoder",version="1"} 2000000
 nv_inference_compute_infer_duration_us{model="captioner",version="1"} 9000000
 nv_inference_queue_duration_us{model="vision_encoder",version="1"} 7000000
+captionserve_preprocess_seconds_total{version="1"} 3
 captionserve_prefill_seconds_total{version="1"} 0.5
 captionserve_step_seconds_total{version="1"} 4
 captionserve_top_seconds_total{version="1"} 0.25

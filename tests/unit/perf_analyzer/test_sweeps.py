@@ -49,7 +49,7 @@ def test_the_command_line_says_what_is_measured(target: Target) -> None:
     line = " ".join(target.arguments)
     assert "-m captioner -i grpc -u 127.0.0.1:1 " in line
     assert f"--input-data {target.input_data} " in line
-    assert "--bls-composing-models preprocess,vision_encoder,decoder_step " in line
+    assert "--bls-composing-models vision_encoder,decoder_step " in line
     assert "--measurement-interval 2500 " in line
     assert "--stability-percentage 20 " in line
 

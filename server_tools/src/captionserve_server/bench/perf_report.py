@@ -1,8 +1,7 @@
 """What perf_analyzer wrote: its CSV and its printed report, as values and as a table.
 
 The CSV has what the client saw. The captioner only accepts a request and answers it later, so what
-Triton says of it is no measure of work; the report tells queue and compute of the models that do
-the work.
+Triton says of it is no measure of work; the report tells queue and compute of the graphs' models.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ from captionserve_server.core import tensors
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
 
-_COMPUTING = (tensors.PREPROCESS.name, tensors.VISION_ENCODER.name)
 _COMPUTE = "nv_inference_compute_infer_duration_us_total"
-_ENGINE = re.compile(r"captionserve_(\w+)_seconds_total")
+_OWN = re.compile(r"captionserve_(\w+)_seconds_total")
 _REQUESTS = "captionserve_request_seconds_sum"
 
 Counters = dict[str, float]
@@ -88,16 +87,16 @@ def counters_of(metrics: str) -> Counters:
         metrics: in Prometheus' text format.
 
     Returns:
-        "preprocess" and "vision_encoder", the models' computing; "prefill", "step" and "top", the
-        decoder's graphs; "engine", the rounds of the captioner's engine, which waits for all but
-        "preprocess"; "gateway", the calls from arrival to end.
+        "preprocess", decoding and resizing; "vision_encoder", the model's computing; "prefill",
+        "step" and "top", the decoder's graphs; "engine", the rounds of the captioner's engine,
+        which waits for all but "preprocess"; "gateway", the calls from arrival to end.
     """
     seconds: Counters = {}
     for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
             model = sample.labels.get("model")
-            own = _ENGINE.fullmatch(sample.name)
-            if sample.name == _COMPUTE and model in _COMPUTING:
+            own = _OWN.fullmatch(sample.name)
+            if sample.name == _COMPUTE and model == tensors.VISION_ENCODER.name:
                 seconds[model] = sample.value / 1e6
             elif own and model in (None, tensors.CAPTIONER.name):
                 seconds[own[1]] = sample.value
