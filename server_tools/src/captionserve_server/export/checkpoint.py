@@ -204,7 +204,7 @@ def _load_model(name: str, config: Any) -> VisionEncoderDecoderModel:
         dtype=torch.float32,
         weights_only=True,
         output_loading_info=True,
-        # Others export a mask, and a search for NaN in every score.
+        # Others export a search for NaN in every score.
         attn_implementation="eager",
     )
     model, report = loaded
