@@ -30,7 +30,8 @@ from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import UInt8Array
 from captionserve_server.triton.caption_tensors import caption_response
-from captionserve_server.triton.metrics import Counter, Gauge, Pace
+from captionserve_server.triton.metrics import Counter, Gauge
+from captionserve_server.triton.pace import Pace
 from captionserve_server.triton.requests import (
     Array,
     ModelArguments,

@@ -39,7 +39,8 @@ from captionserve_server.core.step_model import (
 from captionserve_server.core.tensors import TensorSpec
 from captionserve_server.runtime.open_graph import find_graph, open_graph
 from captionserve_server.runtime.timed_graph import TimedGraph
-from captionserve_server.triton.metrics import Counter, Gauge, Pace
+from captionserve_server.triton.metrics import Counter, Gauge
+from captionserve_server.triton.pace import Pace
 from captionserve_server.triton.requests import (
     Array,
     ModelArguments,

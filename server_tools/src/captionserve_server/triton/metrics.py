@@ -1,17 +1,14 @@
 """Values of ours among Triton's metrics.
 
 Setting one sends Triton's process a message and waits for its answer, a third of a millisecond.
-What changes with every step is shown at a `Pace`.
+What changes with every step is shown at a Pace (pace.py).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import triton_python_backend_utils as pb_utils
-
-_SECONDS = 0.1
 
 
 class Gauge:
@@ -45,23 +42,3 @@ class Counter:
         """Go up to `total`."""
         self._metric.increment(total - self._shown)
         self._shown = total
-
-
-class Pace:
-    """Keeps apart what need not be done each time."""
-
-    def __init__(
-        self, seconds: float = _SECONDS, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Be due from the beginning, and then every so many seconds."""
-        self._seconds = seconds
-        self._clock = clock
-        self._next = clock()
-
-    def is_due(self) -> bool:
-        """Whether it is time; if so, the time begins anew."""
-        now = self._clock()
-        if now < self._next:
-            return False
-        self._next = now + self._seconds
-        return True
