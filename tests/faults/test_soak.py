@@ -39,7 +39,7 @@ WARM_UP_REQUESTS = 200
 SETTLE_SECONDS = 60.0
 # What allocators keep back; a leak of one image's states per ten requests is far more over 2,000.
 MEMORY_SLACK_BYTES = 48 * 2**20
-# gRPC starts and ends threads of its own as it sees fit: 262 to 275 were seen of one service at rest.
+# gRPC starts and ends threads of its own: one service at rest was seen with 262 to 275.
 SLACKS = {"slots": 0, "processes": 0, "threads": 16, "open_files": 6, "shared_files": 0}
 
 OPTIONS = (
