@@ -33,7 +33,7 @@ class Repositories(Protocol):
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let `make soak` ask for more."""
     parser.addoption(
-        "--soak-requests", type=int, default=200, help="requests of tests/faults/test_soak.py"
+        "--soak-requests", type=int, default=300, help="requests of tests/faults/test_soak.py"
     )
 
 

@@ -71,7 +71,6 @@ class SlotStoreMachine(RuleBasedStateMachine):
         assert sorted(self.store.places(np.array(sorted(self.captions)))) == list(
             range(len(self.captions))
         )
-        self.store.close_gaps()
         places, rows, parents, entries = [], [], [], []
         for handle in handles:
             image, histories = self.captions[handle]

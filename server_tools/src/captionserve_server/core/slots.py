@@ -141,7 +141,7 @@ class SlotStore:
         return self._memory.views(count)
 
     def descend(self, places: Int64Array, parents: Int64Array, rows: Int64Array) -> None:
-        """Let rows continue others: each takes over its parent's mask.
+        """Let rows continue others: each takes over its parent's mask. Gaps must be closed.
 
         Args:
             places: [rows], the caption's place of each row.
@@ -161,7 +161,7 @@ class SlotStore:
     def append(
         self, places: Int64Array, rows: Int64Array, keys: Float32Array, values: Float32Array
     ) -> None:
-        """Remember one new entry per row and advance each caption by one position.
+        """Remember one new entry per row and advance each caption by one position. No gaps.
 
         Args:
             places: [rows], the caption's place of each row.
@@ -187,9 +187,8 @@ class SlotStore:
         if needed <= present:
             return
         size = -(-max(needed, 2 * present) // ENTRY_BLOCK) * ENTRY_BLOCK
-        live = max(self._handles) + 1
-        self._memory.grow(size, live)
-        self._visible = _grown(self._visible, axis=2, size=size, live=live)
+        self._memory.grow(size, len(self))
+        self._visible = _grown(self._visible, axis=2, size=size, live=len(self))
 
     def _move(self, source: int, target: int) -> None:
         self._memory.move(source, target)
