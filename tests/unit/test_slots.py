@@ -106,8 +106,11 @@ class SlotStoreMachine(RuleBasedStateMachine):
                 keys = self.store.remembered(CAPACITY)[2 * layer][place, 0, :, 0]
                 values = self.store.remembered(CAPACITY)[2 * layer + 1][place, 0, :, 0]
                 for row, history in enumerate(histories):
-                    assert sorted(keys[bias[row] == 0]) == history
-                    assert sorted(-values[bias[row] == 0]) == history
+                    descends = bias[row, : len(keys)] == 0
+                    assert sorted(keys[descends]) == history
+                    assert sorted(-values[descends]) == history
+            of_new_entries = bias[:, -len(histories) :] == 0
+            assert (of_new_entries == np.eye(len(histories))).all()
             steps = len(histories[0])
             assert int(self.store.positions(np.array([place]))[0]) == steps
 
@@ -144,7 +147,8 @@ def test_entries_grow_beyond_the_first_block_and_shrink_when_empty() -> None:
         store.append(place, row, keys, keys)
 
     assert store.remembered(1)[0].shape[2] > ENTRY_BLOCK
-    assert (store.entry_bias(1, 1) == 0).sum() == ENTRY_BLOCK + 1
+    # The last one is the entry to come.
+    assert (store.entry_bias(1, 1) == 0).sum() == ENTRY_BLOCK + 1 + 1
     store.remove(handle)
     assert store.remembered(1)[0].shape[2] == ENTRY_BLOCK
 

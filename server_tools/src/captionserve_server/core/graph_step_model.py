@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,8 +57,8 @@ class GraphStepModel:
         self._graphs = graphs
         self._geometry = geometry
         self._slots = SlotStore(geometry, capacity)
-        # Logits are the one large output; they are written to the same pages at every step.
-        self._logits = np.empty((0, geometry.vocabulary_size), np.float32)
+        # Where the large outputs of every step are written, so that their pages are touched once.
+        self._pages: dict[str, Float32Array] = {}
 
     @property
     def slots_used(self) -> int:
@@ -93,11 +94,9 @@ class GraphStepModel:
         rows = _index_within(batch.row_counts)
         slots.descend(row_places, requests.parents, rows)
         inputs = self._inputs(row_places, rows, requests.tokens)
-        logits = self._logits_of(len(rows))
-        _, normalisers, attention, keys, values = self._graphs.step.run(
-            inputs, into={names.LOGITS: logits}
-        )
-        slots.append(row_places, rows, keys, values)
+        large = self._large_outputs(len(rows))
+        logits, normalisers, attention, projections = self._graphs.step.run(inputs, into=large)
+        slots.append(row_places, rows, *self._keys_and_values(projections))
         logprobs, tokens, probes = select(logits, normalisers, requests, self._top)
         return StepAnswer(logprobs, tokens, probes, attention[requests.attention_rows])
 
@@ -113,6 +112,7 @@ class GraphStepModel:
         slots, layers = self._slots, self._geometry.layers
         count, most_rows = int(row_places.max()) + 1, int(rows.max()) + 1
         cell_row = np.zeros((count, most_rows), dtype=np.int64)
+        cell_row[row_places[rows == 0]] = np.flatnonzero(rows == 0)[:, None]
         cell_row[row_places, rows] = np.arange(len(rows))
         inputs = {
             names.TOKENS: tokens,
@@ -125,10 +125,26 @@ class GraphStepModel:
         inputs |= dict(zip(names.self_names(layers), slots.remembered(count), strict=True))
         return inputs
 
-    def _logits_of(self, rows: int) -> Float32Array:
-        if rows > len(self._logits):
-            self._logits = np.empty((rows, self._geometry.vocabulary_size), np.float32)
-        return self._logits[:rows]
+    def _large_outputs(self, rows: int) -> dict[str, Float32Array]:
+        """Where a step of so many rows is to write logits and projections."""
+        of = self._geometry
+        shapes = {
+            names.LOGITS: (rows, of.vocabulary_size),
+            names.NEW_PROJECTIONS: (of.layers * rows, 3 * of.heads * of.head_dim),
+        }
+        return {name: self._kept_pages(name, shape) for name, shape in shapes.items()}
+
+    def _keys_and_values(self, projections: Float32Array) -> tuple[Float32Array, Float32Array]:
+        """[L * R, 3 * H * D] to views [L, R, H, D]."""
+        of = self._geometry
+        apart = projections.reshape(of.layers, -1, 3, of.heads, of.head_dim)
+        return apart[:, :, 1], apart[:, :, 2]
+
+    def _kept_pages(self, name: str, shape: tuple[int, ...]) -> Float32Array:
+        size = math.prod(shape)
+        if name not in self._pages or size > len(self._pages[name]):
+            self._pages[name] = np.empty(size, np.float32)
+        return self._pages[name][:size].reshape(shape)
 
     def _top(self, logits: Float32Array, count: int) -> tuple[Float32Array, Int64Array]:
         best, tokens = self._graphs.top.run(

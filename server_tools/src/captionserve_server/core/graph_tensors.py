@@ -24,22 +24,20 @@ TOKENS = "tokens"
 POSITIONS = "positions"
 """int64 [R], the position of that token; 0 is the decoder start token."""
 CELL_ROW = "cell_row"
-"""int64 [B, K], the row in each cell of the grid; cells beyond a caption's rows repeat any row."""
+"""int64 [B, K], the row in each cell of the grid; cells beyond a caption's rows repeat its first."""
 ROW_CELL = "row_cell"
 """int64 [R], the flat cell (caption x K + beam) of each row."""
 ENTRY_BIAS = "entry_bias"
-"""float32 [B, 1, K, P], 0 where a beam descends from the entry, else a large negative number."""
+"""float32 [B, 1, K, P + K], 0 where a beam descends from the entry, else a large negative number; the
+last K are the entries that this step adds, each beam's own."""
 LOGITS = "logits"
 """float32 [R, V]."""
 LOG_NORMALISERS = "log_normalisers"
 """float32 [R], log(sum(exp(logits)))."""
 ATTENTION = "attention"
 """float32 [R, S], cross-attention, mean over layers and heads."""
-NEW_KEYS = "new_keys"
-"""float32 [L, R, H, D], this step's self-attention keys."""
-NEW_VALUES = "new_values"
-"""float32 [L, R, H, D]."""
-
+NEW_PROJECTIONS = "new_projections"
+"""float32 [L * R, 3 * H * D], this step's self-attention queries, keys and values: layer by layer."""
 
 CANDIDATE_RANKS = "candidate_ranks"
 """int64 [C]; only its length counts, it says how many of the best to find."""
@@ -67,4 +65,4 @@ def step_input_names(layers: int) -> list[str]:
 
 def step_output_names() -> list[str]:
     """All outputs of the step graph, in order."""
-    return [LOGITS, LOG_NORMALISERS, ATTENTION, NEW_KEYS, NEW_VALUES]
+    return [LOGITS, LOG_NORMALISERS, ATTENTION, NEW_PROJECTIONS]

@@ -154,9 +154,14 @@ class SlotStore:
         self._visible[places, rows] = self._visible[places, parents]
 
     def entry_bias(self, count: int, most_rows: int) -> Float32Array:
-        """[count, 1, most_rows, P]: 0 where a row descends from the entry, else HIDDEN."""
-        visible = self._visible[:count, None, :most_rows]
-        return np.where(visible, np.float32(0), HIDDEN)
+        """[count, 1, most_rows, P + most_rows]: 0 where a row descends from the entry, else HIDDEN.
+
+        The last ones are those about to be appended, of which each row descends from its own.
+        """
+        visible = self._visible[:count, :most_rows]
+        own = np.broadcast_to(np.eye(most_rows, dtype=np.bool_), (count, most_rows, most_rows))
+        descends = np.concatenate((visible, own), axis=2)
+        return np.where(descends[:, None], np.float32(0), HIDDEN)
 
     def append(
         self, places: Int64Array, rows: Int64Array, keys: Float32Array, values: Float32Array

@@ -7,6 +7,7 @@ VisionEncoderDecoderModel computes, cut where serving needs it cut:
 - PrefillModule: states to every layer's cross-attention keys and values, once per image.
 - StepModule: one token for every row, up to the logits. Remembered keys and values come in and are
   never copied: attention over [remembered | new] is two products whose scores meet in one softmax.
+  With few rows each operator costs more than what it computes, so there are as few as will do.
 - TopModule: the best tokens of each row's logits.
 """
 
@@ -104,17 +105,14 @@ class StepModule(nn.Module):
     """One decoding step for every row."""
 
     def __init__(self, decoder: nn.Module) -> None:
-        """Keep the decoder's layers; all but the head stay shared with the checkpoint."""
+        """Keep the decoder's layers, shared with the checkpoint."""
         super().__init__()
         transformer: Any = decoder.transformer
-        head: Any = decoder.lm_head
-        # [E, V], as a product wants it, so that a quantised graph can keep it once for both uses.
-        self.head = nn.Parameter(head.weight.detach().T.contiguous(), requires_grad=False)
-        tied = head.weight is transformer.wte.weight
-        self.token_embedding = None if tied else transformer.wte
+        self.token_embedding = transformer.wte
         self.position_embedding = transformer.wpe
         self.blocks = transformer.h
         self.final_norm = transformer.ln_f
+        self.head: Any = decoder.lm_head
 
     def forward(
         self,
@@ -125,20 +123,19 @@ class StepModule(nn.Module):
         entry_bias: Tensor,
         cross: list[Tensor],
         remembered: list[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One step; shapes as in core/graph_tensors.py.
 
         Returns:
-            logits [R, V], log-normalisers [R], attention [R, S], new keys [L, R, H, D] and new
-            values [L, R, H, D].
+            logits [R, V], log-normalisers [R], attention [R, S], new queries, keys and values
+            [L * R, 3 * H * D].
         """
-        hidden = self._embedded(tokens) + self.position_embedding(positions)
-        new_keys: list[Tensor] = []
-        new_values: list[Tensor] = []
+        hidden = self.token_embedding(tokens) + self.position_embedding(positions)
+        projections: list[Tensor] = []
         looked_at: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             memory = remembered[2 * layer], remembered[2 * layer + 1]
-            attended, keys, values = _self_attention(
+            attended, projected = _self_attention(
                 block.attn, block.ln_1(hidden), memory, cell_row, row_cell, entry_bias
             )
             hidden = hidden + attended
@@ -147,26 +144,12 @@ class StepModule(nn.Module):
                 block.crossattention, block.ln_cross_attn(hidden), image, cell_row, row_cell
             )
             hidden = hidden + attended
-            looked_at.append(weights)
             hidden = hidden + _mlp(block.mlp, block.ln_2(hidden))
-            new_keys.append(keys)
-            new_values.append(values)
-        logits = torch.matmul(self.final_norm(hidden), self.head)
-        attention = _to_rows(torch.stack(looked_at).mean(dim=0)[:, None], row_cell)
-        return (
-            logits,
-            _log_normalisers(logits),
-            attention,
-            torch.stack(new_keys),
-            torch.stack(new_values),
-        )
-
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        """int64 [R] to [R, E]."""
-        if self.token_embedding is None:
-            return self.head.index_select(1, tokens).T
-        embedded: Tensor = self.token_embedding(tokens)
-        return embedded
+            projections.append(projected)
+            looked_at.append(weights)
+        logits = self.head(self.final_norm(hidden))
+        attention = _to_rows(torch.cat(looked_at, dim=1).mean(dim=1, keepdim=True), row_cell)
+        return logits, _log_normalisers(logits), attention, torch.cat(projections)
 
 
 class TopModule(nn.Module):
@@ -194,13 +177,7 @@ def _conv1d(layer: Any, inputs: Tensor) -> Tensor:
 
 def _split_heads(states: Tensor, attention: Any) -> Tensor:
     """[B, N, H * D] to [B, H, N, D]."""
-    return _heads_apart(states, attention).transpose(1, 2)
-
-
-def _heads_apart(states: Tensor, attention: Any) -> Tensor:
-    """[..., H * D] to [..., H, D]."""
-    apart: Tensor = states.unflatten(-1, (attention.num_heads, attention.head_dim))
-    return apart
+    return states.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
 
 def _to_grid(rows: Tensor, cell_row: Tensor) -> Tensor:
@@ -224,7 +201,7 @@ def _self_attention(
     cell_row: Tensor,
     row_cell: Tensor,
     entry_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Each row over the entries it descends from and its own new one.
 
     Args:
@@ -233,23 +210,29 @@ def _self_attention(
         memory: remembered keys and values, [B, H, P, D] each.
         cell_row: [B, K].
         row_cell: [R].
-        entry_bias: [B, 1, K, P].
+        entry_bias: [B, 1, K, P + K].
 
     Returns:
-        attended [R, H * D], new keys [R, H, D], new values [R, H, D].
+        attended [R, H * D], new queries, keys and values [R, 3 * H * D].
     """
     projected = _conv1d(attention.c_attn, hidden)
-    queries, keys, values = (
-        _split_heads(part, attention) for part in _to_grid(projected, cell_row).chunk(3, dim=-1)
-    )
-    queries = queries * attention.scaling
+    apart = _to_grid(projected, cell_row).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    queries, keys, values = apart.chunk(3, dim=1)
     past_keys, past_values = memory
-    past_scores = torch.matmul(queries, past_keys.transpose(-1, -2)) + entry_bias
-    own_scores = (queries * keys).sum(dim=-1, keepdim=True)
-    weights = torch.softmax(torch.cat((past_scores, own_scores), dim=-1), dim=-1)
-    attended = torch.matmul(weights[..., :-1], past_values) + weights[..., -1:] * values
-    _, new_keys, new_values = (_heads_apart(part, attention) for part in projected.chunk(3, dim=-1))
-    return _conv1d(attention.c_proj, _to_rows(attended, row_cell)), new_keys, new_values
+    past = past_keys.shape[2]
+    scores = (
+        _scaled_scores(queries, past_keys, attention.scaling),
+        _scaled_scores(queries, keys, attention.scaling),
+    )
+    weights = torch.softmax(torch.cat(scores, dim=-1) + entry_bias, dim=-1)
+    attended = torch.matmul(weights[..., :past], past_values)
+    attended = attended + torch.matmul(weights[..., past:], values)
+    return _conv1d(attention.c_proj, _to_rows(attended, row_cell)), projected
+
+
+def _scaled_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """[B, H, K, D] and [B, H, N, D] to [B, H, K, N]."""
+    return torch.matmul(queries, keys.transpose(-1, -2)) * scaling
 
 
 def _cross_attention(
@@ -262,11 +245,11 @@ def _cross_attention(
     """Each row over its image's states; an image's beams share keys and values, [B, H, S, D].
 
     Returns:
-        attended [R, H * D], and how much each state was attended to, mean over heads [B, K, S].
+        attended [R, H * D], and how much each state was attended to, mean over heads [B, 1, K, S].
     """
     queries = _split_heads(_to_grid(_conv1d(attention.q_attn, hidden), cell_row), attention)
     keys, values = image
-    scores = torch.matmul(queries * attention.scaling, keys.transpose(-1, -2))
-    weights = torch.softmax(scores, dim=-1)
+    weights = torch.softmax(_scaled_scores(queries, keys, attention.scaling), dim=-1)
     attended = torch.matmul(weights, values)
-    return _conv1d(attention.c_proj, _to_rows(attended, row_cell)), weights.mean(dim=1)
+    looked_at = weights.mean(dim=1, keepdim=True)
+    return _conv1d(attention.c_proj, _to_rows(attended, row_cell)), looked_at

@@ -90,7 +90,8 @@ def _step_dims(layers: int) -> tuple[object, ...]:
         {0: rows},
         {0: captions, 1: most},
         {0: rows},
-        {0: captions, 2: most, 3: entries},
+        # The last is entries + most_rows, which is found to be so.
+        {0: captions, 2: most, 3: Dim.AUTO},
         [{0: captions}] * (2 * layers),
         [{0: captions, 2: entries}] * (2 * layers),
     )

@@ -9,7 +9,9 @@ overflow.
 weights is what takes the time: the decoder. The encoder multiplies far more than it reads and keeps
 its feed-forward layers, two thirds of it, at 8 bits.
 
-The embedding of tokens reads the output head's weights, of which a graph keeps one quantised copy.
+The embedding of tokens reads the output head's weights, of which a graph keeps one quantised copy,
+a row for each token. ONNX Runtime turns it into the columns of a product when it loads the graph;
+a token's numbers together take a tenth of the time to look up.
 What was measured to choose all this is in docs/adr/0012.
 """
 
@@ -51,12 +53,31 @@ def quantise_encoder(source: Path, target: Path, precision: Precision) -> None:
 def quantise_decoder(source: Path, target: Path, precision: Precision) -> None:
     """Write the prefill or the step graph in a precision; the source has it in fp32."""
     model = onnx.load(str(source))
+    heads = _heads_as_products(model.graph)
     if precision is Precision.INT4:
         model = _in_4_bits(model, [node.name for node in _products(model.graph)])
     else:
         model = _in_8_bits(model)
-    _share_embedding(model.graph)
+    for table, columns in heads.items():
+        _share_embedding(model.graph, table, columns)
     onnx.save(model, str(target))
+
+
+def _heads_as_products(graph: GraphProto) -> dict[str, str]:
+    """Multiply with columns [E, V] where the graph does with rows [V, E]; rows' names to theirs."""
+    weights = {initializer.name: initializer for initializer in graph.initializer}
+    heads: dict[str, str] = {}
+    for node in graph.node:
+        transposed = any(entry.name == "transB" and entry.i for entry in node.attribute)
+        if node.op_type != "Gemm" or not transposed:
+            continue
+        hidden, table = node.input
+        columns = numpy_helper.to_array(weights[table]).T
+        heads[table] = f"{table}_columns"
+        graph.initializer.append(numpy_helper.from_array(columns, heads[table]))
+        product = helper.make_node("MatMul", [hidden, heads[table]], node.output, name=node.name)
+        node.CopyFrom(product)
+    return heads
 
 
 def _products(graph: GraphProto) -> Iterator[NodeProto]:
@@ -104,23 +125,30 @@ def _in_4_bits(model: ModelProto, chosen: Collection[str]) -> ModelProto:
     return quantised
 
 
-def _share_embedding(graph: GraphProto) -> None:
-    """Let the embedding read the head's quantised weights; the fp32 ones go."""
+def _share_embedding(graph: GraphProto, table: str, columns: str) -> None:
+    """Let the embedding read the head's quantised weights; the fp32 ones go.
+
+    Args:
+        graph: quantised; the head multiplies with what `columns` became.
+        table: fp32 [V, E], which the embedding of a tied head reads.
+        columns: the head's weights [E, V] before they were quantised.
+    """
     weights = {initializer.name: initializer for initializer in graph.initializer}
     for index, node in enumerate(graph.node):
-        table = node.input[0] if node.op_type == "Gather" else ""
-        if f"{table}_quantized" in weights:
-            rows = _rows_of_8_bits(table, node)
-        elif f"{table}_Q4" in weights:
-            rows = _rows_of_4_bits(table, node, width=weights[table].dims[0])
-        else:
+        if node.op_type != "Gather" or node.input[0] != table:
             continue
+        if f"{columns}_quantized" in weights:
+            rows = _rows_of_8_bits(weights[f"{columns}_quantized"], columns, node)
+            graph.initializer.remove(weights[f"{columns}_quantized"])
+        else:
+            rows = _rows_of_4_bits(columns, node, width=weights[table].dims[1])
         graph.node.remove(node)
         for offset, replacement in enumerate(rows.node):
             graph.node.insert(index + offset, replacement)
         graph.initializer.extend(rows.initializer)
-        graph.initializer.remove(weights[table])
-        return
+        break
+    # An untied head's rows have no other reader.
+    graph.initializer.remove(weights[table])
 
 
 @dataclasses.dataclass
@@ -148,24 +176,28 @@ class _Nodes:
         self.node[-1].output[0] = name
 
 
-def _rows_of_8_bits(table: str, gather: NodeProto) -> _Nodes:
-    """Columns [E, R] of int8 [E, V], times their scales [V]."""
-    tokens, nodes = gather.input[1], _Nodes(f"{table}_rows")
-    columns = nodes.add("Gather", f"{table}_quantized", tokens, axis=1)
-    scales = nodes.add("Gather", f"{table}_scale", tokens, axis=0)
-    nodes.add("Mul", nodes.add("Cast", columns, to=TensorProto.FLOAT), scales)
+def _rows_of_8_bits(quantised: TensorProto, columns: str, gather: NodeProto) -> _Nodes:
+    """Rows [R, E] of int8 [V, E], times their scales [V]; the product gets its transpose."""
+    tokens, nodes = gather.input[1], _Nodes(f"{columns}_rows")
+    last = nodes.constant(np.array([-1]))
+    table = nodes.constant(numpy_helper.to_array(quantised).T)
+    nodes.add("Transpose", table, perm=[1, 0])
+    nodes.give(quantised.name)
+    numbers = nodes.add("Cast", nodes.add("Gather", table, tokens, axis=0), to=TensorProto.FLOAT)
+    scales = nodes.add("Gather", f"{columns}_scale", tokens, axis=0)
+    nodes.add("Mul", numbers, nodes.add("Unsqueeze", scales, last))
     nodes.give(gather.output[0])
     return nodes
 
 
-def _rows_of_4_bits(table: str, gather: NodeProto, width: int) -> _Nodes:
-    """Columns [E, R] of the transpose of uint8 [V, blocks, BLOCK_SIZE / 2], times their scales.
+def _rows_of_4_bits(columns: str, gather: NodeProto, width: int) -> _Nodes:
+    """Rows [R, E] of uint8 [V, blocks, BLOCK_SIZE / 2], times their scales.
 
     A byte has two values, the first in its lower half; 8 stands for 0.
     """
-    tokens, nodes = gather.input[1], _Nodes(f"{table}_rows")
+    tokens, nodes = gather.input[1], _Nodes(f"{columns}_rows")
     last = nodes.constant(np.array([-1]))
-    packed = nodes.add("Gather", f"{table}_Q4", tokens, axis=0)
+    packed = nodes.add("Gather", f"{columns}_Q4", tokens, axis=0)
     lower = nodes.add("BitwiseAnd", packed, nodes.constant(np.array(15, np.uint8)))
     upper = nodes.add("BitShift", packed, nodes.constant(np.array(4, np.uint8)), direction="RIGHT")
     halves = [nodes.add("Unsqueeze", half, last) for half in (lower, upper)]
@@ -173,10 +205,10 @@ def _rows_of_4_bits(table: str, gather: NodeProto, width: int) -> _Nodes:
     blocks = nodes.add("Reshape", pairs, nodes.constant(np.array([0, 0, BLOCK_SIZE])))
     numbers = nodes.add("Cast", blocks, to=TensorProto.FLOAT)
     centred = nodes.add("Sub", numbers, nodes.constant(np.array(8, np.float32)))
-    scales = nodes.add("Gather", f"{table}_scales", tokens, axis=0)
+    scales = nodes.add("Gather", f"{columns}_scales", tokens, axis=0)
     scaled = nodes.add("Mul", centred, nodes.add("Unsqueeze", scales, last))
     rows = nodes.add("Reshape", scaled, nodes.constant(np.array([0, -1])))
     bounds = (nodes.constant(np.array([bound])) for bound in (0, width, 1))
-    nodes.add("Transpose", nodes.add("Slice", rows, *bounds), perm=[1, 0])
+    nodes.add("Slice", rows, *bounds)
     nodes.give(gather.output[0])
     return nodes

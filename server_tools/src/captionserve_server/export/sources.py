@@ -44,7 +44,7 @@ def step_module(checkpoint: Checkpoint) -> StepModule:
 def step_example(
     geometry: DecoderGeometry, shape: StepShape, generator: torch.Generator | None = None
 ) -> tuple[Tensor | list[Tensor], ...]:
-    """Inputs of StepModule: random keys and values, every row descending from every other entry.
+    """Inputs of StepModule: random keys and values, every row descending from every other past entry.
 
     Args:
         geometry: the decoder's shapes.
@@ -55,10 +55,12 @@ def step_example(
     captions, most, rows = len(counts), max(counts), sum(counts)
     cells = [caption * most + row for caption, count in enumerate(counts) for row in range(count)]
     row_cell = torch.tensor(cells)
-    cell_row = torch.zeros(captions * most, dtype=torch.int64)
+    firsts = torch.tensor([sum(counts[:caption]) for caption in range(captions)])
+    cell_row = firsts.repeat_interleave(most)
     cell_row[row_cell] = torch.arange(rows)
-    bias = torch.zeros(captions, 1, most, shape.entries)
-    bias[..., 1::2] = -1e30
+    past_bias = torch.zeros(captions, 1, most, shape.entries)
+    past_bias[..., 1::2] = -1e30
+    own_bias = torch.full((most, most), -1e30).fill_diagonal_(0).expand(captions, 1, -1, -1)
 
     def arrays(length: int) -> list[Tensor]:
         dims = (captions, geometry.heads, length, geometry.head_dim)
@@ -69,7 +71,7 @@ def step_example(
         torch.randint(geometry.max_positions, (rows,), generator=generator),
         cell_row.view(captions, most),
         row_cell,
-        bias,
+        torch.cat((past_bias, own_bias), dim=-1),
         arrays(geometry.image_tokens),
         arrays(shape.entries),
     )

@@ -80,6 +80,12 @@ def read_required(request: Request, spec: TensorSpec) -> Array:
     return array
 
 
+def read_or_empty(request: Request, spec: TensorSpec) -> Array:
+    """An input as an array; one without elements where it was left out."""
+    array = read(request, spec)
+    return _empty(spec) if array is None else array
+
+
 def response(outputs: Mapping[TensorSpec, Array]) -> Any:
     """A response of the given outputs."""
     return pb_utils.InferenceResponse(
@@ -112,6 +118,8 @@ def call_model(
 ) -> list[Array]:
     """Run another model of this server and return the outputs asked for.
 
+    An output that the model left out is an array without elements.
+
     Raises:
         CaptionServeError: the model's own error, or ModelFaultError for any other failure.
     """
@@ -133,8 +141,12 @@ def call_model(
 
 
 def _output(answer: Any, spec: TensorSpec) -> Array:
-    array: Array = pb_utils.get_output_tensor_by_name(answer, spec.name).as_numpy()
-    return array
+    tensor = pb_utils.get_output_tensor_by_name(answer, spec.name)
+    return _empty(spec) if tensor is None else tensor.as_numpy()
+
+
+def _empty(spec: TensorSpec) -> Array:
+    return np.empty((0,) * len(spec.dims), pb_utils.triton_string_to_numpy(spec.data_type))
 
 
 def text_array(*texts: str | bytes) -> Array:
