@@ -320,6 +320,8 @@ def _outcome(lanes: _Lanes, lane: int, *, faulty: bool) -> Outcome:
 
 def _batch(slots: Int64Array, asked: Sequence[Asked]) -> StepBatch:
     """What all searches ask for, as one step; row numbers shift as the rows line up."""
+    if len(asked) == 1:
+        return StepBatch(slots, asked[0].row_counts, asked[0].rows)
     begins = np.cumsum([0, *(len(part.rows.tokens) for part in asked)])
     shifted = [
         dataclasses.replace(
@@ -338,8 +340,6 @@ def _batch(slots: Int64Array, asked: Sequence[Asked]) -> StepBatch:
 
 
 def _side_by_side(parts: Sequence[RowRequests]) -> RowRequests:
-    if len(parts) == 1:
-        return parts[0]
     edits: ScoreEdits = joined([part.edits for part in parts])
     arrays = {
         name.name: np.concatenate([getattr(part, name.name) for part in parts])
@@ -351,6 +351,8 @@ def _side_by_side(parts: Sequence[RowRequests]) -> RowRequests:
 
 def _parted(answer: StepAnswer, asked: Sequence[Asked]) -> list[StepAnswer]:
     """Each search's own part of the answer."""
+    if len(asked) == 1:
+        return [answer]
     candidates = np.cumsum([int(part.rows.candidate_counts.sum()) for part in asked])[:-1]
     probes = np.cumsum([len(part.rows.probe_rows) for part in asked])[:-1]
     attended = np.cumsum([len(part.rows.attention_rows) for part in asked])[:-1]

@@ -177,7 +177,8 @@ def _conv1d(layer: Any, inputs: Tensor) -> Tensor:
 
 def _split_heads(states: Tensor, attention: Any) -> Tensor:
     """[B, N, H * D] to [B, H, N, D]."""
-    return states.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+    apart: Tensor = states.unflatten(-1, (attention.num_heads, attention.head_dim))
+    return apart.transpose(1, 2)
 
 
 def _to_grid(rows: Tensor, cell_row: Tensor) -> Tensor:

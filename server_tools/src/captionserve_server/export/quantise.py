@@ -53,31 +53,38 @@ def quantise_encoder(source: Path, target: Path, precision: Precision) -> None:
 def quantise_decoder(source: Path, target: Path, precision: Precision) -> None:
     """Write the prefill or the step graph in a precision; the source has it in fp32."""
     model = onnx.load(str(source))
-    heads = _heads_as_products(model.graph)
+    shared = _heads_as_products(model.graph)
     if precision is Precision.INT4:
         model = _in_4_bits(model, [node.name for node in _products(model.graph)])
     else:
         model = _in_8_bits(model)
-    for table, columns in heads.items():
+    for table, columns in shared.items():
         _share_embedding(model.graph, table, columns)
     onnx.save(model, str(target))
 
 
 def _heads_as_products(graph: GraphProto) -> dict[str, str]:
-    """Multiply with columns [E, V] where the graph does with rows [V, E]; rows' names to theirs."""
+    """Multiply with columns [E, V] where the graph multiplies with rows [V, E].
+
+    Returns:
+        name of the rows to that of the columns where an embedding reads the rows as well.
+    """
     weights = {initializer.name: initializer for initializer in graph.initializer}
-    heads: dict[str, str] = {}
+    shared: dict[str, str] = {}
     for node in graph.node:
         transposed = any(entry.name == "transB" and entry.i for entry in node.attribute)
         if node.op_type != "Gemm" or not transposed:
             continue
         hidden, table = node.input
-        columns = numpy_helper.to_array(weights[table]).T
-        heads[table] = f"{table}_columns"
-        graph.initializer.append(numpy_helper.from_array(columns, heads[table]))
-        product = helper.make_node("MatMul", [hidden, heads[table]], node.output, name=node.name)
-        node.CopyFrom(product)
-    return heads
+        columns = f"{table}_columns"
+        values = numpy_helper.to_array(weights[table]).T
+        graph.initializer.append(numpy_helper.from_array(values, columns))
+        node.CopyFrom(helper.make_node("MatMul", [hidden, columns], node.output, name=node.name))
+        if any(table in other.input for other in graph.node):
+            shared[table] = columns
+        else:
+            graph.initializer.remove(weights[table])
+    return shared
 
 
 def _products(graph: GraphProto) -> Iterator[NodeProto]:
@@ -130,24 +137,24 @@ def _share_embedding(graph: GraphProto, table: str, columns: str) -> None:
 
     Args:
         graph: quantised; the head multiplies with what `columns` became.
-        table: fp32 [V, E], which the embedding of a tied head reads.
+        table: fp32 [V, E], which the embedding reads.
         columns: the head's weights [E, V] before they were quantised.
     """
     weights = {initializer.name: initializer for initializer in graph.initializer}
-    for index, node in enumerate(graph.node):
-        if node.op_type != "Gather" or node.input[0] != table:
-            continue
-        if f"{columns}_quantized" in weights:
-            rows = _rows_of_8_bits(weights[f"{columns}_quantized"], columns, node)
-            graph.initializer.remove(weights[f"{columns}_quantized"])
-        else:
-            rows = _rows_of_4_bits(columns, node, width=weights[table].dims[1])
-        graph.node.remove(node)
-        for offset, replacement in enumerate(rows.node):
-            graph.node.insert(index + offset, replacement)
-        graph.initializer.extend(rows.initializer)
-        break
-    # An untied head's rows have no other reader.
+    index, gather = next(
+        (index, node)
+        for index, node in enumerate(graph.node)
+        if node.op_type == "Gather" and node.input[0] == table
+    )
+    if f"{columns}_quantized" in weights:
+        rows = _rows_of_8_bits(weights[f"{columns}_quantized"], columns, gather)
+        graph.initializer.remove(weights[f"{columns}_quantized"])
+    else:
+        rows = _rows_of_4_bits(columns, gather, width=weights[table].dims[1])
+    graph.node.remove(gather)
+    for offset, replacement in enumerate(rows.node):
+        graph.node.insert(index + offset, replacement)
+    graph.initializer.extend(rows.initializer)
     graph.initializer.remove(weights[table])
 
 

@@ -44,7 +44,7 @@ def step_module(checkpoint: Checkpoint) -> StepModule:
 def step_example(
     geometry: DecoderGeometry, shape: StepShape, generator: torch.Generator | None = None
 ) -> tuple[Tensor | list[Tensor], ...]:
-    """Inputs of StepModule: random keys and values, every row descending from every other past entry.
+    """Inputs of StepModule: random keys and values, every row descending from half of the past.
 
     Args:
         geometry: the decoder's shapes.

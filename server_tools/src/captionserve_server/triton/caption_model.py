@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from captionserve_server.core.finishing import Finisher
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import UInt8Array
+from captionserve_server.triton.callers import Caller, CallerWatch
 from captionserve_server.triton.caption_tensors import caption_response
 from captionserve_server.triton.metrics import Counter, Gauge
 from captionserve_server.triton.pace import Pace
@@ -65,36 +65,6 @@ class CaptionRequest:
     caller: Caller
 
 
-class Caller:
-    """Who sent a request and waits for its answer."""
-
-    def __init__(self, request: Request) -> None:
-        """Take the answer's way back and the time allowed from the request."""
-        self._sender = request.get_response_sender()
-        # Microseconds; 0 where the request has no limit of its own.
-        allowed = request.timeout()
-        self.deadline = time.monotonic() + allowed / 1e6 if allowed else float("inf")
-        self.request_id = str(request.request_id())
-
-    @property
-    def has_gone(self) -> bool:
-        """Whether the caller has cancelled, or its connection's deadline has passed."""
-        return bool(self._sender.is_cancelled())
-
-    @property
-    def waits(self) -> bool:
-        """Whether the caller is there and has time left."""
-        return not self.has_gone and time.monotonic() < self.deadline
-
-    def send(self, part: Any) -> None:
-        """Send one of several responses."""
-        self._sender.send(part)
-
-    def finish(self, answer: Any) -> None:
-        """Send the last response."""
-        self._sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
 class CaptionModel(ABC):
     """A Triton model that captions images; subclasses say how they answer."""
 
@@ -111,6 +81,7 @@ class CaptionModel(ABC):
             _PREPROCESSING_THREADS, thread_name_prefix="preprocessing"
         )
         self._answering = ThreadPoolExecutor(1, thread_name_prefix="answering")
+        self._watch = CallerWatch()
         engine = CaptionEngine(
             TritonEncoder(self._version),
             TritonStepModel(arguments.name, self._version),
@@ -134,6 +105,7 @@ class CaptionModel(ABC):
             except Exception as error:  # Whatever goes wrong is this request's answer.
                 caller.finish(error_response(error))
                 continue
+            self._watch.add(caller)
             self._accept(accepted)
 
     def finalize(self) -> None:
@@ -141,6 +113,7 @@ class CaptionModel(ABC):
         self._preprocessing.shutdown(cancel_futures=True)
         self._engine.close()
         self._answering.shutdown()
+        self._watch.close()
 
     @abstractmethod
     def _accept(self, request: CaptionRequest) -> None:

@@ -19,7 +19,8 @@ from captionserve_server.core.errors import (
     InvalidRequestError,
 )
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.triton.caption_model import Caller, CaptionModel, CaptionRequest
+from captionserve_server.triton.callers import Caller
+from captionserve_server.triton.caption_model import CaptionModel, CaptionRequest
 from captionserve_server.triton.requests import ModelArguments
 
 

@@ -14,7 +14,8 @@ from captionserve_server.core import tensors
 from captionserve_server.core.detokenise import Decode, TextStream
 from captionserve_server.core.engine_thread import Captions
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.triton.caption_model import Caller, CaptionModel, CaptionRequest
+from captionserve_server.triton.callers import Caller
+from captionserve_server.triton.caption_model import CaptionModel, CaptionRequest
 from captionserve_server.triton.requests import response, text_array
 
 

@@ -16,7 +16,7 @@ from captionserve_server.core.search.base import (
     length_penalised,
     shared_beginning,
 )
-from captionserve_server.core.search.hypotheses import NEVER, Hypotheses, best
+from captionserve_server.core.search.hypotheses import NEVER, Hypotheses, best, columns
 from captionserve_server.core.step_model import (
     BoolArray,
     Float32Array,
@@ -122,10 +122,10 @@ class BeamGroup:
         going_on = np.where(extended.ended, extended.scores + NEVER, extended.scores)
         kept = self._kept(extended, going_on)
         running = extended.pick(kept)
-        running.scores = np.take_along_axis(going_on, kept, axis=1)
+        running.scores = columns(going_on, kept)
         self.running.put(lanes, running)
         self._stop(lanes, limits, nothing_left=~(going_on > NEVER / 2).any(axis=1))
-        return np.take_along_axis(found.beams, kept, axis=1)
+        return columns(found.beams, kept)
 
     def _kept(self, extended: Hypotheses, going_on: Float32Array) -> Int64Array:
         """Which continuations go on as beams, [lanes, beams]."""
@@ -142,6 +142,8 @@ class BeamGroup:
     def _complete(self, lanes: Int64Array, extended: Hypotheses, limits: Limits) -> None:
         """Let continuations that ended compete with the completed captions."""
         ended = extended.ended & self._may_complete(extended)
+        if not ended.any():
+            return
         generated = extended.lengths - limits.given[:, None]
         scores = length_penalised(extended.scores, generated, limits.length_penalty[:, None])
         completed = self.completed.lanes(lanes)
@@ -153,13 +155,12 @@ class BeamGroup:
         self.completed.put(lanes, merged.pick(best(merged.scores, self.beams)))
 
     def _stop(self, lanes: Int64Array, limits: Limits, nothing_left: BoolArray) -> None:
-        completed = self.completed.lanes(lanes)
-        full = completed.ended.all(axis=1)
+        full = self.completed.ended[lanes].all(axis=1)
         lengths = self.running.lengths[lanes, 0] - limits.given
         hoped = np.where(limits.hopes_for_longest, limits.longest - limits.given, lengths)
         highest = self.running.scores[lanes].max(axis=1)
         attainable = length_penalised(highest, hoped, limits.length_penalty)
-        worst = np.where(full, completed.scores.min(axis=1), NEVER)
+        worst = np.where(full, self.completed.scores[lanes].min(axis=1), NEVER)
         improvable = self.improvable[lanes] & (attainable > worst)
         self.improvable[lanes] = improvable
         self.finished[lanes] = ~improvable | (full & limits.stops_when_full) | nothing_left
@@ -281,9 +282,10 @@ class BeamSearch(Search):
                 continue
             part = self._apart_from(taken[going], _part(choices, going, own))
             found = self._continuations(group, part, probe_logprobs)
-            taken = np.concatenate((taken, self._taken(found, going, len(taken))), axis=1)
+            if group is not self._groups[-1]:
+                taken = np.concatenate((taken, self._taken(found, going, len(taken))), axis=1)
             beams = group.advance(part.lanes, found, self._obeyed.lanes(part.lanes))
-            self._parents[part.lanes, own] = np.take_along_axis(part.origins, beams, axis=1)
+            self._parents[part.lanes, own] = columns(part.origins, beams)
         self._collect()
 
     def _apart_from(self, taken: Int64Array, choices: Choices) -> Choices:
@@ -305,26 +307,24 @@ class BeamSearch(Search):
         tokens = newest_tokens(found.hypotheses)
         chosen = np.argsort(self._is_end(tokens), axis=1, kind="stable")
         taken = np.full((lanes, self._groups[0].beams), -1, np.int64)
-        taken[going] = np.take_along_axis(tokens, chosen[:, : taken.shape[1]], axis=1)
+        taken[going] = columns(tokens, chosen[:, : taken.shape[1]])
         return taken
 
     def _continuations(
         self, group: BeamGroup, choices: Choices, probe_logprobs: Float32Array
     ) -> Continuations:
         """The best continuations over all beams of a group."""
-        running = group.running.lanes(choices.lanes)
-        totals = choices.logprobs + running.scores[:, :, None]
+        totals = choices.logprobs + group.running.scores[choices.lanes][:, :, None]
         flat = totals.reshape(len(totals), -1)
         chosen = best(flat, self._per_group())
         beams = chosen // choices.logprobs.shape[2]
         return Continuations(
             extended(
-                running,
-                beams,
-                scores=np.take_along_axis(flat, chosen, axis=1),
-                tokens=np.take_along_axis(choices.tokens.reshape(flat.shape), chosen, axis=1),
-                logprobs=np.take_along_axis(choices.logprobs.reshape(flat.shape), chosen, axis=1),
-                origins=np.take_along_axis(choices.origins, beams, axis=1),
+                group.running.pick_of(choices.lanes, beams),
+                scores=columns(flat, chosen),
+                tokens=columns(choices.tokens.reshape(flat.shape), chosen),
+                logprobs=columns(choices.logprobs.reshape(flat.shape), chosen),
+                origins=columns(choices.origins, beams),
                 ends=self._end_ids,
                 longest=self._limits[choices.lanes],
             ),
@@ -340,8 +340,7 @@ class BeamSearch(Search):
 
 
 def extended(
-    running: Hypotheses,
-    beams: Int64Array,
+    continued: Hypotheses,
     *,
     scores: Float32Array,
     tokens: Int64Array,
@@ -353,8 +352,7 @@ def extended(
     """Beams with one more token.
 
     Args:
-        running: the beams.
-        beams: [lanes, continuations], which of them each continues.
+        continued: [lanes, continuations], the beam that each continues; changed.
         scores: [lanes, continuations], the new sums.
         tokens: the new tokens, likewise.
         logprobs: their log-probabilities, likewise.
@@ -362,21 +360,21 @@ def extended(
         ends: tokens that end a caption.
         longest: [lanes], tokens allowed.
     """
-    result = running.pick(beams)
-    result.scores = scores
-    columns = result.lengths[:, :, None]
-    np.put_along_axis(result.tokens, columns, tokens[:, :, None], axis=2)
-    np.put_along_axis(result.logprobs, columns, logprobs[:, :, None], axis=2)
-    np.put_along_axis(result.origins, columns, origins[:, :, None], axis=2)
-    result.lengths += 1
-    result.ended = is_one_of(tokens, ends) | (result.lengths >= longest[:, None])
-    return result
+    lanes, rows = tokens.shape
+    cells = np.arange(lanes)[:, None], np.arange(rows), continued.lengths
+    continued.tokens[cells] = tokens
+    continued.logprobs[cells] = logprobs
+    continued.origins[cells] = origins
+    continued.scores = scores
+    continued.lengths += 1
+    continued.ended = is_one_of(tokens, ends) | (continued.lengths >= longest[:, None])
+    return continued
 
 
 def newest_tokens(hypotheses: Hypotheses) -> Int64Array:
     """The last token of each row, [lanes, rows]."""
-    columns = hypotheses.lengths[:, :, None] - 1
-    newest: Int64Array = np.take_along_axis(hypotheses.tokens, columns, axis=2)[:, :, 0]
+    last = hypotheses.lengths[:, :, None] - 1
+    newest: Int64Array = np.take_along_axis(hypotheses.tokens, last, axis=2)[:, :, 0]
     return newest
 
 

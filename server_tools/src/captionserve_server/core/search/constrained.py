@@ -22,7 +22,7 @@ from captionserve_server.core.search.beam import (
     extended,
 )
 from captionserve_server.core.search.filters import forbid_all, joined
-from captionserve_server.core.search.hypotheses import NEVER, Hypotheses
+from captionserve_server.core.search.hypotheses import NEVER, Hypotheses, columns
 from captionserve_server.core.step_model import (
     BoolArray,
     Float32Array,
@@ -195,12 +195,11 @@ class ConstrainedBeamSearch(BeamSearch):
         pools = [self._pool(group, choices, number, probed) for number in range(len(choices.lanes))]
         found = _padded(pools, max(group.beams, *(len(pool) for pool in pools)))
         hypotheses = extended(
-            group.running.lanes(choices.lanes),
-            found.beams,
+            group.running.pick_of(choices.lanes, found.beams),
             scores=found.scores,
             tokens=found.tokens,
             logprobs=found.logprobs,
-            origins=np.take_along_axis(choices.origins, found.beams, axis=1),
+            origins=columns(choices.origins, found.beams),
             ends=self._end_ids,
             longest=self._limits[choices.lanes],
         )

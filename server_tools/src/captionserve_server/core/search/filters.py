@@ -198,6 +198,8 @@ def joined(parts: Sequence[ScoreEdits]) -> ScoreEdits:
     """All edits, in their order."""
     if not parts:
         return ScoreEdits()
+    if len(parts) == 1:
+        return parts[0]
     return ScoreEdits(
         np.concatenate([part.rows for part in parts]),
         np.concatenate([part.tokens for part in parts]),
