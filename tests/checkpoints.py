@@ -45,18 +45,19 @@ RANDOM_CHECKPOINTS = {
         ),
         seed=1,
     ),
-    # DeiT with its distillation token, no projection, untied head, weights in pytorch_model.bin.
+    # DeiT with its distillation token, no projection, untied head, weights in pytorch_model.bin;
+    # heads wide enough for values in two panels.
     "deit": RandomCheckpoint(
         CheckpointShape(
             encoder="deit",
             image_size=48,
             patch_size=16,
-            encoder_width=64,
+            encoder_width=128,
             encoder_layers=3,
             encoder_heads=4,
-            decoder_width=64,
+            decoder_width=128,
             decoder_layers=2,
-            decoder_heads=8,
+            decoder_heads=2,
             vocabulary_size=300,
             max_positions=64,
             tied_head=False,

@@ -5,6 +5,7 @@ The suite runs some hundred; `make soak` runs 2,000 (--soak-requests).
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import re
@@ -35,7 +36,8 @@ Pixels = NDArray[np.uint8]
 
 IN_FLIGHT = 24
 # The pools' threads, the allocators' arenas and the response cache have filled up by then.
-WARM_UP_REQUESTS = 300
+WARM_UP_REQUESTS = 100
+WARM_UPS = 3
 SETTLE_SECONDS = 60.0
 # What allocators keep back; a leak of one image's states per ten requests is far more over 2,000.
 MEMORY_SLACK_BYTES = 48 * 2**20
@@ -170,6 +172,18 @@ class Load:
         return "OK"
 
 
+def warmed_up(service: ReadyReport, load: Load) -> Footprint:
+    """The footprint after the warm-ups, with the most threads after any of them.
+
+    gRPC starts threads for the calls that happen to coincide, and lets some of them go again.
+    """
+    seen: list[Footprint] = []
+    for number in range(WARM_UPS):
+        load.run(WARM_UP_REQUESTS, seed=number * WARM_UP_REQUESTS)
+        seen.append(footprint(service))
+    return dataclasses.replace(seen[-1], threads=max(each.threads for each in seen))
+
+
 def settled(service: ReadyReport, before: Footprint) -> Footprint:
     """The footprint once it is no larger than before, or after the time to settle."""
     deadline = time.monotonic() + SETTLE_SECONDS
@@ -184,8 +198,7 @@ def test_everything_is_back_where_it_was(
     running = service(DEMO)
     load = Load(running)
     try:
-        load.run(WARM_UP_REQUESTS, seed=0)
-        before = footprint(running)
+        before = warmed_up(running, load)
         load.outcomes.clear()
         load.run(pytestconfig.getoption("soak_requests"), seed=10_000)
         after = settled(running, before)

@@ -14,7 +14,8 @@ import torch
 from captionserve_server.core import bundle as files
 from captionserve_server.core import graph_tensors, tensors
 from captionserve_server.core.graph_format import GraphFormat
-from captionserve_server.core.graph_step_model import Array
+from captionserve_server.core.graph_step_model import Array, DecoderGraphs, GraphStepModel
+from captionserve_server.core.step_model import RowRequests, StepBatch
 from captionserve_server.export.checkpoint import Checkpoint, load_checkpoint
 from captionserve_server.export.sources import (
     StepShape,
@@ -90,6 +91,35 @@ def test_a_step_takes_any_number_of_captions_rows_and_entries(
     parts = [part if isinstance(part, list) else [part] for part in example]
     arrays = [tensor.numpy() for part in parts for tensor in part]
     assert_equal(step.run(dict(zip(step.input_names, arrays, strict=True))), expected)
+
+
+def test_numbers_that_are_none_stay_in_their_caption(
+    repository: Path, checkpoint: Checkpoint
+) -> None:
+    geometry = checkpoint.bundle.geometry
+    graphs = DecoderGraphs(
+        *(
+            opened(repository, tensors.DECODER_STEP, name)
+            for name in (files.PREFILL_GRAPH_FILE, files.STEP_GRAPH_FILE, files.TOP_GRAPH_FILE)
+        )
+    )
+    shape = (1, geometry.image_tokens, geometry.encoder_width)
+    sound = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    step_model = GraphStepModel(graphs, geometry, capacity=3)
+    slots = step_model.prefill(np.concatenate([np.full_like(sound, np.nan), sound, sound]))
+    # The grid of rows has empty cells beside those of the narrow captions.
+    counts = np.array([3, 1, 2])
+    rows, faulty = int(counts.sum()), slice(3)
+    for _ in range(3):
+        requests = RowRequests(
+            tokens=np.arange(rows),
+            parents=np.zeros(rows, np.int64),
+            candidate_counts=np.ones(rows, np.int64),
+            normalise_first=np.zeros(rows, np.bool_),
+        )
+        logprobs = step_model.step(StepBatch(slots, counts, requests)).logprobs
+        assert np.isnan(logprobs[faulty]).all()
+        assert np.isfinite(np.delete(logprobs, faulty)).all()
 
 
 @pytest.mark.parametrize(("rows", "candidates"), [(1, 1), (2, 16), (9, 40)])

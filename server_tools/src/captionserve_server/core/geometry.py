@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_PANEL_WIDTH = 32
+
 
 @dataclass(frozen=True)
 class DecoderGeometry:
@@ -30,3 +32,21 @@ class DecoderGeometry:
     encoder_width: int
     vocabulary_size: int
     max_positions: int
+
+    @property
+    def value_panels(self) -> int:
+        """W, the panels of columns in which an image's values stand, one after the other.
+
+        A product reads its right matrix a few columns at a time. Where these lie together, it takes
+        a quarter less time for 4 rows; docs/adr/0013 has what was measured.
+        """
+        return self.head_dim // _PANEL_WIDTH if self.head_dim % _PANEL_WIDTH == 0 else 1
+
+    @property
+    def image_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of an image's keys and values in each layer: [H, 1, S, D] and [H, W, S, D / W]."""
+        panels, width = self.value_panels, self.head_dim // self.value_panels
+        return (
+            (self.heads, 1, self.image_tokens, self.head_dim),
+            (self.heads, panels, self.image_tokens, width),
+        )

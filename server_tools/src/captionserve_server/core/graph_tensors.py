@@ -6,6 +6,7 @@ Letters used for dims, here and wherever the graphs' arrays are documented:
     L layers      H heads                       D width of a head
     S image tokens                              P remembered entries per caption    C candidates
     E encoder width                             V vocabulary
+    W panels of an image's values
 
 Rows are what the decoder computes: one per live beam, packed without gaps. Attention over what a
 caption's beams share wants them in a [B, K] grid instead; CELL_ROW and ROW_CELL map between the
@@ -49,7 +50,10 @@ BEST_TOKENS = "best_tokens"
 
 
 def cross_names(layers: int) -> list[str]:
-    """Names of the cross-attention arrays, float32 [B, H, S, D]: each layer's keys, then values."""
+    """Names of the cross-attention arrays: each layer's keys, then values.
+
+    Keys are float32 [B, H, 1, S, D], values [B, H, W, S, D / W].
+    """
     return [f"cross_{kind}_{layer}" for layer in range(layers) for kind in ("key", "value")]
 
 

@@ -47,8 +47,11 @@ class SlotStore:
     def __init__(self, geometry: DecoderGeometry, capacity: int) -> None:
         """Reserve room for `capacity` captions; the pages are touched only when used."""
         self._capacity = capacity
-        shape = (capacity, geometry.heads, geometry.image_tokens, geometry.head_dim)
-        self._cross = [np.zeros(shape, np.float32) for _ in range(2 * geometry.layers)]
+        self._cross = [
+            np.zeros((capacity, *shape), np.float32)
+            for _ in range(geometry.layers)
+            for shape in geometry.image_shapes
+        ]
         self._places: dict[int, int] = {}
         self._handles: dict[int, int] = {}
         self._free = list(range(capacity))
@@ -73,7 +76,9 @@ class SlotStore:
         return len(self._free)
 
     def next_cross(self) -> list[Float32Array]:
-        """2 L views [1, H, S, D], where the next caption's keys and values are to be written.
+        """2 L views, where the next caption's keys and values are to be written.
+
+        Shapes are [1, *shape] of the geometry's `image_shapes`, layer by layer.
 
         Raises:
             IndexError: if there is no room.
@@ -133,7 +138,7 @@ class SlotStore:
         return self._positions[places]
 
     def cross(self, count: int) -> list[Float32Array]:
-        """2 L views [count, H, S, D] of the first places."""
+        """2 L views [count, *shape] of the first places, as `next_cross` has one."""
         return [store[:count] for store in self._cross]
 
     def remembered(self, count: int) -> list[Float32Array]:

@@ -84,20 +84,22 @@ class EncoderModule(nn.Module):
 class PrefillModule(nn.Module):
     """Encoder states to the cross-attention keys and values of all layers."""
 
-    def __init__(self, decoder: nn.Module, projection: nn.Module | None) -> None:
+    def __init__(self, decoder: nn.Module, projection: nn.Module | None, value_panels: int) -> None:
         """Keep the decoder's cross-attention projections and enc_to_dec_proj where there is one."""
         super().__init__()
+        self.value_panels = value_panels
         self.projection = projection if projection is not None else nn.Identity()
         transformer: Any = decoder.transformer
         self.attentions = nn.ModuleList(block.crossattention for block in transformer.h)
 
     def forward(self, states: Tensor) -> tuple[Tensor, ...]:
-        """float32 [B, S, E] to 2 L arrays float32 [B, H, S, D]."""
+        """float32 [B, S, E] to each layer's keys [B, H, 1, S, D] and values [B, H, W, S, D / W]."""
         projected = self.projection(states)
         outputs: list[Tensor] = []
         for attention in self.attentions:
             keys, values = _conv1d(attention.c_attn, projected).chunk(2, dim=-1)
-            outputs += [_split_heads(keys, attention), _split_heads(values, attention)]
+            outputs.append(_split_heads(keys, attention))
+            outputs.append(_split_heads(values, attention, self.value_panels))
         return tuple(outputs)
 
 
@@ -148,7 +150,7 @@ class StepModule(nn.Module):
             projections.append(projected)
             looked_at.append(weights)
         logits = self.head(self.final_norm(hidden))
-        attention = _to_rows(torch.cat(looked_at, dim=1).mean(dim=1, keepdim=True), row_cell)
+        attention = _to_rows(torch.cat(looked_at, dim=1).mean(dim=1), row_cell)
         return logits, _log_normalisers(logits), attention, torch.cat(projections)
 
 
@@ -175,10 +177,10 @@ def _conv1d(layer: Any, inputs: Tensor) -> Tensor:
     return outputs
 
 
-def _split_heads(states: Tensor, attention: Any) -> Tensor:
-    """[B, N, H * D] to [B, H, N, D]."""
-    apart: Tensor = states.unflatten(-1, (attention.num_heads, attention.head_dim))
-    return apart.transpose(1, 2)
+def _split_heads(states: Tensor, attention: Any, panels: int = 1) -> Tensor:
+    """[B, N, H * D] to [B, H, panels, N, D / panels]."""
+    apart: Tensor = states.unflatten(-1, (attention.num_heads, panels, -1))
+    return apart.permute(0, 2, 3, 1, 4)
 
 
 def _to_grid(rows: Tensor, cell_row: Tensor) -> Tensor:
@@ -187,8 +189,8 @@ def _to_grid(rows: Tensor, cell_row: Tensor) -> Tensor:
 
 
 def _to_rows(grid: Tensor, row_cell: Tensor) -> Tensor:
-    """[B, H, K, D] to [R, H * D]."""
-    return functional.embedding(row_cell, grid.transpose(1, 2).flatten(2).flatten(0, 1))
+    """[B, ..., K, N] to [R, ... * N]."""
+    return functional.embedding(row_cell, grid.movedim(-2, 1).flatten(2).flatten(0, 1))
 
 
 def _mlp(mlp: Any, hidden: Tensor) -> Tensor:
@@ -232,7 +234,7 @@ def _self_attention(
 
 
 def _scaled_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """[B, H, K, D] and [B, H, N, D] to [B, H, K, N]."""
+    """[..., K, D] and [..., N, D] to [..., K, N]."""
     return torch.matmul(queries, keys.transpose(-1, -2)) * scaling
 
 
@@ -243,10 +245,18 @@ def _cross_attention(
     cell_row: Tensor,
     row_cell: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Each row over its image's states; an image's beams share keys and values, [B, H, S, D].
+    """Each row over its image's states; an image's beams share keys and values.
+
+    Args:
+        attention: transformers' GPT2Attention.
+        hidden: [R, H * D].
+        image: keys [B, H, 1, S, D] and values [B, H, W, S, D / W].
+        cell_row: [B, K].
+        row_cell: [R].
 
     Returns:
-        attended [R, H * D], and how much each state was attended to, mean over heads [B, 1, K, S].
+        attended [R, H * D], and how much each state was attended to, mean over heads
+        [B, 1, 1, K, S].
     """
     queries = _split_heads(_to_grid(_conv1d(attention.q_attn, hidden), cell_row), attention)
     keys, values = image

@@ -33,7 +33,8 @@ def encoder_module(checkpoint: Checkpoint) -> EncoderModule:
 def prefill_module(checkpoint: Checkpoint) -> PrefillModule:
     """The checkpoint's cross-attention projections as a graph."""
     projection = getattr(checkpoint.model, "enc_to_dec_proj", None)
-    return PrefillModule(checkpoint.model.decoder, projection)
+    panels = checkpoint.bundle.geometry.value_panels
+    return PrefillModule(checkpoint.model.decoder, projection, panels)
 
 
 def step_module(checkpoint: Checkpoint) -> StepModule:
@@ -62,9 +63,15 @@ def step_example(
     past_bias[..., 1::2] = -1e30
     own_bias = torch.full((most, most), -1e30).fill_diagonal_(0).expand(captions, 1, -1, -1)
 
-    def arrays(length: int) -> list[Tensor]:
-        dims = (captions, geometry.heads, length, geometry.head_dim)
-        return [torch.randn(dims, generator=generator) for _ in range(2 * geometry.layers)]
+    remembered_shape = (geometry.heads, shape.entries, geometry.head_dim)
+
+    def arrays(*shapes: tuple[int, ...]) -> list[Tensor]:
+        """Keys and values of all layers, [captions, *shape]."""
+        return [
+            torch.randn((captions, *each), generator=generator)
+            for _ in range(geometry.layers)
+            for each in shapes
+        ]
 
     return (
         torch.randint(geometry.vocabulary_size, (rows,), generator=generator),
@@ -72,6 +79,6 @@ def step_example(
         cell_row.view(captions, most),
         row_cell,
         torch.cat((past_bias, own_bias), dim=-1),
-        arrays(geometry.image_tokens),
-        arrays(shape.entries),
+        arrays(*geometry.image_shapes),
+        arrays(remembered_shape, remembered_shape),
     )
