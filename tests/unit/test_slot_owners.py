@@ -59,3 +59,10 @@ def test_an_owner_that_is_heard_of_keeps_its_slots() -> None:
         setup.now += LEASE_SECONDS - 1
         assert setup.owners.memory_of("a/1") is memory
     assert setup.owners.room == 1
+
+
+def test_an_owner_without_slots_keeps_its_memory_however_long_it_is_silent() -> None:
+    setup = Setup()
+    memory = setup.owners.memory_of("a/1")
+    setup.now += 100 * LEASE_SECONDS
+    assert setup.owners.memory_of("a/1") is memory

@@ -5,6 +5,8 @@ stand without gaps; all share one number of slots.
 
     - A new instance of a role replaces the one before it, whose slots are free at once.
     - An owner that holds slots and is not heard of for the lease time has lost them.
+    - One that holds none keeps its memory, however long it is silent: to lay it anew made the first
+      caption after a pause take up to 1.6 s longer.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class SlotOwners(Generic[MemoryType]):
         Args:
             new_memory: makes an empty memory.
             capacity: slots of all owners together.
-            lease_seconds: an owner that is silent for longer has lost its slots.
+            lease_seconds: an owner that is silent for longer has lost the slots it held.
             clock: seconds, never going back.
         """
         self._new_memory = new_memory
@@ -86,5 +88,5 @@ class SlotOwners(Generic[MemoryType]):
         self._holdings = {
             role: holding
             for role, holding in self._holdings.items()
-            if now - holding.heard_at <= self._lease_seconds
+            if not holding.memory.slots_used or now - holding.heard_at <= self._lease_seconds
         }
