@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MEASUREMENTS = ROOT / "docs" / "measurements"
+BENCHMARK = ROOT / "docs" / "measurements" / "bench-full.json"
 BEAMS = ", 4 beams"
 
 
-def figures(name: str) -> dict[str, dict[str, float]]:
-    """A benchmark's rows by label."""
-    rows = json.loads((MEASUREMENTS / name).read_text())["rows"]
+def figures() -> dict[str, dict[str, float]]:
+    """The benchmark's rows by label."""
+    rows = json.loads(BENCHMARK.read_text())["rows"]
     return {row["label"].removesuffix(BEAMS): row for row in rows if row["label"].endswith(BEAMS)}
 
 
-FULL = figures("bench-full.json")
-NAIVE = figures("bench-naive.json")
+FIGURES = figures()
 
 
 def table_rows(columns: int) -> list[list[str]]:
@@ -32,7 +31,7 @@ def table_rows(columns: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("cells", table_rows(5), ids=lambda cells: cells[0])
 def test_a_systems_figures_are_those_measured(cells: list[str]) -> None:
-    row = FULL[cells[0]]
+    row = FIGURES[cells[0]]
     assert cells[1:] == [
         f"{row['images_per_second']:.2f}",
         f"{row['latency_p50_ms'] / 1e3:.1f}",
@@ -44,7 +43,6 @@ def test_a_systems_figures_are_those_measured(cells: list[str]) -> None:
 @pytest.mark.parametrize("cells", table_rows(4), ids=lambda cells: f"{cells[0]}, {cells[1]}")
 def test_a_ratio_is_of_two_figures_of_one_run(cells: list[str]) -> None:
     load, peer, *ratios = cells
-    rows = NAIVE if peer in NAIVE else FULL
     for precision, ratio in zip(("fp32", "int8"), ratios, strict=True):
-        ours = rows[f"captionserve {precision}, {load}"]["images_per_second"]
-        assert ratio == f"{ours / rows[peer]['images_per_second']:.1f}"
+        ours = FIGURES[f"captionserve {precision}, {load}"]["images_per_second"]
+        assert ratio == f"{ours / FIGURES[peer]['images_per_second']:.1f}"
