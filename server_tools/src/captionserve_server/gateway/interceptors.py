@@ -27,6 +27,11 @@ Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler
 Behaviour = Callable[[Any, Context], Any]
 Around = Callable[[Context], AbstractAsyncContextManager[None]]
 
+# The caller's clock runs out first, and its cancellation may overtake the server's own clock: gRPC
+# rounds the time that it tells the server up, by 1 % at most, and it counts from the call's arrival.
+_CLOCKS_APART_SECONDS = 0.02
+_CLOCKS_APART_SHARE = 0.01
+
 _HANDLER_KINDS: dict[str, Callable[..., Any]] = {
     "unary_unary": grpc.unary_unary_rpc_method_handler,
     "unary_stream": grpc.unary_stream_rpc_method_handler,
@@ -65,6 +70,7 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _counted(self, context: Context) -> AsyncIterator[None]:
+        allowed = context.time_remaining()
         with self._metrics.call() as record:
             try:
                 yield
@@ -74,7 +80,7 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
             # A call that nobody waits for any more ends as CancelledError, as GeneratorExit where a
             # stream was writing, or as the failure of an abort that came too late.
             except BaseException:
-                record.code = _cancellation_code(context)
+                record.code = _cancellation_code(allowed, context.time_remaining())
                 raise
 
 
@@ -96,9 +102,16 @@ async def _abort(context: Context, error: CaptionServeError) -> None:
     await context.abort(status.code, status.message, status.trailing_metadata)
 
 
-def _cancellation_code(context: Context) -> grpc.StatusCode:
-    """Tell apart why gRPC cancelled a handler: the caller gave up, or the deadline passed."""
-    if context.time_remaining() == 0:
+def _cancellation_code(allowed: float | None, remaining: float | None) -> grpc.StatusCode:
+    """Tell apart why gRPC cancelled a handler: the caller gave up, or the deadline passed.
+
+    Args:
+        allowed: seconds that the call had when it came; None without a deadline.
+        remaining: seconds that it has left; likewise.
+    """
+    if allowed is None or remaining is None:
+        return grpc.StatusCode.CANCELLED
+    if remaining <= _CLOCKS_APART_SECONDS + _CLOCKS_APART_SHARE * allowed:
         return grpc.StatusCode.DEADLINE_EXCEEDED
     return grpc.StatusCode.CANCELLED
 
