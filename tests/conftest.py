@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -91,3 +93,6 @@ def service(model_repository: Callable[[str], Path]) -> Iterator[Callable[[str],
             return running[name]
 
         yield start
+        # All at once: each takes seconds to end.
+        for report in running.values():
+            os.kill(report.pids["gateway"], signal.SIGTERM)
