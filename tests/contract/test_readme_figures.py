@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BENCHMARK = ROOT / "docs" / "measurements" / "bench-full.json"
+MEASUREMENTS = ROOT / "docs" / "measurements"
 BEAMS = ", 4 beams"
 
 
-def figures() -> dict[str, dict[str, float]]:
-    """The benchmark's rows by label."""
-    rows = json.loads(BENCHMARK.read_text())["rows"]
+def figures(benchmark: str) -> dict[str, dict[str, float]]:
+    """The rows of a benchmark by label."""
+    rows = json.loads((MEASUREMENTS / benchmark).read_text())["rows"]
     return {row["label"].removesuffix(BEAMS): row for row in rows if row["label"].endswith(BEAMS)}
 
 
-FIGURES = figures()
+AVX2 = figures("bench-full.json")
+AMX = figures("bench-full-amx.json")
+RATIO_COLUMNS = (("fp32", AVX2), ("int8", AVX2), ("fp32", AMX), ("int8", AMX))
 
 
 def table_rows(columns: int) -> list[list[str]]:
@@ -31,7 +33,7 @@ def table_rows(columns: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("cells", table_rows(5), ids=lambda cells: cells[0])
 def test_a_systems_figures_are_those_measured(cells: list[str]) -> None:
-    row = FIGURES[cells[0]]
+    row = AVX2[cells[0]]
     assert cells[1:] == [
         f"{row['images_per_second']:.2f}",
         f"{row['latency_p50_ms'] / 1e3:.1f}",
@@ -40,9 +42,11 @@ def test_a_systems_figures_are_those_measured(cells: list[str]) -> None:
     ]
 
 
-@pytest.mark.parametrize("cells", table_rows(4), ids=lambda cells: f"{cells[0]}, {cells[1]}")
+@pytest.mark.parametrize(
+    "cells", table_rows(2 + len(RATIO_COLUMNS)), ids=lambda cells: f"{cells[0]}, {cells[1]}"
+)
 def test_a_ratio_is_of_two_figures_of_one_run(cells: list[str]) -> None:
     load, peer, *ratios = cells
-    for precision, ratio in zip(("fp32", "int8"), ratios, strict=True):
-        ours = FIGURES[f"captionserve {precision}, {load}"]["images_per_second"]
-        assert ratio == f"{ours / FIGURES[peer]['images_per_second']:.1f}"
+    for (precision, measured), ratio in zip(RATIO_COLUMNS, ratios, strict=True):
+        ours = measured[f"captionserve {precision}, {load}"]["images_per_second"]
+        assert ratio == f"{ours / measured[peer]['images_per_second']:.1f}"
