@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from captionserve_server.bench.chart import write_chart
+from captionserve_server.bench.chart import draw_chart, write_chart
 from captionserve_server.bench.cost_model import Load, MachineRates, images_per_second_at_most
 from captionserve_server.bench.report import Report, Settings, without_folders
 from captionserve_server.bench.rounds import Measurements, Sample
@@ -121,6 +121,21 @@ def test_the_chart_is_a_picture_with_two_panels_for_each_number_of_beams(tmp_pat
         assert picture.format == "PNG"
         assert picture.width > picture.height > 600
         assert len(picture.convert("RGB").getcolors(2**24) or []) > 10
+
+
+def test_the_charts_key_has_every_system_in_the_colour_of_all_its_panels() -> None:
+    figure = draw_chart(report())
+    (key,) = figure.legends
+    colours = {
+        text.get_text(): line.get_color()
+        for text, line in zip(key.get_texts(), key.get_lines(), strict=True)
+    }
+    assert list(colours) == ["peer", "ours", "other"]
+    greedy, latency_greedy, throughput, latency = figure.axes
+    assert [line.get_color() for line in greedy.get_lines()[:1]] == [colours["ours"]]
+    assert {line.get_color() for line in latency_greedy.get_lines()} == {colours["ours"]}
+    for panel in (throughput, latency):
+        assert {line.get_color() for line in panel.get_lines()} == set(colours.values())
 
 
 @pytest.mark.parametrize(
