@@ -48,8 +48,7 @@ def draw_chart(report: Report) -> Figure:
 
 
 def _colours(summaries: Sequence[Summary]) -> Colours:
-    peers = dict.fromkeys(summary.row.peer for summary in summaries)
-    return {peer: f"C{index}" for index, peer in enumerate(peers)}
+    return {peer: f"C{index}" for index, (peer, _) in enumerate(_by_peer(summaries))}
 
 
 def _beams_text(beams: int) -> str:

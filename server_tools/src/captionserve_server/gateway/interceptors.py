@@ -28,7 +28,7 @@ Behaviour = Callable[[Any, Context], Any]
 Around = Callable[[Context], AbstractAsyncContextManager[None]]
 
 # The caller's clock runs out first, and its cancellation may overtake the server's own clock: gRPC
-# rounds the time that it tells the server up, by 1 % at most, which counts from the call's arrival.
+# tells the server a time rounded up, by 1 % at most, which begins when the call arrives.
 _CLOCKS_APART_SECONDS = 0.02
 _CLOCKS_APART_SHARE = 0.01
 
