@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.export.logs import quiet_libraries
+from captionserve_server.runtime.graph_format import GraphFormat
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
 

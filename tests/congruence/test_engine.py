@@ -8,19 +8,25 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import pytest
-from captionserve_server.core import bundle as files
-from captionserve_server.core import graph_tensors, tensors
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
-from captionserve_server.core.engine import CaptionEngine, CaptionTask, EngineLimits, Outcome
-from captionserve_server.core.graph_format import GraphFormat
-from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepModel
+from captionserve_server.core.engine.scheduler import (
+    CaptionEngine,
+    CaptionTask,
+    EngineLimits,
+    Outcome,
+)
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.preprocessing import PreprocessorConfig, to_pixels
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import Float32Array, UInt8Array
 from captionserve_server.core.words import word_tokens
+from captionserve_server.runtime import graph_tensors
+from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.graph_format import GraphFormat
+from captionserve_server.runtime.graph_step_model import DecoderGraphs, GraphStepModel
 from captionserve_server.runtime.open_graph import NamedGraph, find_graph, open_graph
+from captionserve_server.triton import wire
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -38,16 +44,16 @@ class InProcess:
 
     def __init__(self, repository: Path) -> None:
         """Load the graphs of version 1."""
-        decoder = repository / tensors.DECODER_STEP.name / "1"
-        encoder = repository / tensors.VISION_ENCODER.name / "1"
+        decoder = repository / wire.DECODER_STEP.name / "1"
+        encoder = repository / wire.VISION_ENCODER.name / "1"
         self.bundle = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text())
-        settings = repository / tensors.PREPROCESS.name / "1" / files.PREPROCESSOR_FILE
+        settings = repository / wire.PREPROCESS.name / "1" / files.PREPROCESSOR_FILE
         self._preprocessor = PreprocessorConfig.from_json(json.loads(settings.read_text()))
         self._encoder = _opened(encoder, files.ENCODER_GRAPH_FILE)
         names = (files.PREFILL_GRAPH_FILE, files.STEP_GRAPH_FILE, files.TOP_GRAPH_FILE)
         graphs = DecoderGraphs(*(_opened(decoder, name) for name in names))
         self._step_model = GraphStepModel(graphs, self.bundle.geometry, capacity=6)
-        tokenizer = repository / tensors.CAPTIONER.name / "1" / files.TOKENIZER_FILE
+        tokenizer = repository / wire.CAPTIONER.name / "1" / files.TOKENIZER_FILE
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
 
     def encode(self, pixels: UInt8Array) -> Float32Array:

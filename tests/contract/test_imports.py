@@ -82,7 +82,7 @@ def test_every_package_has_its_rule() -> None:
     "module",
     [
         "captionserve_server.cli.main",
-        "captionserve_server.core.engine",
+        "captionserve_server.core.engine.scheduler",
         "captionserve_server.runtime.open_graph",
         "captionserve",
     ],

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from captionserve_server.core import bundle as files
-from captionserve_server.core import graph_tensors, tensors
 from captionserve_server.core.bundle import Bundle
-from captionserve_server.core.graph_format import GraphFormat
-from captionserve_server.core.selection import top_tokens
+from captionserve_server.core.search.selection import top_tokens
 from captionserve_server.export.repository import static_repository
+from captionserve_server.runtime import graph_tensors
+from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.graph_format import GraphFormat
 from captionserve_server.runtime.open_graph import NamedGraph, find_graph, open_graph
+from captionserve_server.triton import wire
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -28,10 +29,10 @@ def read_config(path: Path) -> model_config_pb2.ModelConfig:
     return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
 
 
-def as_specs(declared: object) -> list[tensors.TensorSpec]:
+def as_specs(declared: object) -> list[wire.TensorSpec]:
     """A configuration's inputs or outputs as specs."""
     return [
-        tensors.TensorSpec(
+        wire.TensorSpec(
             name=tensor.name,
             data_type=model_config_pb2.DataType.Name(tensor.data_type),
             dims=tuple(tensor.dims),
@@ -41,15 +42,15 @@ def as_specs(declared: object) -> list[tensors.TensorSpec]:
     ]
 
 
-@pytest.mark.parametrize("model", tensors.MODELS, ids=lambda model: model.name)
-def test_static_configuration_declares_the_tensors_of_the_table(model: tensors.ModelSpec) -> None:
+@pytest.mark.parametrize("model", wire.MODELS, ids=lambda model: model.name)
+def test_static_configuration_declares_the_tensors_of_the_table(model: wire.ModelSpec) -> None:
     config = read_config(static_repository() / model.name / "config.pbtxt")
     assert as_specs(config.input) == list(model.inputs)
     assert as_specs(config.output) == list(model.outputs)
 
 
-@pytest.mark.parametrize("model", tensors.MODELS, ids=lambda model: model.name)
-def test_model_code_is_one_line(model: tensors.ModelSpec) -> None:
+@pytest.mark.parametrize("model", wire.MODELS, ids=lambda model: model.name)
+def test_model_code_is_one_line(model: wire.ModelSpec) -> None:
     code = static_repository() / model.name / "1" / "model.py"
     config = read_config(static_repository() / model.name / "config.pbtxt")
     assert code.exists() == (config.backend == "python")
@@ -62,11 +63,11 @@ def test_exported_configuration_differs_from_the_static_one_in_warm_up_only(
     name: str, model_repository: Callable[[str], Path]
 ) -> None:
     size = RANDOM_CHECKPOINTS[name].shape.image_size
-    for model in tensors.MODELS:
+    for model in wire.MODELS:
         exported = read_config(model_repository(name) / model.name / "config.pbtxt")
         static = read_config(static_repository() / model.name / "config.pbtxt")
         for warm_up in static.model_warmup:
-            warm_up.inputs[tensors.PIXELS.name].dims[1:] = [size, size]
+            warm_up.inputs[wire.PIXELS.name].dims[1:] = [size, size]
         assert exported == static
 
 
@@ -74,12 +75,12 @@ def test_exported_configuration_differs_from_the_static_one_in_warm_up_only(
 def test_torchscript_changes_what_names_the_backend_only(
     name: str, model_repository: Repositories
 ) -> None:
-    for model in tensors.MODELS:
+    for model in wire.MODELS:
         onnx = read_config(model_repository(name) / model.name / "config.pbtxt")
         torchscript = read_config(
             model_repository(name, GraphFormat.TORCHSCRIPT) / model.name / "config.pbtxt"
         )
-        if model is tensors.VISION_ENCODER:
+        if model is wire.VISION_ENCODER:
             onnx.backend, onnx.default_model_filename = "pytorch", "model.pt"
             threads = onnx.parameters.pop("intra_op_thread_count")
             onnx.parameters["INTRA_OP_THREAD_COUNT"].CopyFrom(threads)
@@ -89,7 +90,7 @@ def test_torchscript_changes_what_names_the_backend_only(
 def test_triton_tells_the_encoders_tensors_apart_without_their_names() -> None:
     # TorchScript has no names of outputs, and the pytorch backend goes by NAME__INDEX, or else by
     # their order. With one input and one output that have no index, there is one order.
-    for (spec,) in (tensors.VISION_ENCODER.inputs, tensors.VISION_ENCODER.outputs):
+    for (spec,) in (wire.VISION_ENCODER.inputs, wire.VISION_ENCODER.outputs):
         assert "__" not in spec.name
 
 
@@ -97,13 +98,13 @@ def test_triton_tells_the_encoders_tensors_apart_without_their_names() -> None:
 def test_the_exported_encoder_has_the_types_of_the_table(
     name: str, model_repository: Callable[[str], Path]
 ) -> None:
-    decoder = model_repository(name) / tensors.DECODER_STEP.name / "1"
+    decoder = model_repository(name) / wire.DECODER_STEP.name / "1"
     geometry = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry
-    encoder = model_repository(name) / tensors.VISION_ENCODER.name / "1" / files.ENCODER_GRAPH_FILE
+    encoder = model_repository(name) / wire.VISION_ENCODER.name / "1" / files.ENCODER_GRAPH_FILE
     session = onnxruntime.InferenceSession(str(encoder))
     for nodes, specs in (
-        (session.get_inputs(), tensors.VISION_ENCODER.inputs),
-        (session.get_outputs(), tensors.VISION_ENCODER.outputs),
+        (session.get_inputs(), wire.VISION_ENCODER.inputs),
+        (session.get_outputs(), wire.VISION_ENCODER.outputs),
     ):
         assert [node.type for node in nodes] == [ONNX_TYPES[spec.data_type] for spec in specs]
     assert session.get_outputs()[0].shape[1:] == [geometry.image_tokens, geometry.encoder_width]
@@ -115,12 +116,12 @@ def test_exported_graphs_have_the_tensors_of_the_tables(
     name: str, graph_format: GraphFormat, model_repository: Repositories
 ) -> None:
     repository = model_repository(name, graph_format)
-    decoder = repository / tensors.DECODER_STEP.name / "1"
+    decoder = repository / wire.DECODER_STEP.name / "1"
     layers = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry.layers
 
-    encoder = opened(repository / tensors.VISION_ENCODER.name / "1", files.ENCODER_GRAPH_FILE)
-    assert encoder.input_names == [spec.name for spec in tensors.VISION_ENCODER.inputs]
-    assert encoder.output_names == [spec.name for spec in tensors.VISION_ENCODER.outputs]
+    encoder = opened(repository / wire.VISION_ENCODER.name / "1", files.ENCODER_GRAPH_FILE)
+    assert encoder.input_names == [spec.name for spec in wire.VISION_ENCODER.inputs]
+    assert encoder.output_names == [spec.name for spec in wire.VISION_ENCODER.outputs]
     prefill = opened(decoder, files.PREFILL_GRAPH_FILE)
     assert prefill.input_names == [graph_tensors.ENCODER_STATES]
     assert prefill.output_names == graph_tensors.cross_names(layers)
@@ -141,7 +142,7 @@ def opened(folder: Path, name: str) -> NamedGraph:
 def test_the_top_graph_finds_what_sorting_finds(
     name: str, graph_format: GraphFormat, model_repository: Repositories
 ) -> None:
-    decoder = model_repository(name, graph_format) / tensors.DECODER_STEP.name / "1"
+    decoder = model_repository(name, graph_format) / wire.DECODER_STEP.name / "1"
     vocabulary = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry
     top = opened(decoder, files.TOP_GRAPH_FILE)
     shape = (5, vocabulary.vocabulary_size)

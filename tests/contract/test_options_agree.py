@@ -11,13 +11,14 @@ from captionserve._options import to_proto
 from captionserve._results import from_proto
 from captionserve.v1 import caption_pb2
 from captionserve_server.cli.decoding_options import _TABLE
-from captionserve_server.core import captions, tensors
+from captionserve_server.core import captions
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
 from captionserve_server.gateway.conversion import (
     EARLY_STOPPING,
     FINISH_REASONS,
     captioner_inputs,
 )
+from captionserve_server.triton import wire
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 
 PROTO_FIELDS = caption_pb2.GenerationOptions.DESCRIPTOR.fields_by_name
@@ -80,7 +81,7 @@ def request_of(options: GenerationOptions) -> caption_pb2.CaptionRequest:
 def test_every_place_has_the_same_options() -> None:
     assert {field.name for field in dataclasses.fields(GenerationOptions)} == NAMES
     assert {field.name for field in dataclasses.fields(DecodingOptions)} == NAMES
-    assert set(tensors.OPTION_TENSORS) == NAMES
+    assert set(wire.OPTION_TENSORS) == NAMES
     assert set(_TABLE) == NAMES
     assert set(VALUES) == NAMES
     assert len(NAMES) == 22
@@ -88,7 +89,7 @@ def test_every_place_has_the_same_options() -> None:
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_each_option_has_a_tensor_of_its_own_type(name: str) -> None:
-    spec, field = tensors.OPTION_TENSORS[name], PROTO_FIELDS[name]
+    spec, field = wire.OPTION_TENSORS[name], PROTO_FIELDS[name]
     assert spec.name == name.upper()
     assert spec.data_type == TRITON_TYPES[field.type]
     assert spec.dims == ((-1,) if field.is_repeated else (1,))
@@ -116,19 +117,19 @@ def test_every_option_travels_from_the_client_to_the_captioner(name: str) -> Non
     inputs = captioner_inputs(request_of(GenerationOptions(**{name: value})))
     assert value != getattr(DecodingOptions(), name)
     expected = value if isinstance(value, list) else [value]
-    assert inputs == {tensors.IMAGE: [b"x"], tensors.OPTION_TENSORS[name]: expected}
+    assert inputs == {wire.IMAGE: [b"x"], wire.OPTION_TENSORS[name]: expected}
 
 
 def test_all_options_travel_together() -> None:
     inputs = captioner_inputs(request_of(GenerationOptions(**VALUES)))
-    arrived = {name: inputs[spec] for name, spec in tensors.OPTION_TENSORS.items()}
+    arrived = {name: inputs[spec] for name, spec in wire.OPTION_TENSORS.items()}
     assert arrived == {
         name: value if isinstance(value, list) else [value] for name, value in VALUES.items()
     }
 
 
 def test_options_that_are_not_set_do_not_travel() -> None:
-    assert captioner_inputs(request_of(GenerationOptions())) == {tensors.IMAGE: [b"x"]}
+    assert captioner_inputs(request_of(GenerationOptions())) == {wire.IMAGE: [b"x"]}
 
 
 def test_early_stopping_has_the_same_values_everywhere() -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from captionserve_server.core.quality import Calibration
+from captionserve_server.core.confidence import Calibration
 from captionserve_server.serving.ready import ReadyReport
 
 from tests.conftest import DEMO

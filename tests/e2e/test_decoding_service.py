@@ -22,9 +22,9 @@ from captionserve import (
     FinishReason,
     GenerationOptions,
 )
-from captionserve_server.core import tensors
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
+from captionserve_server.triton import wire
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import InferenceServerClient, InferInput
@@ -145,13 +145,13 @@ def test_sampling_is_cached_with_a_seed_only(
 
 
 def test_sampling_without_seed_straight_at_triton_needs_a_nonce(demo: ReadyReport) -> None:
-    inputs = [tensor(tensors.IMAGE, np.array([b"P6 1 1 255\n\0\0\0"], np.object_))]
-    inputs.append(tensor(tensors.OPTION_TENSORS["do_sample"], np.array([True])))
+    inputs = [tensor(wire.IMAGE, np.array([b"P6 1 1 255\n\0\0\0"], np.object_))]
+    inputs.append(tensor(wire.OPTION_TENSORS["do_sample"], np.array([True])))
     with InferenceServerClient(demo.triton_grpc) as triton:
         with pytest.raises(Exception, match="NONCE"):
-            triton.infer(tensors.CAPTIONER.name, inputs)
-        inputs.append(tensor(tensors.NONCE, np.array([7], np.int64)))
-        assert triton.infer(tensors.CAPTIONER.name, inputs).as_numpy("TEXT").shape == (1,)
+            triton.infer(wire.CAPTIONER.name, inputs)
+        inputs.append(tensor(wire.NONCE, np.array([7], np.int64)))
+        assert triton.infer(wire.CAPTIONER.name, inputs).as_numpy("TEXT").shape == (1,)
 
 
 def test_identical_requests_in_flight_are_computed_once(
@@ -175,7 +175,7 @@ def test_cache_and_coalescing_can_be_turned_off(
     model_repository: Callable[[str], Path], tmp_path: Path
 ) -> None:
     repository = changed_repository(
-        model_repository("projected"), tmp_path, tensors.CAPTIONER.name, coalesce=0
+        model_repository("projected"), tmp_path, wire.CAPTIONER.name, coalesce=0
     )
     image = picture(1)
     with (
@@ -320,20 +320,20 @@ def test_slots_of_a_dead_owner_come_back(
     model_repository: Callable[[str], Path], tmp_path: Path
 ) -> None:
     repository = changed_repository(
-        model_repository("projected"), tmp_path, tensors.DECODER_STEP.name, slots=2, lease_seconds=1
+        model_repository("projected"), tmp_path, wire.DECODER_STEP.name, slots=2, lease_seconds=1
     )
     states = np.zeros((3, 17, 48), np.float32)
     hold = [
-        tensor(tensors.OPERATION, np.array([b"PREFILL"], np.object_)),
-        tensor(tensors.OWNER, np.array([b"stranger/1"], np.object_)),
-        tensor(tensors.IMAGE_STATES, states),
+        tensor(wire.OPERATION, np.array([b"PREFILL"], np.object_)),
+        tensor(wire.OWNER, np.array([b"stranger/1"], np.object_)),
+        tensor(wire.IMAGE_STATES, states),
     ]
     with (
         launched_service(repository) as running,
         CaptionClient(running.grpc, timeout=WAIT_SECONDS) as client,
         InferenceServerClient(running.triton_grpc) as triton,
     ):
-        slots = triton.infer(tensors.DECODER_STEP.name, hold).as_numpy("NEW_SLOTS")
+        slots = triton.infer(wire.DECODER_STEP.name, hold).as_numpy("NEW_SLOTS")
         # All slots are taken, and who took them never comes back.
         assert slots.tolist() == [0, 1, -1]
         assert metric(running, "captionserve_slots") == 2
@@ -352,7 +352,7 @@ def test_a_failure_is_not_remembered_as_an_answer(service: Callable[[str], Ready
 
 
 def tensor(
-    spec: tensors.TensorSpec, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+    spec: wire.TensorSpec, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 ) -> InferInput:
     name = spec.data_type.removeprefix("TYPE_")
     made = InferInput(spec.name, list(values.shape), "BYTES" if name == "STRING" else name)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from captionserve import CaptionClient, CaptionResult
-from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.core.options import DecodingOptions
+from captionserve_server.runtime.graph_format import GraphFormat
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
 from PIL import Image

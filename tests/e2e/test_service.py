@@ -17,9 +17,9 @@ from captionserve import (
     FinishReason,
     GenerationOptions,
 )
-from captionserve_server.core import tensors
 from captionserve_server.evaluation.held_out import held_out_scenes
 from captionserve_server.serving.ready import ReadyReport
+from captionserve_server.triton import wire
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
@@ -88,12 +88,12 @@ def test_kserve_clients_talk_to_triton_directly(service: Service) -> None:
     with CaptionClient(service(DEMO).grpc) as client:
         expected = client.caption(image, GenerationOptions(num_beams=2))
     triton = tritonclient.grpc.InferenceServerClient(service(DEMO).triton_grpc)
-    encoded = tritonclient.grpc.InferInput(tensors.IMAGE.name, [1], "BYTES")
+    encoded = tritonclient.grpc.InferInput(wire.IMAGE.name, [1], "BYTES")
     encoded.set_data_from_numpy(np.array([image.read_bytes()], dtype=np.object_))
-    beams = tritonclient.grpc.InferInput(tensors.OPTION_TENSORS["num_beams"].name, [1], "INT32")
+    beams = tritonclient.grpc.InferInput(wire.OPTION_TENSORS["num_beams"].name, [1], "INT32")
     beams.set_data_from_numpy(np.array([2], dtype=np.int32))
 
-    answer = triton.infer(tensors.CAPTIONER.name, [encoded, beams])
+    answer = triton.infer(wire.CAPTIONER.name, [encoded, beams])
 
-    assert answer.as_numpy(tensors.TEXT.name)[0].decode() == expected.text
-    assert answer.as_numpy(tensors.SCORE.name)[0] == pytest.approx(expected.captions[0].score)
+    assert answer.as_numpy(wire.TEXT.name)[0].decode() == expected.text
+    assert answer.as_numpy(wire.SCORE.name)[0] == pytest.approx(expected.captions[0].score)

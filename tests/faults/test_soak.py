@@ -23,8 +23,8 @@ import psutil
 import pytest
 from captionserve import CaptionClient, CaptionError, GenerationOptions
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
-from captionserve_server.core import tensors
 from captionserve_server.serving.ready import ReadyReport
+from captionserve_server.triton import wire
 from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import InferenceServerClient, InferInput
@@ -221,14 +221,14 @@ def test_a_held_slot_is_seen_as_a_leak(service: Callable[[str], ReadyReport]) ->
         states = np.zeros((1, 17, 192), np.float32)
         inputs = []
         for spec, array in (
-            (tensors.OPERATION, np.array([b"PREFILL"], np.object_)),
-            (tensors.OWNER, np.array([b"soak/control"], np.object_)),
-            (tensors.IMAGE_STATES, states),
+            (wire.OPERATION, np.array([b"PREFILL"], np.object_)),
+            (wire.OWNER, np.array([b"soak/control"], np.object_)),
+            (wire.IMAGE_STATES, states),
         ):
             datatype = "BYTES" if array.dtype == np.object_ else "FP32"
             tensor = InferInput(spec.name, list(array.shape), datatype)
             tensor.set_data_from_numpy(array)
             inputs.append(tensor)
-        slots = triton.infer(tensors.DECODER_STEP.name, inputs).as_numpy(tensors.NEW_SLOTS.name)
+        slots = triton.infer(wire.DECODER_STEP.name, inputs).as_numpy(wire.NEW_SLOTS.name)
     assert slots.tolist() == [0]
     assert f"slots: {before.slots} to {before.slots + 1}" in leaks(before, footprint(running))

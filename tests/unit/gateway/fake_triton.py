@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc
 import numpy as np
-from captionserve_server.core import tensors
-from captionserve_server.core.tensors import TensorSpec
 from captionserve_server.gateway.kserve import decode_strings, encode_strings, kserve_type
+from captionserve_server.triton import wire
+from captionserve_server.triton.wire import TensorSpec
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -29,39 +29,39 @@ Stream = Callable[
 def good_outputs() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
     """Two captions of different lengths; strings are already encoded."""
     return {
-        tensors.TEXT: encode_strings(
+        wire.TEXT: encode_strings(
             [b"a red apple", "un caf\N{LATIN SMALL LETTER E WITH ACUTE}".encode()]
         ),
-        tensors.SCORE: np.array([-0.5, -0.75], "<f8"),
-        tensors.FINISH_REASON: encode_strings([b"eos", b"length"]),
-        tensors.CONFIDENCE: np.array([0.75, 0.5], "<f8"),
-        tensors.DEGENERATE: np.array([False, True]),
-        tensors.TOKEN_IDS: np.array([[5, 6, 2], [0, -1, -1]], "<i4"),
-        tensors.TOKEN_LOGPROBS: np.array([[-0.25, -0.25, -0.5], [-0.75, 0, 0]], "<f4"),
-        tensors.TOKEN_TEXTS: np.array(
+        wire.SCORE: np.array([-0.5, -0.75], "<f8"),
+        wire.FINISH_REASON: encode_strings([b"eos", b"length"]),
+        wire.CONFIDENCE: np.array([0.75, 0.5], "<f8"),
+        wire.DEGENERATE: np.array([False, True]),
+        wire.TOKEN_IDS: np.array([[5, 6, 2], [0, -1, -1]], "<i4"),
+        wire.TOKEN_LOGPROBS: np.array([[-0.25, -0.25, -0.5], [-0.75, 0, 0]], "<f4"),
+        wire.TOKEN_TEXTS: np.array(
             [[b"a red", b" apple", b""], [b"un caf\xc3\xa9", b"", b""]], np.object_
         ),
-        tensors.COMPUTED_FOR: encode_strings([b"another"]),
+        wire.COMPUTED_FOR: encode_strings([b"another"]),
     }
 
 
 def with_attention() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
     """The same with attention over a grid of 1 x 2."""
     values = np.arange(12, dtype="<f4").reshape(2, 3, 1, 2) / 16
-    return good_outputs() | {tensors.ATTENTIONS: values}
+    return good_outputs() | {wire.ATTENTIONS: values}
 
 
 def part_outputs(text: str, *token_ids: int) -> dict[TensorSpec, bytes | NDArray[np.generic]]:
     """A part of a caption."""
     return {
-        tensors.NEW_TEXT: encode_strings([text.encode()]),
-        tensors.NEW_TOKEN_IDS: np.array(token_ids, "<i4"),
+        wire.NEW_TEXT: encode_strings([text.encode()]),
+        wire.NEW_TOKEN_IDS: np.array(token_ids, "<i4"),
     }
 
 
 def computed_for(request_id: str) -> dict[TensorSpec, bytes | NDArray[np.generic]]:
     """The same, computed for a request of that id."""
-    return good_outputs() | {tensors.COMPUTED_FOR: encode_strings([request_id.encode()])}
+    return good_outputs() | {wire.COMPUTED_FOR: encode_strings([request_id.encode()])}
 
 
 def infer_response(

@@ -9,9 +9,9 @@ import grpc
 import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
-from captionserve_server.core import tensors
-from captionserve_server.core.tensors import TensorSpec
 from captionserve_server.gateway.kserve import encode_strings
+from captionserve_server.triton import wire
+from captionserve_server.triton.wire import TensorSpec
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
@@ -90,7 +90,7 @@ def test_captions_come_back_whole() -> None:
     ],
 )
 def test_each_finish_reason_has_its_value(text: bytes, expected: int) -> None:
-    outputs = good_outputs() | {tensors.FINISH_REASON: encode_strings([b"eos", text])}
+    outputs = good_outputs() | {wire.FINISH_REASON: encode_strings([b"eos", text])}
     response = answer_to(outputs)
     assert [caption.finish_reason for caption in response.captions] == [
         caption_pb2.FINISH_REASON_EOS,
@@ -101,16 +101,16 @@ def test_each_finish_reason_has_its_value(text: bytes, expected: int) -> None:
 def test_a_caption_without_tokens_is_a_caption() -> None:
     """The deadline may come before the first token of a partial caption."""
     outputs: dict[TensorSpec, bytes | NDArray[np.generic]] = {
-        tensors.TEXT: encode_strings([b"a red"]),
-        tensors.SCORE: np.zeros(1, "<f8"),
-        tensors.FINISH_REASON: encode_strings([b"deadline"]),
-        tensors.CONFIDENCE: np.zeros(1, "<f8"),
-        tensors.DEGENERATE: np.array([True]),
-        tensors.TOKEN_IDS: np.zeros((1, 0), "<i4"),
-        tensors.TOKEN_LOGPROBS: np.zeros((1, 0), "<f4"),
-        tensors.TOKEN_TEXTS: np.zeros((1, 0), np.object_),
-        tensors.ATTENTIONS: np.zeros((1, 0, 2, 3), "<f4"),
-        tensors.COMPUTED_FOR: encode_strings([b"another"]),
+        wire.TEXT: encode_strings([b"a red"]),
+        wire.SCORE: np.zeros(1, "<f8"),
+        wire.FINISH_REASON: encode_strings([b"deadline"]),
+        wire.CONFIDENCE: np.zeros(1, "<f8"),
+        wire.DEGENERATE: np.array([True]),
+        wire.TOKEN_IDS: np.zeros((1, 0), "<i4"),
+        wire.TOKEN_LOGPROBS: np.zeros((1, 0), "<f4"),
+        wire.TOKEN_TEXTS: np.zeros((1, 0), np.object_),
+        wire.ATTENTIONS: np.zeros((1, 0, 2, 3), "<f4"),
+        wire.COMPUTED_FOR: encode_strings([b"another"]),
     }
     (caption,) = answer_to(outputs).captions
     assert caption == caption_pb2.Caption(
@@ -123,7 +123,7 @@ def test_a_caption_without_tokens_is_a_caption() -> None:
 
 def test_an_image_alone_is_sent_alone() -> None:
     asked = ask(request_of())
-    assert asked.model_name == tensors.CAPTIONER.name
+    assert asked.model_name == wire.CAPTIONER.name
     encoded = struct.pack("<I", len(IMAGE)) + IMAGE
     assert raw_inputs(asked) == {"IMAGE": ("BYTES", [1], encoded)}
 

@@ -9,10 +9,11 @@ import grpc
 import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
-from captionserve_server.core import errors, tensors
+from captionserve_server.core import errors
 from captionserve_server.gateway import caption_service
 from captionserve_server.gateway.kserve import encode_strings
 from captionserve_server.gateway.status import CODES, DOMAIN, rpc_status
+from captionserve_server.triton import wire
 from google.rpc import error_details_pb2, status_pb2
 
 from tests.unit.gateway.fake_triton import WAIT_SECONDS, FakeTriton, good_outputs, infer_response
@@ -167,29 +168,29 @@ def test_no_triton_is_model_unavailable() -> None:
     assert "127.0.0.1" not in (failure.details() or "")
 
 
-def without(spec: tensors.TensorSpec) -> dict[Any, Any]:
+def without(spec: wire.TensorSpec) -> dict[Any, Any]:
     return {key: value for key, value in good_outputs().items() if key is not spec}
 
 
 @pytest.mark.parametrize(
     "outputs",
     [
-        *(without(spec) for spec in tensors.CAPTIONER.outputs if spec is not tensors.ATTENTIONS),
-        good_outputs() | {tensors.TOKEN_LOGPROBS: np.zeros((2, 1), "<f4")},
-        good_outputs() | {tensors.COMPUTED_FOR: b""},
-        good_outputs() | {tensors.TOKEN_TEXTS: np.full((2, 2), b"", np.object_)},
-        good_outputs() | {tensors.DEGENERATE: np.zeros(1, "?")},
-        good_outputs() | {tensors.CONFIDENCE: np.zeros(2, "<f4")},
-        good_outputs() | {tensors.ATTENTIONS: np.zeros((2, 1, 1, 2), "<f4")},
-        good_outputs() | {tensors.ATTENTIONS: np.zeros((1, 3, 1, 2), "<f4")},
-        good_outputs() | {tensors.ATTENTIONS: np.zeros((2, 3, 2), "<f4")},
-        good_outputs() | {tensors.TEXT: b"\x05\x00\x00\x00cut"},
-        good_outputs() | {tensors.TEXT: b"\x05\x00"},
-        good_outputs() | {tensors.TEXT: encode_strings([b"\xff", b"no UTF-8"])},
-        good_outputs() | {tensors.TEXT: encode_strings([b"only one"])},
-        good_outputs() | {tensors.FINISH_REASON: encode_strings([b"eos", SECRET.encode()])},
-        good_outputs() | {tensors.SCORE: np.zeros(3, "<f8")},
-        good_outputs() | {tensors.SCORE: np.zeros((2, 1), "<f8")},
+        *(without(spec) for spec in wire.CAPTIONER.outputs if spec is not wire.ATTENTIONS),
+        good_outputs() | {wire.TOKEN_LOGPROBS: np.zeros((2, 1), "<f4")},
+        good_outputs() | {wire.COMPUTED_FOR: b""},
+        good_outputs() | {wire.TOKEN_TEXTS: np.full((2, 2), b"", np.object_)},
+        good_outputs() | {wire.DEGENERATE: np.zeros(1, "?")},
+        good_outputs() | {wire.CONFIDENCE: np.zeros(2, "<f4")},
+        good_outputs() | {wire.ATTENTIONS: np.zeros((2, 1, 1, 2), "<f4")},
+        good_outputs() | {wire.ATTENTIONS: np.zeros((1, 3, 1, 2), "<f4")},
+        good_outputs() | {wire.ATTENTIONS: np.zeros((2, 3, 2), "<f4")},
+        good_outputs() | {wire.TEXT: b"\x05\x00\x00\x00cut"},
+        good_outputs() | {wire.TEXT: b"\x05\x00"},
+        good_outputs() | {wire.TEXT: encode_strings([b"\xff", b"no UTF-8"])},
+        good_outputs() | {wire.TEXT: encode_strings([b"only one"])},
+        good_outputs() | {wire.FINISH_REASON: encode_strings([b"eos", SECRET.encode()])},
+        good_outputs() | {wire.SCORE: np.zeros(3, "<f8")},
+        good_outputs() | {wire.SCORE: np.zeros((2, 1), "<f8")},
     ],
 )
 def test_an_answer_that_makes_no_sense_is_a_model_fault(outputs: dict[Any, Any]) -> None:
@@ -206,9 +207,9 @@ def test_a_version_that_is_no_number_is_a_model_fault() -> None:
 
 
 def test_no_captions_is_a_model_fault() -> None:
-    outputs: dict[tensors.TensorSpec, Any] = {
-        spec: np.zeros((0,) * len(spec.dims), "<f8" if spec is tensors.SCORE else "<i4")
-        for spec in tensors.CAPTIONER.outputs
+    outputs: dict[wire.TensorSpec, Any] = {
+        spec: np.zeros((0,) * len(spec.dims), "<f8" if spec is wire.SCORE else "<i4")
+        for spec in wire.CAPTIONER.outputs
     }
     failure = failing(lambda triton: triton.answer_with(infer_response(outputs)))
     assert reason_of(failure) == "MODEL_FAULT"

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from captionserve_server.core.tensors import DataType, ModelSpec, TensorSpec
 from captionserve_server.gateway.kserve import (
     Element,
     decode_strings,
@@ -16,6 +15,7 @@ from captionserve_server.gateway.kserve import (
     infer_request,
     read_outputs,
 )
+from captionserve_server.triton.wire import DataType, ModelSpec, TensorSpec
 from tritonclient.grpc import service_pb2
 
 E_ACUTE = "\N{LATIN SMALL LETTER E WITH ACUTE}"

@@ -10,8 +10,9 @@ import grpc
 import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
-from captionserve_server.core import errors, tensors
+from captionserve_server.core import errors
 from captionserve_server.gateway.kserve import encode_strings
+from captionserve_server.triton import wire
 from tritonclient.grpc import service_pb2
 
 from tests.unit.gateway.fake_triton import (
@@ -182,7 +183,7 @@ def test_what_then_goes_wrong_is_what_the_caller_is_told() -> None:
     ("outputs", "requests"),
     [
         pytest.param({}, 2, id="nothing"),
-        pytest.param(without(tensors.TEXT), 1, id="not everything"),
+        pytest.param(without(wire.TEXT), 1, id="not everything"),
     ],
 )
 def test_only_an_answer_with_nothing_is_asked_for_anew_and_only_once(

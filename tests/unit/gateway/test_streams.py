@@ -10,10 +10,11 @@ import grpc
 import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
-from captionserve_server.core import errors, tensors
+from captionserve_server.core import errors
 from captionserve_server.gateway import caption_service
 from captionserve_server.gateway.kserve import encode_strings
 from captionserve_server.gateway.status import CODES
+from captionserve_server.triton import wire
 from google.rpc import error_details_pb2
 from tritonclient.grpc import service_pb2
 
@@ -97,7 +98,7 @@ def test_parts_come_in_their_order_and_the_response_last() -> None:
     ]
     assert last.response.captions[0].text == "a red apple"
     (asked,) = triton.requests
-    assert asked.model_name == tensors.CAPTIONER_STREAM.name
+    assert asked.model_name == wire.CAPTIONER_STREAM.name
 
 
 def test_a_part_may_have_no_text_and_text_may_be_of_any_script() -> None:
@@ -250,13 +251,13 @@ def test_no_triton_is_model_unavailable() -> None:
     "outputs",
     [
         {},
-        {tensors.NEW_TEXT: encode_strings([b"a"])},
-        {tensors.NEW_TOKEN_IDS: np.zeros(1, "<i4")},
-        part_outputs("a", 5) | {tensors.NEW_TEXT: b""},
-        part_outputs("a", 5) | {tensors.NEW_TEXT: b"\x05\x00\x00\x00cut"},
-        part_outputs("a", 5) | {tensors.NEW_TOKEN_IDS: np.zeros((1, 1), "<i4")},
-        part_outputs("a", 5) | {tensors.NEW_TOKEN_IDS: np.zeros(1, "<i8")},
-        *(without(spec) for spec in tensors.CAPTIONER.outputs if spec is not tensors.ATTENTIONS),
+        {wire.NEW_TEXT: encode_strings([b"a"])},
+        {wire.NEW_TOKEN_IDS: np.zeros(1, "<i4")},
+        part_outputs("a", 5) | {wire.NEW_TEXT: b""},
+        part_outputs("a", 5) | {wire.NEW_TEXT: b"\x05\x00\x00\x00cut"},
+        part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros((1, 1), "<i4")},
+        part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros(1, "<i8")},
+        *(without(spec) for spec in wire.CAPTIONER.outputs if spec is not wire.ATTENTIONS),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_a_model_fault(outputs: dict[Any, Any]) -> None:

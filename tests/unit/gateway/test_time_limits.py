@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from captionserve.v1 import caption_pb2
-from captionserve_server.core import tensors
 from captionserve_server.core.errors import DeadlineExceededError
 from captionserve_server.gateway.caption_service import CaptionService
 from captionserve_server.gateway.conversion import Inputs
 from captionserve_server.gateway.kserve import read_outputs
 from captionserve_server.gateway.triton_client import CaptionerAnswer, TimeLimit
+from captionserve_server.triton import wire
 
 from tests.unit.gateway.fake_triton import good_outputs, infer_response
 from tests.unit.gateway.harness import gateway_setup, request_of
@@ -57,7 +57,7 @@ class RecordingTriton:
 
     async def infer_captions(self, inputs: Inputs, time_limit: TimeLimit) -> CaptionerAnswer:
         self.limits.append(time_limit)
-        outputs = read_outputs(infer_response(good_outputs()), tensors.CAPTIONER.outputs)
+        outputs = read_outputs(infer_response(good_outputs()), wire.CAPTIONER.outputs)
         return CaptionerAnswer(outputs, request_id="", model_version=3)
 
     async def stream_captions(

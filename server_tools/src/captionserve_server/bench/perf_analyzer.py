@@ -34,15 +34,15 @@ from captionserve_server.bench.perf_report import (
     model_table,
     parse_measurement,
 )
-from captionserve_server.core import tensors
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
 from captionserve_server.serving.temporary import served_checkpoint
+from captionserve_server.triton import wire
 
 _NO_CACHE = ("--response-cache-megabytes", "0")
 _SHARES_OF_BEST = (0.25, 0.5, 0.75)
 # The models that do their work while Triton counts; captioner and preprocess answer later.
-_TIMED_MODELS = (tensors.VISION_ENCODER, tensors.DECODER_STEP)
+_TIMED_MODELS = (wire.VISION_ENCODER, wire.DECODER_STEP)
 # A measurement is the mean of three windows, once they agree; perf_analyzer tries so often.
 _WINDOWS = 10
 # The exit status when they never agree.
@@ -73,7 +73,7 @@ class Target:
     def arguments(self) -> list[str]:
         """The part of perf_analyzer's command line that is the same for every load."""
         return [
-            *("-m", tensors.CAPTIONER.name, "-i", "grpc", "-u", self.address, "--async"),
+            *("-m", wire.CAPTIONER.name, "-i", "grpc", "-u", self.address, "--async"),
             *("--input-data", str(self.input_data)),
             *("--bls-composing-models", ",".join(model.name for model in _TIMED_MODELS)),
             *("--measurement-interval", str(round(1000 * self.window_seconds))),

@@ -9,8 +9,8 @@ from itertools import cycle, islice
 
 from PIL import Image
 
-from captionserve_server.core import tensors
 from captionserve_server.evaluation.held_out import held_out_scenes
+from captionserve_server.triton import wire
 
 # As many as the captioner accepts at once: perf_analyzer takes them in turn, so that no two alike
 # are ever in flight, which would be computed once.
@@ -38,11 +38,11 @@ def input_data(
     Raises:
         KeyError: if there is no such option.
     """
-    settings = {tensors.OPTION_TENSORS[name].name: [value] for name, value in options.items()}
+    settings = {wire.OPTION_TENSORS[name].name: [value] for name, value in options.items()}
     encoded = [_string_element(image) for image in images]
     return {
         "data": [
-            {tensors.IMAGE.name: {"b64": image}, **settings, tensors.NONCE.name: [nonce]}
+            {wire.IMAGE.name: {"b64": image}, **settings, wire.NONCE.name: [nonce]}
             for nonce, image in enumerate(islice(cycle(encoded), requests))
         ]
     }

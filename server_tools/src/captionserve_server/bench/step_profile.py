@@ -30,8 +30,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from captionserve_server.core.tensors import CAPTIONER, VISION_ENCODER
 from captionserve_server.serving.launch import launched_service
+from captionserve_server.triton.wire import CAPTIONER, VISION_ENCODER
 
 _TIMEOUT_SECONDS = 600.0
 _POLL_SECONDS = 0.05

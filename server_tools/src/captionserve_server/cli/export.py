@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from captionserve_server.cli.console import ExitCode, messages, output, print_json, stages
-from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.export.precision import Precision
+from captionserve_server.runtime.graph_format import GraphFormat
 
 
 def export(

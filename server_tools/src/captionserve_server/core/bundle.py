@@ -8,20 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
+from captionserve_server.core.confidence import Calibration
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.quality import Calibration
 from captionserve_server.core.words import Encode, word_tokens
-
-BUNDLE_FILE = "bundle.json"
-TOKENIZER_FILE = "tokenizer.json"
-PREPROCESSOR_FILE = "preprocessor.json"
-# The graphs' files in ONNX; GraphFormat.file says what they are called in another format.
-ENCODER_GRAPH_FILE = "model.onnx"
-PREFILL_GRAPH_FILE = "prefill.onnx"
-STEP_GRAPH_FILE = "step.onnx"
-TOP_GRAPH_FILE = "top.onnx"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The one tree of errors a caller can be shown, and how it crosses Triton's string-only errors.
+"""The one tree of errors a caller can be shown.
 
     CaptionServeError
     ├── InvalidRequestError         the caller must change the request
@@ -19,10 +19,9 @@ from this tree to gRPC status codes is in gateway/status.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar, TypeGuard
+from typing import ClassVar
 
 
 class CaptionServeError(Exception):
@@ -44,13 +43,6 @@ class CaptionServeError(Exception):
     def field_violations(self) -> Mapping[str, str]:
         """What is wrong, by request field; empty when no single field is at fault."""
         return MappingProxyType({})
-
-    def to_wire(self) -> str:
-        """Serialise as the text of a Triton error, which is all that Triton carries."""
-        wire: dict[str, object] = {"reason": self.reason, "message": self.message}
-        if self.field_violations:
-            wire["field_violations"] = dict(self.field_violations)
-        return json.dumps(wire)
 
 
 class InvalidRequestError(CaptionServeError):
@@ -135,25 +127,3 @@ def all_error_types() -> tuple[type[CaptionServeError], ...]:
     for error_type in found:
         found.extend(error_type.__subclasses__())
     return tuple(found)
-
-
-def from_wire(text: str) -> CaptionServeError | None:
-    """Rebuild the error that `to_wire` serialised; None when the text is not one of ours."""
-    try:
-        wire = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(wire, dict) or not isinstance(wire.get("message"), str):
-        return None
-    by_reason = {error_type.reason: error_type for error_type in all_error_types()}
-    error_type = by_reason.get(str(wire.get("reason")))
-    if error_type is None:
-        return None
-    if issubclass(error_type, InvalidOptionsError):
-        violations = wire.get("field_violations")
-        return error_type(violations) if _is_text_to_text(violations) else None
-    return error_type(wire["message"])
-
-
-def _is_text_to_text(value: object) -> TypeGuard[dict[str, str]]:
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from captionserve_server.core.quality import Calibration, mean_log_odds
+from captionserve_server.core.confidence import Calibration, mean_log_odds
 
 NUM_BINS = 10
 _MOST_NEWTON_STEPS = 100

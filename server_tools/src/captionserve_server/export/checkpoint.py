@@ -26,11 +26,11 @@ from transformers import (
 
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import SpecialTokens
+from captionserve_server.core.confidence import Calibration
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.options import MAX_MAX_LENGTH, DecodingOptions, EarlyStopping
 from captionserve_server.core.preprocessing import PreprocessorConfig, read_preprocessor_config
-from captionserve_server.core.quality import Calibration
 
 SUPPORTED_ENCODERS = ("vit", "deit")
 SUPPORTED_DECODERS = ("gpt2",)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from captionserve_server.core import graph_tensors as names
 from captionserve_server.export.checkpoint import Checkpoint
 from captionserve_server.export.modules import TopModule, without_mask
 from captionserve_server.export.sources import (
@@ -20,6 +19,7 @@ from captionserve_server.export.sources import (
     step_example,
     step_module,
 )
+from captionserve_server.runtime import graph_tensors as names
 
 # The first with Gelu, which is a fifth of the time of its parts.
 OPSET = 20

@@ -12,14 +12,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
-from captionserve_server.core import bundle as files
-from captionserve_server.core import tensors
-from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.export import onnx_export, torchscript_export
 from captionserve_server.export.checkpoint import Checkpoint, load_checkpoint
 from captionserve_server.export.precision import Precision
 from captionserve_server.export.quantise import quantise_decoder, quantise_encoder
 from captionserve_server.export.verify import Verification, verify_export
+from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.graph_format import GraphFormat
+from captionserve_server.triton import wire
 
 Progress = Callable[[str], None]
 """Called with what begins now."""
@@ -127,7 +127,7 @@ def export_checkpoint(
         FileExistsError: if the version is there already.
         OtherFormatError: if the versions that are there have another format.
     """
-    if (output / tensors.CAPTIONER.name / str(version)).exists():
+    if (output / wire.CAPTIONER.name / str(version)).exists():
         raise FileExistsError(f"version {version} is in the model repository already")
     if precision is not Precision.FP32 and graph_format is not GraphFormat.ONNX:
         raise UnsupportedFormatError(f"{graph_format.value} is written in fp32 only")
@@ -160,7 +160,7 @@ def static_repository() -> Path:
 
 def _refuse_other_format(repository: Path, graph_format: GraphFormat) -> None:
     """All versions of a model share its config.pbtxt, which names one backend and one file."""
-    config = repository / tensors.VISION_ENCODER.name / "config.pbtxt"
+    config = repository / wire.VISION_ENCODER.name / "config.pbtxt"
     if not config.exists():
         return
     text = config.read_text()
@@ -186,10 +186,10 @@ def _export_graphs(
     """Write the graphs; the path of each by its file name in ONNX."""
     exporter = _EXPORTERS[graph_format]
     jobs = (
-        (exporter.export_encoder, tensors.VISION_ENCODER, files.ENCODER_GRAPH_FILE),
-        (exporter.export_prefill, tensors.DECODER_STEP, files.PREFILL_GRAPH_FILE),
-        (exporter.export_step, tensors.DECODER_STEP, files.STEP_GRAPH_FILE),
-        (exporter.export_top, tensors.DECODER_STEP, files.TOP_GRAPH_FILE),
+        (exporter.export_encoder, wire.VISION_ENCODER, files.ENCODER_GRAPH_FILE),
+        (exporter.export_prefill, wire.DECODER_STEP, files.PREFILL_GRAPH_FILE),
+        (exporter.export_step, wire.DECODER_STEP, files.STEP_GRAPH_FILE),
+        (exporter.export_top, wire.DECODER_STEP, files.TOP_GRAPH_FILE),
     )
     graphs: dict[str, Path] = {}
     for export, model, name in jobs:
@@ -212,20 +212,20 @@ def _quantised(
 
 
 def _write_settings(checkpoint: Checkpoint, staging: Path, version: int) -> None:
-    for model in (tensors.CAPTIONER, tensors.CAPTIONER_STREAM):
+    for model in (wire.CAPTIONER, wire.CAPTIONER_STREAM):
         folder = _version_folder(staging, model, version)
         (folder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
         checkpoint.tokenizer.backend_tokenizer.save(
             str(folder / files.TOKENIZER_FILE), pretty=False
         )
-    decoder = _version_folder(staging, tensors.DECODER_STEP, version)
+    decoder = _version_folder(staging, wire.DECODER_STEP, version)
     (decoder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
-    preprocess = _version_folder(staging, tensors.PREPROCESS, version)
+    preprocess = _version_folder(staging, wire.PREPROCESS, version)
     settings = json.dumps(dataclasses.asdict(checkpoint.preprocessor), indent=2)
     (preprocess / files.PREPROCESSOR_FILE).write_text(settings + "\n")
 
 
-def _version_folder(repository: Path, model: tensors.ModelSpec, version: int) -> Path:
+def _version_folder(repository: Path, model: wire.ModelSpec, version: int) -> Path:
     folder = repository / model.name / str(version)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -235,7 +235,7 @@ def _publish(
     checkpoint: Checkpoint, staging: Path, output: Path, version: int, graph_format: GraphFormat
 ) -> None:
     static = static_repository()
-    for model in tensors.MODELS:
+    for model in wire.MODELS:
         source, target = staging / model.name / str(version), output / model.name
         code = static / model.name / "1" / "model.py"
         if code.exists():
@@ -243,7 +243,7 @@ def _publish(
         target.mkdir(exist_ok=True)
         source.rename(target / str(version))
         config = (static / model.name / "config.pbtxt").read_text()
-        if model is tensors.VISION_ENCODER:
+        if model is wire.VISION_ENCODER:
             config = _in_format(config, graph_format)
         (target / "config.pbtxt").write_text(_with_image_size(config, checkpoint.image_size))
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from captionserve_server.core import graph_tensors as names
 from captionserve_server.export.checkpoint import Checkpoint
 from captionserve_server.export.modules import TopModule, without_mask
 from captionserve_server.export.sources import (
@@ -24,6 +23,7 @@ from captionserve_server.export.sources import (
     step_example,
     step_module,
 )
+from captionserve_server.runtime import graph_tensors as names
 from captionserve_server.runtime.torchscript_graph import NAMES_FILE
 
 _IMAGES = 3

@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captionserve_server.core import graph_tensors as names
 from captionserve_server.core.bundle import (
     ENCODER_GRAPH_FILE,
     PREFILL_GRAPH_FILE,
     STEP_GRAPH_FILE,
     TOP_GRAPH_FILE,
 )
-from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepModel
 from captionserve_server.core.step_model import Int64Array, RowRequests, StepBatch
 from captionserve_server.export.checkpoint import Checkpoint
 from captionserve_server.export.precision import Precision
 from captionserve_server.export.sources import encoder_module
+from captionserve_server.runtime import graph_tensors as names
+from captionserve_server.runtime.graph_step_model import DecoderGraphs, GraphStepModel
 from captionserve_server.runtime.open_graph import open_graph
 
 LOGPROB_TOLERANCES = {Precision.FP32: 1e-4, Precision.INT8: 1.0, Precision.INT4: 3.0}

@@ -10,11 +10,11 @@ import numpy as np
 from captionserve.v1 import caption_pb2
 from numpy.typing import NDArray
 
-from captionserve_server.core import tensors
 from captionserve_server.core.errors import ImageMissingError, InvalidOptionsError
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, MAX_SEED, EarlyStopping
-from captionserve_server.core.tensors import TensorSpec
 from captionserve_server.gateway.kserve import Element
+from captionserve_server.triton import wire
+from captionserve_server.triton.wire import TensorSpec
 
 Inputs = dict[TensorSpec, Sequence[Element]]
 Outputs = Mapping[TensorSpec, NDArray[Any]]
@@ -40,11 +40,11 @@ def captioner_inputs(request: caption_pb2.CaptionRequest) -> Inputs:
     """
     if request.image.WhichOneof("content") is None:
         raise ImageMissingError("the request holds no image")
-    inputs: Inputs = {tensors.IMAGE: [request.image.encoded]}
+    inputs: Inputs = {wire.IMAGE: [request.image.encoded]}
     for field, value in request.options.ListFields():
         if field.name == "early_stopping":
             value = _early_stopping(value)
-        inputs[tensors.OPTION_TENSORS[field.name]] = list(value) if field.is_repeated else [value]
+        inputs[wire.OPTION_TENSORS[field.name]] = list(value) if field.is_repeated else [value]
     return inputs
 
 
@@ -57,7 +57,7 @@ def nonce_if_needed(request: caption_pb2.CaptionRequest) -> Inputs:
 
 def nonce() -> Inputs:
     """What sets a request apart from all others, so that no cache answers it."""
-    return {tensors.NONCE: [secrets.randbelow(MAX_SEED)]}
+    return {wire.NONCE: [secrets.randbelow(MAX_SEED)]}
 
 
 def _early_stopping(value: int) -> EarlyStopping:
@@ -70,7 +70,7 @@ def _early_stopping(value: int) -> EarlyStopping:
 def caption_part(outputs: Outputs) -> caption_pb2.CaptionPart:
     """A part of a caption; LookupError where an output is missing."""
     return caption_pb2.CaptionPart(
-        text=outputs[tensors.NEW_TEXT][0], token_ids=outputs[tensors.NEW_TOKEN_IDS].tolist()
+        text=outputs[wire.NEW_TEXT][0], token_ids=outputs[wire.NEW_TOKEN_IDS].tolist()
     )
 
 
@@ -99,41 +99,41 @@ def caption_response(
     return caption_pb2.CaptionResponse(
         captions=captions,
         model_version=model_version,
-        cached=outputs[tensors.COMPUTED_FOR][0] != request_id,
+        cached=outputs[wire.COMPUTED_FOR][0] != request_id,
     )
 
 
 # One entry, or row, for each caption.
 _CAPTION_COLUMNS = (
-    tensors.TEXT,
-    tensors.SCORE,
-    tensors.FINISH_REASON,
-    tensors.CONFIDENCE,
-    tensors.DEGENERATE,
-    tensors.TOKEN_IDS,
-    tensors.TOKEN_LOGPROBS,
-    tensors.TOKEN_TEXTS,
+    wire.TEXT,
+    wire.SCORE,
+    wire.FINISH_REASON,
+    wire.CONFIDENCE,
+    wire.DEGENERATE,
+    wire.TOKEN_IDS,
+    wire.TOKEN_LOGPROBS,
+    wire.TOKEN_TEXTS,
 )
 
 
 def _caption(row: Mapping[TensorSpec, Any]) -> caption_pb2.Caption:
-    real = row[tensors.TOKEN_IDS] != tensors.PADDING_TOKEN_ID
+    real = row[wire.TOKEN_IDS] != wire.PADDING_TOKEN_ID
     return caption_pb2.Caption(
-        text=row[tensors.TEXT],
-        score=float(row[tensors.SCORE]),
-        token_ids=row[tensors.TOKEN_IDS][real].tolist(),
-        token_logprobs=row[tensors.TOKEN_LOGPROBS][real].tolist(),
-        token_texts=row[tensors.TOKEN_TEXTS][real].tolist(),
-        finish_reason=FINISH_REASONS[row[tensors.FINISH_REASON]],
-        confidence=float(row[tensors.CONFIDENCE]),
-        degenerate=bool(row[tensors.DEGENERATE]),
+        text=row[wire.TEXT],
+        score=float(row[wire.SCORE]),
+        token_ids=row[wire.TOKEN_IDS][real].tolist(),
+        token_logprobs=row[wire.TOKEN_LOGPROBS][real].tolist(),
+        token_texts=row[wire.TOKEN_TEXTS][real].tolist(),
+        finish_reason=FINISH_REASONS[row[wire.FINISH_REASON]],
+        confidence=float(row[wire.CONFIDENCE]),
+        degenerate=bool(row[wire.DEGENERATE]),
     )
 
 
 def _add_attention(captions: Iterable[caption_pb2.Caption], outputs: Outputs) -> None:
-    if tensors.ATTENTIONS not in outputs:
+    if wire.ATTENTIONS not in outputs:
         return
-    for caption, attention in zip(captions, outputs[tensors.ATTENTIONS], strict=True):
+    for caption, attention in zip(captions, outputs[wire.ATTENTIONS], strict=True):
         grids: NDArray[np.float32] = attention[: len(caption.token_ids)]
         if len(grids) < len(caption.token_ids):
             raise ValueError("attention is missing")

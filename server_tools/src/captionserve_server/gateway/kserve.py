@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
-from captionserve_server.core.tensors import DataType, ModelSpec, TensorSpec
+from captionserve_server.triton.wire import DataType, ModelSpec, TensorSpec
 
 _STRING_TYPE: DataType = "TYPE_STRING"
 _NUMPY_TYPES: dict[DataType, str] = {

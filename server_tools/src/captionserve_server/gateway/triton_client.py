@@ -12,7 +12,6 @@ import grpc
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from captionserve_server.core import tensors
 from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,
@@ -22,9 +21,10 @@ from captionserve_server.core.errors import (
     OverloadedError,
     from_wire,
 )
-from captionserve_server.core.tensors import ModelSpec, TensorSpec
 from captionserve_server.gateway.conversion import Inputs
 from captionserve_server.gateway.kserve import infer_request, read_outputs
+from captionserve_server.triton import wire
+from captionserve_server.triton.wire import ModelSpec, TensorSpec
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class CaptionerAnswer:
     @property
     def is_final(self) -> bool:
         """Whether it has the captions."""
-        return tensors.TEXT in self.outputs
+        return wire.TEXT in self.outputs
 
 
 class TritonClient:
@@ -102,12 +102,12 @@ class TritonClient:
         Raises:
             CaptionServeError: whatever went wrong.
         """
-        request = _request(tensors.CAPTIONER, inputs, time_limit)
+        request = _request(wire.CAPTIONER, inputs, time_limit)
         try:
             response = await self._stub.ModelInfer(request, timeout=time_limit.call_seconds)
         except grpc.aio.AioRpcError as error:
             raise error_of_triton(error.code(), error.details() or "") from error
-        return _answer(tensors.CAPTIONER, response)
+        return _answer(wire.CAPTIONER, response)
 
     async def stream_captions(
         self, inputs: Inputs, time_limit: TimeLimit
@@ -117,13 +117,13 @@ class TritonClient:
         Closing the generator cancels the work in Triton. Arguments and errors are those of
         `infer_captions`.
         """
-        request = _request(tensors.CAPTIONER_STREAM, inputs, time_limit)
+        request = _request(wire.CAPTIONER_STREAM, inputs, time_limit)
         call = self._stub.ModelStreamInfer(_once(request), timeout=time_limit.call_seconds)
         try:
             async for response in call:
                 if response.error_message:
                     raise error_of_triton(grpc.StatusCode.INTERNAL, response.error_message)
-                answer = _answer(tensors.CAPTIONER_STREAM, response.infer_response)
+                answer = _answer(wire.CAPTIONER_STREAM, response.infer_response)
                 yield answer
                 if answer.is_final:
                     return

@@ -3,7 +3,7 @@
 Needs onnxruntime, numpy, Pillow and tokenizers only.
 """
 
-from captionserve_server.core.finishing import FinishedCaption
+from captionserve_server.core.results import FinishedCaption
 from captionserve_server.local.captioner import LocalCaptioner, LocalResult
 from captionserve_server.local.images import ImageInput
 from captionserve_server.local.model_folder import ModelFolderError

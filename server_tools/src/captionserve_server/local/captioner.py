@@ -17,18 +17,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from captionserve_server.core import graph_tensors
 from captionserve_server.core.captions import CaptionPlan
-from captionserve_server.core.engine import CaptionEngine, EngineLimits
-from captionserve_server.core.engine_thread import Captions, EngineThread
+from captionserve_server.core.engine.engine_thread import Captions, EngineThread
+from captionserve_server.core.engine.scheduler import CaptionEngine, EngineLimits
 from captionserve_server.core.errors import CaptionServeError, ModelFaultError
-from captionserve_server.core.finishing import FinishedCaption, Finisher
-from captionserve_server.core.graph_step_model import GraphStepModel
+from captionserve_server.core.results import FinishedCaption, Finisher
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import Float32Array, UInt8Array
 from captionserve_server.local.images import ImageInput, image_pixels
 from captionserve_server.local.model_folder import load_model
 from captionserve_server.local.options import NamedOptions, given_options
+from captionserve_server.runtime import graph_tensors
+from captionserve_server.runtime.graph_step_model import GraphStepModel
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 
 if TYPE_CHECKING:

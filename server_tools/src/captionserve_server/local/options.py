@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from captionserve_server.core import tensors
+from captionserve_server.triton import wire
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -75,7 +75,7 @@ def _fields(options: DataclassInstance) -> dict[str, object]:
 
 def _plain(name: str, value: object) -> object:
     """A value in the option's own type; that of an unknown option as it is."""
-    spec = tensors.OPTION_TENSORS.get(name)
+    spec = wire.OPTION_TENSORS.get(name)
     if spec is None:
         return value
     if name == "early_stopping" and isinstance(value, bool):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from captionserve_server.core.graph_format import GraphFormat
-from captionserve_server.core.graph_step_model import Graph
+from captionserve_server.runtime.graph_format import GraphFormat
+from captionserve_server.runtime.graph_step_model import Graph
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from captionserve_server.core.graph_step_model import Array, Graph
+from captionserve_server.runtime.graph_step_model import Array, Graph
 
 
 class TimedGraph:

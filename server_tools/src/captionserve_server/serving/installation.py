@@ -17,7 +17,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from captionserve_server.core.graph_format import GraphFormat
+from captionserve_server.runtime.graph_format import GraphFormat
 
 _STUB = "triton_python_backend_stub"
 # Triton's own backends for graphs, and the library of each.

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from captionserve_server.core import tensors
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.config import GatewayConfig
 from captionserve_server.gateway.server import Gateway
@@ -19,6 +18,7 @@ from captionserve_server.gateway.triton_client import TimeLimit, TritonClient
 from captionserve_server.serving.installation import find_triton
 from captionserve_server.serving.ready import ReadyReport, ready_file
 from captionserve_server.serving.triton_process import TritonProcess, TritonStartError
+from captionserve_server.triton import wire
 
 # One black pixel as a binary PPM: the smallest image there is.
 _CANARY_IMAGE = b"P6 1 1 255\n\0\0\0"
@@ -107,7 +107,7 @@ async def _caption_once(triton: TritonProcess, timeout_seconds: float) -> None:
     client = TritonClient(triton.addresses.grpc)
     try:
         await client.infer_captions(
-            {tensors.IMAGE: [_CANARY_IMAGE]}, TimeLimit(timeout_seconds, timeout_seconds)
+            {wire.IMAGE: [_CANARY_IMAGE]}, TimeLimit(timeout_seconds, timeout_seconds)
         )
     except CaptionServeError as error:
         raise TritonStartError(f"the first caption failed: {error.message}") from error

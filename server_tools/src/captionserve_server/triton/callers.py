@@ -12,7 +12,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from captionserve_server.triton.requests import Request
+from captionserve_server.triton.pb import Request
 
 _INTERVAL_SECONDS = 0.2
 

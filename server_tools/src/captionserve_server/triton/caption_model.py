@@ -18,21 +18,21 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
-from captionserve_server.core import tensors
 from captionserve_server.core.bundle import BUNDLE_FILE, TOKENIZER_FILE, Bundle
 from captionserve_server.core.captions import CaptionPlan
-from captionserve_server.core.engine import CaptionEngine, EngineLimits
-from captionserve_server.core.engine_thread import Audience, Captions, EngineThread
+from captionserve_server.core.engine.engine_thread import Audience, Captions, EngineThread
+from captionserve_server.core.engine.scheduler import CaptionEngine, EngineLimits
 from captionserve_server.core.errors import CancelledError, OverloadedError
-from captionserve_server.core.finishing import Finisher
 from captionserve_server.core.options import DecodingOptions
+from captionserve_server.core.results import Finisher
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import UInt8Array
+from captionserve_server.triton import wire
 from captionserve_server.triton.callers import Caller, CallerWatch
 from captionserve_server.triton.caption_tensors import caption_response
 from captionserve_server.triton.metrics import Counter, Gauge
 from captionserve_server.triton.pace import Pace
-from captionserve_server.triton.requests import (
+from captionserve_server.triton.pb import (
     Array,
     ModelArguments,
     Request,
@@ -147,14 +147,14 @@ class CaptionModel(ABC):
         caller.finish(answer)
 
     def _read(self, request: Request, caller: Caller) -> CaptionRequest:
-        image = bytes(read_required(request, tensors.IMAGE)[0])
+        image = bytes(read_required(request, wire.IMAGE)[0])
         given = {
             name: _plain(array, one=spec.dims == (1,))
-            for name, spec in tensors.OPTION_TENSORS.items()
+            for name, spec in wire.OPTION_TENSORS.items()
             if (array := read(request, spec)) is not None
         }
         plan = self._bundle.plan(given, self._encode_text)
-        nonce = read(request, tensors.NONCE)
+        nonce = read(request, wire.NONCE)
         number = None if nonce is None else int(nonce[0])
         self._check(plan.options, number)
         return CaptionRequest(image, plan, number, caller)
@@ -165,8 +165,8 @@ class CaptionModel(ABC):
 
     def _pixels(self, image: bytes) -> UInt8Array:
         """What the encoder sees of an image file, uint8 [3, height, width]."""
-        inputs = {tensors.IMAGE: text_array(image)}
-        (pixels,) = call_model(tensors.PREPROCESS, self._version, inputs, tensors.PIXELS)
+        inputs = {wire.IMAGE: text_array(image)}
+        (pixels,) = call_model(wire.PREPROCESS, self._version, inputs, wire.PIXELS)
         return pixels
 
     def _answer(self, done: Future[Captions], request: CaptionRequest, request_id: str) -> Any:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from captionserve_server.core import tensors
-from captionserve_server.core.finishing import FinishedCaption
-from captionserve_server.core.tensors import TensorSpec
-from captionserve_server.triton.requests import Array, response, text_array
+from captionserve_server.core.results import FinishedCaption
+from captionserve_server.triton import wire
+from captionserve_server.triton.pb import Array, response, text_array
+from captionserve_server.triton.wire import TensorSpec
 
 
 def caption_response(captions: Sequence[FinishedCaption], request_id: str) -> Any:
@@ -26,7 +26,7 @@ def caption_response(captions: Sequence[FinishedCaption], request_id: str) -> An
             **_texts(captions, longest),
             **_numbers(captions, longest),
             **_attentions(captions, longest),
-            tensors.COMPUTED_FOR: text_array(request_id),
+            wire.COMPUTED_FOR: text_array(request_id),
         }
     )
 
@@ -35,24 +35,24 @@ def _texts(captions: Sequence[FinishedCaption], longest: int) -> dict[TensorSpec
     parts = [caption.token_texts for caption in captions]
     padded = [text_array(*own, *[""] * (longest - len(own))) for own in parts]
     return {
-        tensors.TEXT: text_array(*(caption.text for caption in captions)),
-        tensors.TOKEN_TEXTS: np.stack(padded),
-        tensors.FINISH_REASON: text_array(*(caption.finish_reason for caption in captions)),
+        wire.TEXT: text_array(*(caption.text for caption in captions)),
+        wire.TOKEN_TEXTS: np.stack(padded),
+        wire.FINISH_REASON: text_array(*(caption.finish_reason for caption in captions)),
     }
 
 
 def _numbers(captions: Sequence[FinishedCaption], longest: int) -> dict[TensorSpec, Array]:
-    token_ids = np.full((len(captions), longest), tensors.PADDING_TOKEN_ID, np.int32)
+    token_ids = np.full((len(captions), longest), wire.PADDING_TOKEN_ID, np.int32)
     logprobs = np.zeros((len(captions), longest), np.float32)
     for row, caption in enumerate(captions):
         token_ids[row, : len(caption.token_ids)] = caption.token_ids
         logprobs[row, : len(caption.token_ids)] = caption.token_logprobs
     return {
-        tensors.SCORE: np.array([caption.score for caption in captions], np.float64),
-        tensors.CONFIDENCE: np.array([caption.confidence for caption in captions], np.float64),
-        tensors.DEGENERATE: np.array([caption.degenerate for caption in captions], np.bool_),
-        tensors.TOKEN_IDS: token_ids,
-        tensors.TOKEN_LOGPROBS: logprobs,
+        wire.SCORE: np.array([caption.score for caption in captions], np.float64),
+        wire.CONFIDENCE: np.array([caption.confidence for caption in captions], np.float64),
+        wire.DEGENERATE: np.array([caption.degenerate for caption in captions], np.bool_),
+        wire.TOKEN_IDS: token_ids,
+        wire.TOKEN_LOGPROBS: logprobs,
     }
 
 
@@ -67,4 +67,4 @@ def _attentions(captions: Sequence[FinishedCaption], longest: int) -> dict[Tenso
     attentions = np.zeros((len(captions), longest, *grids[0].shape[1:]), np.float32)
     for number, own in enumerate(grids):
         attentions[number, : len(own)] = own
-    return {tensors.ATTENTIONS: attentions}
+    return {wire.ATTENTIONS: attentions}

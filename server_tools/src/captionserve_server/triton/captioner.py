@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
-from captionserve_server.core.engine_thread import Captions
+from captionserve_server.core.engine.engine_thread import Captions
 from captionserve_server.core.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -21,7 +21,7 @@ from captionserve_server.core.errors import (
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.triton.callers import Caller
 from captionserve_server.triton.caption_model import CaptionModel, CaptionRequest
-from captionserve_server.triton.requests import ModelArguments
+from captionserve_server.triton.pb import ModelArguments
 
 
 class TritonPythonModel(CaptionModel):

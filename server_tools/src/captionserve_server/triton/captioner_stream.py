@@ -10,13 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from captionserve_server.core import tensors
 from captionserve_server.core.detokenise import Decode, TextStream
-from captionserve_server.core.engine_thread import Captions
+from captionserve_server.core.engine.engine_thread import Captions
 from captionserve_server.core.options import DecodingOptions
+from captionserve_server.triton import wire
 from captionserve_server.triton.callers import Caller
 from captionserve_server.triton.caption_model import CaptionModel, CaptionRequest
-from captionserve_server.triton.requests import response, text_array
+from captionserve_server.triton.pb import response, text_array
 
 
 class TritonPythonModel(CaptionModel):
@@ -74,8 +74,8 @@ class _Listener:
         self._caller.send(
             response(
                 {
-                    tensors.NEW_TEXT: text_array(self._text.next_text([*self._prefix, *certain])),
-                    tensors.NEW_TOKEN_IDS: np.array(new, np.int32),
+                    wire.NEW_TEXT: text_array(self._text.next_text([*self._prefix, *certain])),
+                    wire.NEW_TOKEN_IDS: np.array(new, np.int32),
                 }
             )
         )

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from captionserve_server.core import tensors
 from captionserve_server.core.bundle import (
     BUNDLE_FILE,
     PREFILL_GRAPH_FILE,
@@ -28,7 +27,6 @@ from captionserve_server.core.bundle import (
     Bundle,
 )
 from captionserve_server.core.errors import InvalidRequestError
-from captionserve_server.core.graph_step_model import DecoderGraphs, GraphStepModel
 from captionserve_server.core.slot_owners import SlotOwners
 from captionserve_server.core.step_model import (
     NO_SLOT,
@@ -37,12 +35,13 @@ from captionserve_server.core.step_model import (
     StepAnswer,
     StepBatch,
 )
-from captionserve_server.core.tensors import TensorSpec
+from captionserve_server.runtime.graph_step_model import DecoderGraphs, GraphStepModel
 from captionserve_server.runtime.open_graph import find_graph, open_graph
 from captionserve_server.runtime.timed_graph import TimedGraph
+from captionserve_server.triton import wire
 from captionserve_server.triton.metrics import Counter, Gauge
 from captionserve_server.triton.pace import Pace
-from captionserve_server.triton.requests import (
+from captionserve_server.triton.pb import (
     Array,
     ModelArguments,
     Request,
@@ -51,6 +50,7 @@ from captionserve_server.triton.requests import (
     read_required,
     response,
 )
+from captionserve_server.triton.wire import TensorSpec
 
 PREFILL = "PREFILL"
 STEP = "STEP"
@@ -99,10 +99,10 @@ class TritonPythonModel:
 
     def _answer(self, request: Request) -> Any:
         try:
-            name = _text(request, tensors.OPERATION)
+            name = _text(request, wire.OPERATION)
             if name not in self._operations:
                 raise InvalidRequestError(f"OPERATION must be one of {', '.join(self._operations)}")
-            memory = self._owners.memory_of(_text(request, tensors.OWNER))
+            memory = self._owners.memory_of(_text(request, wire.OWNER))
             answer = self._operations[name](memory, request)
             # A step changes no slot; what it changes can wait.
             if name != STEP or self._pace.is_due():
@@ -112,17 +112,17 @@ class TritonPythonModel:
             return error_response(error)
 
     def _prefill(self, memory: GraphStepModel, request: Request) -> Any:
-        states = read_required(request, tensors.IMAGE_STATES)
+        states = read_required(request, wire.IMAGE_STATES)
         slots = np.full(len(states), NO_SLOT, np.int64)
         taken = min(len(states), self._owners.room)
         slots[:taken] = memory.prefill(states[:taken])
-        return response({tensors.NEW_SLOTS: slots})
+        return response({wire.NEW_SLOTS: slots})
 
     def _step(self, memory: GraphStepModel, request: Request) -> Any:
         return response(answer_tensors(memory.step(_step_batch(request))))
 
     def _free(self, memory: GraphStepModel, request: Request) -> Any:
-        memory.free(read_required(request, tensors.SLOTS))
+        memory.free(read_required(request, wire.SLOTS))
         return response({})
 
 
@@ -173,16 +173,16 @@ def step_tensors(batch: StepBatch) -> dict[TensorSpec, Array]:
         rows.probe_tokens,
         rows.attention_rows,
     )
-    return _with_elements((*tensors.STEP_ROW_INPUTS, *tensors.STEP_EXTRA_INPUTS), arrays)
+    return _with_elements((*wire.STEP_ROW_INPUTS, *wire.STEP_EXTRA_INPUTS), arrays)
 
 
 def _step_batch(request: Request) -> StepBatch:
     """The step that the tensors of STEP describe."""
     slots, row_counts, tokens, parents, counts, normalise = (
-        read_required(request, spec) for spec in tensors.STEP_ROW_INPUTS
+        read_required(request, spec) for spec in wire.STEP_ROW_INPUTS
     )
     edit_rows, edit_tokens, edit_factors, probe_rows, probe_tokens, attention_rows = (
-        read_or_empty(request, spec) for spec in tensors.STEP_EXTRA_INPUTS
+        read_or_empty(request, spec) for spec in wire.STEP_EXTRA_INPUTS
     )
     return StepBatch(
         slots=slots,
@@ -203,7 +203,7 @@ def _step_batch(request: Request) -> StepBatch:
 def answer_tensors(answer: StepAnswer) -> dict[TensorSpec, Array]:
     """A step's answer as the tensors of STEP; those without elements are left out."""
     arrays = (answer.logprobs, answer.tokens, answer.probe_logprobs, answer.attention)
-    return _with_elements(tensors.STEP_OUTPUTS, arrays)
+    return _with_elements(wire.STEP_OUTPUTS, arrays)
 
 
 def _with_elements(

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from captionserve_server.core.graph_format import GraphFormat
+from captionserve_server.runtime.graph_format import GraphFormat
 from captionserve_server.runtime.open_graph import open_graph
-from captionserve_server.triton.requests import (
+from captionserve_server.triton.pb import (
     Array,
     ModelArguments,
     Request,

@@ -18,16 +18,16 @@ import triton_python_backend_utils as pb_utils
 
 from captionserve_server.core.bundle import PREPROCESSOR_FILE
 from captionserve_server.core.preprocessing import PreprocessorConfig, preprocess
-from captionserve_server.core.tensors import IMAGE, PIXELS
 from captionserve_server.runtime.cores import available_cores
 from captionserve_server.triton.metrics import Counter
-from captionserve_server.triton.requests import (
+from captionserve_server.triton.pb import (
     ModelArguments,
     Request,
     error_response,
     read_required,
     response,
 )
+from captionserve_server.triton.wire import IMAGE, PIXELS
 
 
 class TritonPythonModel:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 
-from captionserve_server.core import tensors
 from captionserve_server.core.step_model import (
     Float32Array,
     Int64Array,
@@ -12,9 +11,10 @@ from captionserve_server.core.step_model import (
     StepBatch,
     UInt8Array,
 )
-from captionserve_server.core.tensors import TensorSpec
+from captionserve_server.triton import wire
 from captionserve_server.triton.decoder_step import FREE, PREFILL, STEP, step_tensors
-from captionserve_server.triton.requests import Array, call_model, text_array
+from captionserve_server.triton.pb import Array, call_model, text_array
+from captionserve_server.triton.wire import TensorSpec
 
 
 class TritonEncoder:
@@ -27,10 +27,10 @@ class TritonEncoder:
     def encode(self, pixels: UInt8Array) -> Float32Array:
         """uint8 [images, 3, height, width] to float32 [images, image tokens, encoder width]."""
         (states,) = call_model(
-            tensors.VISION_ENCODER,
+            wire.VISION_ENCODER,
             self._version,
-            {tensors.PIXELS: pixels},
-            tensors.ENCODER_STATES,
+            {wire.PIXELS: pixels},
+            wire.ENCODER_STATES,
         )
         return states
 
@@ -50,19 +50,19 @@ class TritonStepModel:
 
     def prefill(self, states: Float32Array) -> Int64Array:
         """[images, S, E] to slots [images]; NO_SLOT where there was no room."""
-        (slots,) = self._call(PREFILL, {tensors.IMAGE_STATES: states}, tensors.NEW_SLOTS)
+        (slots,) = self._call(PREFILL, {wire.IMAGE_STATES: states}, wire.NEW_SLOTS)
         return slots
 
     def step(self, batch: StepBatch) -> StepAnswer:
         """One token of every row."""
-        return StepAnswer(*self._call(STEP, step_tensors(batch), *tensors.STEP_OUTPUTS))
+        return StepAnswer(*self._call(STEP, step_tensors(batch), *wire.STEP_OUTPUTS))
 
     def free(self, slots: Int64Array) -> None:
         """Give slots back."""
-        self._call(FREE, {tensors.SLOTS: slots})
+        self._call(FREE, {wire.SLOTS: slots})
 
     def _call(
         self, operation: str, inputs: dict[TensorSpec, Array], *outputs: TensorSpec
     ) -> list[Array]:
-        who = {tensors.OPERATION: text_array(operation), tensors.OWNER: text_array(self._owner)}
-        return call_model(tensors.DECODER_STEP, self._version, who | inputs, *outputs)
+        who = {wire.OPERATION: text_array(operation), wire.OWNER: text_array(self._owner)}
+        return call_model(wire.DECODER_STEP, self._version, who | inputs, *outputs)

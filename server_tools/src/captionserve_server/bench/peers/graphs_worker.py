@@ -24,8 +24,6 @@ from captionserve_server.bench.peers.generate_worker import (
     serve_lines,
     versions_of,
 )
-from captionserve_server.core import graph_tensors
-from captionserve_server.core.graph_step_model import GraphStepModel
 from captionserve_server.core.preprocessing import preprocess
 from captionserve_server.core.step_model import (
     FORBIDDEN,
@@ -37,7 +35,9 @@ from captionserve_server.core.step_model import (
     StepBatch,
 )
 from captionserve_server.local.model_folder import LoadedModel, load_model
+from captionserve_server.runtime import graph_tensors
 from captionserve_server.runtime.cores import threads_of_graphs
+from captionserve_server.runtime.graph_step_model import GraphStepModel
 
 
 @dataclass

@@ -15,9 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from captionserve_server.bench.peers.in_flight import CALL_SECONDS, run_in_flight
 from captionserve_server.bench.rows import Decoding, Run, TokenIds
-from captionserve_server.core import tensors
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
+from captionserve_server.triton import wire
 
 _COMPUTE = "nv_inference_compute_infer_duration_us_total"
 _OWN = re.compile(r"captionserve_(\w+)_seconds_total")
@@ -96,9 +96,9 @@ def counters_of(metrics: str) -> Counters:
         for sample in family.samples:
             model = sample.labels.get("model")
             own = _OWN.fullmatch(sample.name)
-            if sample.name == _COMPUTE and model == tensors.VISION_ENCODER.name:
+            if sample.name == _COMPUTE and model == wire.VISION_ENCODER.name:
                 seconds[model] = sample.value / 1e6
-            elif own and model in (None, tensors.CAPTIONER.name):
+            elif own and model in (None, wire.CAPTIONER.name):
                 seconds[own[1]] = sample.value
             elif sample.name == _REQUESTS:
                 seconds["gateway"] = sample.value
@@ -119,7 +119,7 @@ def stages_ms(spent: Counters, run: Run) -> dict[str, float]:
         a call took longer to the client than to the gateway.
     """
     graphs = {
-        "encode": spent[tensors.VISION_ENCODER.name],
+        "encode": spent[wire.VISION_ENCODER.name],
         "prefill": spent["prefill"],
         "steps": spent["step"],
         "choose": spent["top"],
@@ -128,7 +128,7 @@ def stages_ms(spent: Counters, run: Run) -> dict[str, float]:
         **graphs,
         "engine": spent["engine"] - sum(graphs.values()),
         "idle": run.seconds - spent["engine"],
-        "preprocess": spent[tensors.PREPROCESS.name],
+        "preprocess": spent[wire.PREPROCESS.name],
         "transport": sum(run.latencies) - spent["gateway"],
     }
     return {name: 1e3 * value / len(run.latencies) for name, value in seconds.items()}

@@ -28,8 +28,13 @@ from captionserve_server.core.captions import (
     FinishReason,
     SpecialTokens,
 )
-from captionserve_server.core.search.filters import FILTERS, FilterRows, LogitFilter, joined
 from captionserve_server.core.search.hypotheses import Hypotheses
+from captionserve_server.core.search.logits_processors import (
+    FILTERS,
+    FilterRows,
+    LogitFilter,
+    joined,
+)
 from captionserve_server.core.step_model import (
     BoolArray,
     Float32Array,

@@ -21,8 +21,8 @@ from captionserve_server.core.search.beam import (
     Continuations,
     extended,
 )
-from captionserve_server.core.search.filters import forbid_all, joined
 from captionserve_server.core.search.hypotheses import NEVER, Hypotheses, columns
+from captionserve_server.core.search.logits_processors import forbid_all, joined
 from captionserve_server.core.step_model import (
     BoolArray,
     Float32Array,

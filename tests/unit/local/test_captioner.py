@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from captionserve_server.core.engine_thread import Audience, EngineThread
+from captionserve_server.core.engine.engine_thread import Audience, EngineThread
 from captionserve_server.core.errors import (
     ImageCorruptError,
     InvalidOptionsError,
     ModelFaultError,
     ModelUnavailableError,
 )
-from captionserve_server.core.graph_tensors import PIXELS, TOKENS
 from captionserve_server.local import (
     ImageInput,
     LocalCaptioner,
@@ -28,6 +27,7 @@ from captionserve_server.local import (
     ModelFolderError,
 )
 from captionserve_server.local import model_folder as model_folder_module
+from captionserve_server.runtime.graph_tensors import PIXELS, TOKENS
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 from PIL import Image
 

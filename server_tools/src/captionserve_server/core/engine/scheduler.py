@@ -32,7 +32,7 @@ from captionserve_server.core.errors import (
 )
 from captionserve_server.core.search import Search, Vocabulary, search_kind, start_search
 from captionserve_server.core.search.base import Asked
-from captionserve_server.core.search.filters import joined
+from captionserve_server.core.search.logits_processors import joined
 from captionserve_server.core.step_model import (
     NO_SLOT,
     BoolArray,

@@ -15,8 +15,7 @@ import torch
 from captionserve_server.cli.console import ExitCode
 from captionserve_server.cli.main import app
 from captionserve_server.core.bundle import Bundle
-from captionserve_server.core.graph_format import GraphFormat
-from captionserve_server.core.quality import Calibration
+from captionserve_server.core.confidence import Calibration
 from captionserve_server.export import checkpoint as checkpoint_module
 from captionserve_server.export import repository as repository_module
 from captionserve_server.export import torchscript_export
@@ -27,6 +26,7 @@ from captionserve_server.export.checkpoint import (
 )
 from captionserve_server.export.repository import OtherFormatError, export_checkpoint
 from captionserve_server.export.verify import GraphMismatchError
+from captionserve_server.runtime.graph_format import GraphFormat
 from huggingface_hub.errors import LocalEntryNotFoundError
 from onnx.numpy_helper import from_array, to_array
 from safetensors.torch import load_file, save_file

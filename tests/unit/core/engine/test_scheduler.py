@@ -10,7 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption, SpecialTokens
-from captionserve_server.core.engine import CaptionEngine, CaptionTask, EngineLimits, Outcome
+from captionserve_server.core.engine.scheduler import (
+    CaptionEngine,
+    CaptionTask,
+    EngineLimits,
+    Outcome,
+)
 from captionserve_server.core.errors import InvalidOptionsError, ModelFaultError
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
 from captionserve_server.core.search import Vocabulary
@@ -25,7 +30,7 @@ from captionserve_server.core.words import ForcedWord, WordTokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.fake_step_model import (
+from tests.unit.core.fake_step_model import (
     END,
     START,
     VOCABULARY_SIZE,

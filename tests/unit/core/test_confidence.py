@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from captionserve_server.core.quality import Calibration, is_degenerate
+from captionserve_server.core.confidence import Calibration, is_degenerate
 from captionserve_server.demo.captions import write_caption
 from captionserve_server.demo.facts import BACKGROUND_COLOURS, ObjectFact, Relation, SceneFacts
 from captionserve_server.demo.kinds import KINDS, colours_of

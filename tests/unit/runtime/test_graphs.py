@@ -11,10 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from captionserve_server.core import bundle as files
-from captionserve_server.core import graph_tensors, tensors
-from captionserve_server.core.graph_format import GraphFormat
-from captionserve_server.core.graph_step_model import Array, DecoderGraphs, GraphStepModel
 from captionserve_server.core.step_model import RowRequests, StepBatch
 from captionserve_server.export.checkpoint import Checkpoint, load_checkpoint
 from captionserve_server.export.sources import (
@@ -24,8 +20,13 @@ from captionserve_server.export.sources import (
     step_example,
     step_module,
 )
+from captionserve_server.runtime import graph_tensors
+from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.graph_format import GraphFormat
+from captionserve_server.runtime.graph_step_model import Array, DecoderGraphs, GraphStepModel
 from captionserve_server.runtime.open_graph import NamedGraph, find_graph, open_graph
 from captionserve_server.runtime.torchscript_graph import TorchScriptGraph
+from captionserve_server.triton import wire
 from torch import Tensor
 
 from tests.conftest import Repositories
@@ -50,7 +51,7 @@ def repository(request: pytest.FixtureRequest, model_repository: Repositories) -
     return model_repository(NAME, request.param)
 
 
-def opened(repository: Path, model: tensors.ModelSpec, name: str) -> NamedGraph:
+def opened(repository: Path, model: wire.ModelSpec, name: str) -> NamedGraph:
     return open_graph(find_graph(repository / model.name / "1", name))
 
 
@@ -72,9 +73,9 @@ def test_encoder_and_prefill_take_any_number_of_images(
         states = encoder_module(checkpoint)(pixels)
         cross = prefill_module(checkpoint)(states)
 
-    encoder = opened(repository, tensors.VISION_ENCODER, files.ENCODER_GRAPH_FILE)
+    encoder = opened(repository, wire.VISION_ENCODER, files.ENCODER_GRAPH_FILE)
     assert_equal(encoder.run({graph_tensors.PIXELS: pixels.numpy()}), (states,))
-    prefill = opened(repository, tensors.DECODER_STEP, files.PREFILL_GRAPH_FILE)
+    prefill = opened(repository, wire.DECODER_STEP, files.PREFILL_GRAPH_FILE)
     assert_equal(prefill.run({graph_tensors.ENCODER_STATES: states.numpy()}), cross)
 
 
@@ -87,7 +88,7 @@ def test_a_step_takes_any_number_of_captions_rows_and_entries(
     with torch.inference_mode():
         expected = step_module(checkpoint)(*example)
 
-    step = opened(repository, tensors.DECODER_STEP, files.STEP_GRAPH_FILE)
+    step = opened(repository, wire.DECODER_STEP, files.STEP_GRAPH_FILE)
     parts = [part if isinstance(part, list) else [part] for part in example]
     arrays = [tensor.numpy() for part in parts for tensor in part]
     assert_equal(step.run(dict(zip(step.input_names, arrays, strict=True))), expected)
@@ -99,7 +100,7 @@ def test_numbers_that_are_none_stay_in_their_caption(
     geometry = checkpoint.bundle.geometry
     graphs = DecoderGraphs(
         *(
-            opened(repository, tensors.DECODER_STEP, name)
+            opened(repository, wire.DECODER_STEP, name)
             for name in (files.PREFILL_GRAPH_FILE, files.STEP_GRAPH_FILE, files.TOP_GRAPH_FILE)
         )
     )
@@ -124,7 +125,7 @@ def test_numbers_that_are_none_stay_in_their_caption(
 
 @pytest.mark.parametrize(("rows", "candidates"), [(1, 1), (2, 16), (9, 40)])
 def test_any_number_of_the_best_can_be_found(rows: int, candidates: int, repository: Path) -> None:
-    top = opened(repository, tensors.DECODER_STEP, files.TOP_GRAPH_FILE)
+    top = opened(repository, wire.DECODER_STEP, files.TOP_GRAPH_FILE)
     logits = np.random.default_rng(0).normal(size=(rows, 301)).astype(np.float32)
     inputs = {graph_tensors.LOGITS: logits, graph_tensors.CANDIDATE_RANKS: np.arange(candidates)}
     best, tokens = top.run(inputs)
@@ -134,7 +135,7 @@ def test_any_number_of_the_best_can_be_found(rows: int, candidates: int, reposit
 
 
 def test_outputs_are_written_where_they_are_wanted(repository: Path) -> None:
-    top = opened(repository, tensors.DECODER_STEP, files.TOP_GRAPH_FILE)
+    top = opened(repository, wire.DECODER_STEP, files.TOP_GRAPH_FILE)
     logits = np.random.default_rng(0).normal(size=(3, 301)).astype(np.float32)
     inputs = {graph_tensors.LOGITS: logits, graph_tensors.CANDIDATE_RANKS: np.arange(4)}
     wanted = np.zeros((3, 4), np.float32)
@@ -152,14 +153,14 @@ def test_inputs_may_be_read_only_and_views(model_repository: Repositories) -> No
     ranks = np.arange(4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        top = opened(repository, tensors.DECODER_STEP, files.TOP_GRAPH_FILE)
+        top = opened(repository, wire.DECODER_STEP, files.TOP_GRAPH_FILE)
         best, _ = top.run({graph_tensors.LOGITS: store[::2], graph_tensors.CANDIDATE_RANKS: ranks})
     np.testing.assert_array_equal(best, -np.sort(-store[::2], axis=1)[:, :4])
 
 
 def test_threads_are_set_for_the_process(model_repository: Repositories) -> None:
     path = find_graph(
-        model_repository(NAME, GraphFormat.TORCHSCRIPT) / tensors.DECODER_STEP.name / "1",
+        model_repository(NAME, GraphFormat.TORCHSCRIPT) / wire.DECODER_STEP.name / "1",
         files.TOP_GRAPH_FILE,
     )
     before = torch.get_num_threads()
@@ -206,7 +207,7 @@ OPEN = (
 
 
 def test_onnx_is_opened_without_pytorch(model_repository: Repositories) -> None:
-    encoder = model_repository(NAME) / tensors.VISION_ENCODER.name / "1"
+    encoder = model_repository(NAME) / wire.VISION_ENCODER.name / "1"
     process = without_torch(OPEN, encoder / files.ENCODER_GRAPH_FILE)
     assert process.stdout.strip() == str([graph_tensors.PIXELS]), process.stderr
 

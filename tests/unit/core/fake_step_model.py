@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-from captionserve_server.core.selection import select, top_tokens
+from captionserve_server.core.search.selection import select, top_tokens
 from captionserve_server.core.step_model import (
     NO_SLOT,
     Float32Array,

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption, FinishReason
+from captionserve_server.core.confidence import is_degenerate
 from captionserve_server.core.detokenise import Decode, caption_text, token_texts
-from captionserve_server.core.quality import is_degenerate
 
 
 @dataclass(frozen=True)

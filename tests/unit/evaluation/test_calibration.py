@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from captionserve_server.core.quality import Calibration
+from captionserve_server.core.confidence import Calibration
 from captionserve_server.evaluation.calibration import (
     CannotCalibrateError,
     JudgedCaption,

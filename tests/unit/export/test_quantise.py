@@ -10,9 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from captionserve_server.core import bundle as files
-from captionserve_server.core import graph_tensors
-from captionserve_server.core.graph_format import GraphFormat
 from captionserve_server.evaluation.agreement import caption_agreement
 from captionserve_server.export.checkpoint import load_checkpoint
 from captionserve_server.export.onnx_export import export_encoder, export_step
@@ -20,6 +17,9 @@ from captionserve_server.export.precision import Precision
 from captionserve_server.export.quantise import quantise_decoder, quantise_encoder
 from captionserve_server.export.repository import UnsupportedFormatError, export_checkpoint
 from captionserve_server.export.sources import StepShape, step_example
+from captionserve_server.runtime import graph_tensors
+from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.graph_format import GraphFormat
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 
 from tests.checkpoints import RANDOM_CHECKPOINTS

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from captionserve_server.core import selection
-from captionserve_server.core.selection import select, top_tokens
+from captionserve_server.core.search import selection
+from captionserve_server.core.search.selection import select, top_tokens
 from captionserve_server.core.step_model import (
     FORBIDDEN,
     Float32Array,

@@ -25,8 +25,8 @@ from captionserve_server.core.errors import (
     OverloadedError,
     from_wire,
 )
-from captionserve_server.core.tensors import ModelSpec, TensorSpec
 from captionserve_server.runtime.cores import threads_of_graphs
+from captionserve_server.triton.wire import ModelSpec, TensorSpec
 
 Array = NDArray[Any]
 Request = Any

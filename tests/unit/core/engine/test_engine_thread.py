@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
-from captionserve_server.core.engine import CaptionEngine, EngineLimits
-from captionserve_server.core.engine_thread import EngineThread
+from captionserve_server.core.engine.engine_thread import EngineThread
+from captionserve_server.core.engine.scheduler import CaptionEngine, EngineLimits
 from captionserve_server.core.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -22,7 +22,7 @@ from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import StepAnswer, StepBatch
 
-from tests.unit.fake_step_model import (
+from tests.unit.core.fake_step_model import (
     END,
     START,
     VOCABULARY_SIZE,

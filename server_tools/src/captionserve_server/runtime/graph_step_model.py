@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from captionserve_server.core import graph_tensors as names
+from captionserve_server.core.engine.kv_cache import SlotStore
 from captionserve_server.core.geometry import DecoderGeometry
-from captionserve_server.core.selection import select
-from captionserve_server.core.slots import SlotStore
+from captionserve_server.core.search.selection import select
 from captionserve_server.core.step_model import (
     NO_SLOT,
     Float32Array,
@@ -21,6 +20,7 @@ from captionserve_server.core.step_model import (
     StepAnswer,
     StepBatch,
 )
+from captionserve_server.runtime import graph_tensors as names
 
 Array = NDArray[Any]
 

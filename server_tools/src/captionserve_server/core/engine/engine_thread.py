@@ -18,7 +18,7 @@ from functools import partial
 from typing import Protocol
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
-from captionserve_server.core.engine import CaptionEngine, CaptionTask
+from captionserve_server.core.engine.scheduler import CaptionEngine, CaptionTask
 from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from captionserve_server.core.engine.kv_cache import ENTRY_BLOCK, SlotStore
 from captionserve_server.core.geometry import DecoderGeometry
-from captionserve_server.core.slots import ENTRY_BLOCK, SlotStore
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule

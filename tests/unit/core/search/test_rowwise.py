@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
-from captionserve_server.core.engine import CaptionEngine, CaptionTask, EngineLimits
+from captionserve_server.core.engine.scheduler import CaptionEngine, CaptionTask, EngineLimits
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.search.rowwise import warped_shares
@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from tests.unit.fake_step_model import (
+from tests.unit.core.fake_step_model import (
     END,
     START,
     VOCABULARY_SIZE,

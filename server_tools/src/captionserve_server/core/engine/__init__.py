@@ -1,0 +1,1 @@
+"""Decoding many requests together: the scheduler, its thread, and the KV cache."""

@@ -1,0 +1,180 @@
+"""What crosses Triton, named once: tensors, models, and errors as text.
+
+tests/contract holds the static config.pbtxt files and the exported graphs to these tables. A dim of
+-1 varies. Batched models (max_batch_size > 0) leave the batch dim out, as Triton does.
+
+This module knows no Triton: the models import it, and so does whoever talks to them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal, TypeGuard
+
+from captionserve_server.core.errors import (
+    CaptionServeError,
+    InvalidOptionsError,
+    all_error_types,
+)
+from captionserve_server.runtime import model_repository
+
+DataType = Literal[
+    "TYPE_STRING",
+    "TYPE_BOOL",
+    "TYPE_UINT8",
+    "TYPE_INT32",
+    "TYPE_INT64",
+    "TYPE_FP32",
+    "TYPE_FP64",
+]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a Triton model.
+
+    Attributes:
+        name: the tensor's name.
+        data_type: Triton's name for the element type.
+        dims: the shape without the batch dim of a batched model; -1 varies.
+        optional: whether an input may be left out.
+    """
+
+    name: str
+    data_type: DataType
+    dims: tuple[int, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A Triton model's interface."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+# --- The one input message: an image, and how it is to be captioned ------------------------------
+IMAGE = TensorSpec("IMAGE", "TYPE_STRING", (1,), optional=True)
+"""An encoded image file. Either this or PIXEL_VALUES."""
+PIXEL_VALUES = TensorSpec("PIXEL_VALUES", "TYPE_FP32", (3, -1, -1), optional=True)
+"""[3, height, width], as the checkpoint's own image processor makes them."""
+REGIONS = TensorSpec("REGIONS", "TYPE_INT32", (-1, 4), optional=True)
+"""Parts of the image to be captioned beside the whole: left, top, right, bottom in pixels of the
+upright image."""
+RESIZE = TensorSpec("RESIZE", "TYPE_STRING", (1,), optional=True)
+"""How the image is brought to the encoder's size; left out, as the checkpoint does it."""
+OPTIONS = TensorSpec("OPTIONS", "TYPE_STRING", (1,), optional=True)
+"""Decoding options that the caller sets, a JSON object as transformers' GenerationConfig writes it;
+see core/options.py. What it leaves out takes the checkpoint's own default."""
+
+MESSAGE = (IMAGE, PIXEL_VALUES, REGIONS, RESIZE, OPTIONS)
+
+# --- The answer ----------------------------------------------------------------------------------
+TEXT = TensorSpec("TEXT", "TYPE_STRING", (-1,))
+"""[captions], the prefix included."""
+SCORE = TensorSpec("SCORE", "TYPE_FP64", (-1,))
+FINISH_REASON = TensorSpec("FINISH_REASON", "TYPE_STRING", (-1,))
+CONFIDENCE = TensorSpec("CONFIDENCE", "TYPE_FP64", (-1,))
+"""[captions], 0 to 1."""
+DEGENERATE = TensorSpec("DEGENERATE", "TYPE_BOOL", (-1,))
+TOKEN_IDS = TensorSpec("TOKEN_IDS", "TYPE_INT32", (-1, -1))
+"""[captions, longest caption], padded with PADDING_TOKEN_ID."""
+TOKEN_LOGPROBS = TensorSpec("TOKEN_LOGPROBS", "TYPE_FP32", (-1, -1))
+"""[captions, longest caption], padded with 0."""
+TOKEN_TEXTS = TensorSpec("TOKEN_TEXTS", "TYPE_STRING", (-1, -1))
+"""[captions, longest caption], each token's part of the text, padded with empty strings."""
+ATTENTIONS = TensorSpec("ATTENTIONS", "TYPE_FP32", (-1, -1, -1, -1))
+"""[captions, longest caption, grid rows, grid columns], padded with 0; missing where not
+asked for."""
+
+PADDING_TOKEN_ID = -1
+"""Fills TOKEN_IDS beyond a caption's end; no vocabulary has it."""
+
+CAPTIONS = (
+    TEXT,
+    SCORE,
+    FINISH_REASON,
+    CONFIDENCE,
+    DEGENERATE,
+    TOKEN_IDS,
+    TOKEN_LOGPROBS,
+    TOKEN_TEXTS,
+    ATTENTIONS,
+)
+
+NEW_TEXT = TensorSpec("NEW_TEXT", "TYPE_STRING", (1,))
+"""The text that has become certain since the last response."""
+NEW_TOKEN_IDS = TensorSpec("NEW_TOKEN_IDS", "TYPE_INT32", (-1,))
+"""The tokens that have become certain since the last response."""
+
+PART = (NEW_TEXT, NEW_TOKEN_IDS)
+
+CAPTIONER = ModelSpec(model_repository.CAPTIONER, inputs=MESSAGE, outputs=CAPTIONS)
+"""One message in, its captions out."""
+CAPTIONER_STREAM = ModelSpec(
+    model_repository.CAPTIONER_STREAM, inputs=MESSAGE, outputs=(*PART, *CAPTIONS)
+)
+"""Decoupled: each response has either the tensors of PART, or, at the end, those of CAPTIONS."""
+
+# --- decoder: what the gateway and the fronts ask ------------------------------------------------
+STREAM = TensorSpec("STREAM", "TYPE_BOOL", (1,), optional=True)
+"""Whether words are wanted as they become certain, as PART."""
+CANCEL = TensorSpec("CANCEL", "TYPE_STRING", (1,), optional=True)
+"""The id of a request, for which nobody waits any more. Sent instead of a message, by those whose
+own giving up Triton cannot tell the decoder of; answered with an empty response."""
+DESCRIBE = TensorSpec("DESCRIBE", "TYPE_BOOL", (1,), optional=True)
+"""Sent instead of a message; answered with DESCRIPTION."""
+DESCRIPTION = TensorSpec("DESCRIPTION", "TYPE_STRING", (1,))
+"""JSON: {"version": number, "defaults": the checkpoint's own options as OPTIONS has them}."""
+
+DECODER = ModelSpec(
+    model_repository.DECODER,
+    inputs=(*MESSAGE, STREAM, CANCEL, DESCRIBE),
+    outputs=(*PART, *CAPTIONS, DESCRIPTION),
+)
+"""Decoupled, as CAPTIONER_STREAM."""
+
+# --- vision_encoder: pixels in, hidden states out ------------------------------------------------
+PIXELS = TensorSpec("PIXELS", "TYPE_UINT8", (3, -1, -1))
+"""RGB, channels first, resized and cropped, 0 to 255."""
+ENCODER_STATES = TensorSpec("ENCODER_STATES", "TYPE_FP32", (-1, -1))
+"""[image tokens, encoder width]; the class token first."""
+
+VISION_ENCODER = ModelSpec(
+    model_repository.VISION_ENCODER, inputs=(PIXELS,), outputs=(ENCODER_STATES,)
+)
+
+MODELS = (DECODER, VISION_ENCODER, CAPTIONER, CAPTIONER_STREAM)
+
+
+def error_text(error: CaptionServeError) -> str:
+    """An error as the text of a Triton error, which is all that Triton carries."""
+    wire: dict[str, object] = {"reason": error.reason, "message": error.message}
+    if error.field_violations:
+        wire["field_violations"] = dict(error.field_violations)
+    return json.dumps(wire)
+
+
+def error_of_text(text: str) -> CaptionServeError | None:
+    """The error that `error_text` wrote; None when the text is not one of ours."""
+    try:
+        wire = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(wire, dict) or not isinstance(wire.get("message"), str):
+        return None
+    by_reason = {error_type.reason: error_type for error_type in all_error_types()}
+    error_type = by_reason.get(str(wire.get("reason")))
+    if error_type is None:
+        return None
+    if issubclass(error_type, InvalidOptionsError):
+        violations = wire.get("field_violations")
+        return error_type(violations) if _is_text_to_text(violations) else None
+    return error_type(wire["message"])
+
+
+def _is_text_to_text(value: object) -> TypeGuard[dict[str, str]]:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
