@@ -1,7 +1,7 @@
 """What captioning needs from a model: the protocols ImageEncoder and StepModel.
 
-The decoding code knows nothing else of the model, so the same code decodes through Triton, through
-ONNX Runtime in one process, and on a fake in tests.
+The decoding code knows nothing else of the model, so the same code decodes in Triton, in a process of
+one's own, and on a fake in tests.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ Int64Array = NDArray[np.int64]
 Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
-
-NO_SLOT = -1
-"""Stands for a slot where none was free."""
 
 FORBIDDEN = np.float32(np.inf)
 """The factor of an edit that forbids its token."""
@@ -119,14 +116,15 @@ class ImageEncoder(Protocol):
 
         Returns:
             float32 [images, image tokens, encoder width].
-
-        Raises:
-            CaptionServeError: if the encoder fails.
         """
 
 
 class StepModel(Protocol):
-    """A decoder that keeps the keys and values of each caption in a slot of its own."""
+    """A decoder that keeps the keys and values of each caption in a slot of its own.
+
+    `prefill` and `free` are done whole or not at all: one that raises has taken or given back nothing.
+    After a `step` that raised, the captions in it can only be freed.
+    """
 
     def prefill(self, states: Float32Array) -> Int64Array:
         """Take images in.
@@ -135,7 +133,7 @@ class StepModel(Protocol):
             states: [images, image tokens, encoder width].
 
         Returns:
-            [images], a slot each; NO_SLOT for those that found no room.
+            [images], a slot each; no number is used twice.
         """
 
     def step(self, batch: StepBatch) -> StepAnswer:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from captionserve_server.runtime.graph_step_model import Array
+from captionserve_server.runtime.graph import Array
 
 # How a run's work is shared out; docs/adr/0011 has what was measured.
 _THREAD_POOL = {

@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
+from captionserve_server.runtime.graph import NamedGraph
 from captionserve_server.runtime.graph_format import GraphFormat
-from captionserve_server.runtime.graph_step_model import Graph
 from captionserve_server.runtime.onnx_graph import OnnxGraph
-
-
-class NamedGraph(Graph, Protocol):
-    """A graph that knows the names of its inputs and outputs.
-
-    Attributes:
-        input_names: in the graph's order.
-        output_names: in the graph's order.
-    """
-
-    input_names: list[str]
-    output_names: list[str]
 
 
 class MissingTorchError(RuntimeError):

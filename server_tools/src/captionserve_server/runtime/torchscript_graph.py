@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captionserve_server.runtime.graph_step_model import Array
+from captionserve_server.runtime.graph import Array
 
 NAMES_FILE = "tensor_names.json"
 """Beside the code in a .pt file: {"inputs": [...], "outputs": [...]}, in the graph's order.

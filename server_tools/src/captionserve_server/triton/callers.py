@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
 
 import triton_python_backend_utils as pb_utils
 
-from captionserve_server.triton.pb import Request
+from captionserve_server.core.engine.worker import OnDeath, Worker
+from captionserve_server.triton.pb import Request, Response, log_error
 
 _INTERVAL_SECONDS = 0.2
 
@@ -38,40 +39,48 @@ class Caller:
         self._answered = False
         self._asking = threading.Lock()
 
-    @property
-    def waits(self) -> bool:
-        """Whether the caller is there and has time left."""
-        return not self.has_gone and time.monotonic() < self.deadline
-
     def look(self) -> bool:
         """Ask whether the caller has gone; whether to ask again."""
         # Triton forgets a request with its last response and must not be asked about it then.
         with self._asking:
-            if not self._answered:
+            if not self._answered and not self.has_gone:
                 self.has_gone = bool(self._sender.is_cancelled())
             return not (self._answered or self.has_gone)
 
-    def send(self, part: Any) -> None:
+    def send(self, part: Response) -> None:
         """Send one of several responses."""
         self._sender.send(part)
 
-    def finish(self, answer: Any) -> None:
-        """Send the last response."""
+    def finish(self, answer: Response | None) -> None:
+        """Send the last response, or just the end; a second one is not sent."""
         with self._asking:
+            if self._answered:
+                return
             self._answered = True
-            self._sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            if answer is None:
+                self._sender.send(flags=final)
+            else:
+                self._sender.send(answer, flags=final)
 
 
 class CallerWatch:
     """The thread that looks after callers until they have their answer or have gone."""
 
-    def __init__(self) -> None:
-        """Start the thread."""
+    def __init__(
+        self, on_death: OnDeath, on_gone: Callable[[Caller], None] = lambda caller: None
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            on_death: told of what should not have ended the thread.
+            on_gone: told, by the thread, of each caller that has gone.
+        """
+        self._on_gone = on_gone
         self._callers: list[Caller] = []
         self._closing = False
         self._wake = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="caller-watch", daemon=True)
-        self._thread.start()
+        self._worker = Worker("caller-watch", self._run, on_death)
 
     def add(self, caller: Caller) -> None:
         """Look after one more."""
@@ -79,20 +88,37 @@ class CallerWatch:
             self._callers.append(caller)
             self._wake.notify()
 
-    def close(self) -> None:
-        """End the thread."""
+    def cancel(self, request_id: str) -> None:
+        """Take it that the caller of a request has gone; one that is not here is ignored."""
+        with self._wake:
+            for caller in self._callers:
+                if caller.request_id == request_id:
+                    caller.has_gone = True
+
+    def close(self, seconds: float) -> None:
+        """End the thread, which may take so long."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join()
+        self._worker.join(seconds)
 
     def _run(self) -> None:
         while self._wait():
             with self._wake:
-                callers, self._callers = self._callers, []
-            waiting = [caller for caller in callers if caller.look()]
+                callers = list(self._callers)
+            done = {caller for caller in callers if not self._waits(caller)}
             with self._wake:
-                self._callers += waiting
+                self._callers = [caller for caller in self._callers if caller not in done]
+
+    def _waits(self, caller: Caller) -> bool:
+        try:
+            waits = caller.look()
+            if caller.has_gone:
+                self._on_gone(caller)
+            return waits
+        except Exception as error:  # Whoever cannot be asked is taken to wait until the deadline.
+            log_error(f"asking for a caller: {type(error).__name__}: {error}")
+            return False
 
     def _wait(self) -> bool:
         """Wait until there are callers and it is time; False when closing."""

@@ -1,4 +1,4 @@
-"""Reading and answering Triton requests, and calling other models: what all Python models share.
+"""Triton's side of a request, in plain values: what all Python models share.
 
 `triton_python_backend_utils` exists only inside Triton's Python stub, and fills its classes in
 after a model's module has been imported; so this module is imported by models only, and everything
@@ -8,7 +8,7 @@ is looked up when called.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,15 @@ from captionserve_server.core.errors import (
     ModelFaultError,
     ModelUnavailableError,
     OverloadedError,
-    from_wire,
 )
 from captionserve_server.runtime.cores import threads_of_graphs
-from captionserve_server.triton.wire import ModelSpec, TensorSpec
+from captionserve_server.triton.wire import ModelSpec, TensorSpec, error_of_text, error_text
 
 Array = NDArray[Any]
 Request = Any
 """A pb_utils.InferenceRequest; the stub's classes have no types."""
+Response = Any
+"""A pb_utils.InferenceResponse."""
 
 
 class ModelArguments:
@@ -48,17 +49,12 @@ class ModelArguments:
         config: dict[str, Any] = self._config
         return config
 
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return str(self._config["name"])
-
     def number(self, name: str) -> int:
         """A whole number from the configuration's parameters."""
         return int(self._config["parameters"][name]["string_value"])
 
     def threads(self, name: str) -> int:
-        """The threads of one run that a parameter sets; 0 follows from the cores there are."""
+        """The threads that a parameter sets; 0 follows from the cores there are."""
         return self.number(name) or threads_of_graphs()
 
 
@@ -68,38 +64,32 @@ def read(request: Request, spec: TensorSpec) -> Array | None:
     return None if tensor is None else tensor.as_numpy()
 
 
-def read_required(request: Request, spec: TensorSpec) -> Array:
-    """An input that must be there.
-
-    Raises:
-        InvalidRequestError: if it is not.
-    """
+def read_bytes(request: Request, spec: TensorSpec) -> bytes | None:
+    """A string tensor of one element; None when it was left out."""
     array = read(request, spec)
-    if array is None:
-        raise InvalidRequestError(f"input {spec.name} is missing")
-    return array
+    return None if array is None else bytes(array[0])
 
 
-def read_or_empty(request: Request, spec: TensorSpec) -> Array:
-    """An input as an array; one without elements where it was left out."""
+def read_flag(request: Request, spec: TensorSpec) -> bool:
+    """A boolean tensor of one element; False when it was left out."""
     array = read(request, spec)
-    return _empty(spec) if array is None else array
+    return array is not None and bool(array[0])
 
 
-def response(outputs: Mapping[TensorSpec, Array]) -> Any:
+def response(outputs: Mapping[TensorSpec, Array]) -> Response:
     """A response of the given outputs."""
     return pb_utils.InferenceResponse(
         output_tensors=[pb_utils.Tensor(spec.name, array) for spec, array in outputs.items()]
     )
 
 
-def error_response(error: Exception) -> Any:
+def error_response(error: Exception) -> Response:
     """A response that carries an error; one that is not ours becomes a fault without its text."""
     if not isinstance(error, CaptionServeError):
-        pb_utils.Logger.log_error(f"unexpected {type(error).__name__}: {error}")
+        log_error(f"unexpected {type(error).__name__}: {error}")
         error = ModelFaultError("the model failed")
     return pb_utils.InferenceResponse(
-        error=pb_utils.TritonError(error.to_wire(), _triton_code(error))
+        error=pb_utils.TritonError(error_text(error), _triton_code(error))
     )
 
 
@@ -114,11 +104,9 @@ def _triton_code(error: CaptionServeError) -> Any:
 
 
 def call_model(
-    model: ModelSpec, version: int, inputs: Mapping[TensorSpec, Array], *outputs: TensorSpec
-) -> list[Array]:
-    """Run another model of this server and return the outputs asked for.
-
-    An output that the model left out is an array without elements.
+    model: ModelSpec, version: int, inputs: Mapping[TensorSpec, Array], output: TensorSpec
+) -> Array:
+    """Run another model of this server and return its output.
 
     Raises:
         CaptionServeError: the model's own error, or ModelFaultError for any other failure.
@@ -126,30 +114,71 @@ def call_model(
     request = pb_utils.InferenceRequest(
         model_name=model.name,
         model_version=version,
-        requested_output_names=[spec.name for spec in outputs],
+        requested_output_names=[output.name],
         inputs=[pb_utils.Tensor(spec.name, array) for spec, array in inputs.items()],
     )
     answer = request.exec()
-    if answer.has_error():
-        text = answer.error().message()
-        error = from_wire(text)
-        if error is None:
-            pb_utils.Logger.log_error(f"{model.name}: {text}")
-            error = ModelFaultError("a model failed")
-        raise error
-    return [_output(answer, spec) for spec in outputs]
+    _raise_error(model, answer)
+    array: Array = pb_utils.get_output_tensor_by_name(answer, output.name).as_numpy()
+    return array
 
 
-def _output(answer: Any, spec: TensorSpec) -> Array:
-    tensor = pb_utils.get_output_tensor_by_name(answer, spec.name)
-    return _empty(spec) if tensor is None else tensor.as_numpy()
+def call_decoupled(
+    model: ModelSpec,
+    version: int,
+    inputs: Mapping[TensorSpec, Array],
+    outputs: Sequence[TensorSpec],
+    *,
+    request_id: str = "",
+    timeout_microseconds: int = 0,
+) -> Iterator[dict[TensorSpec, Array]]:
+    """Run a decoupled model of this server; what it gives, response by response.
+
+    Args:
+        model: which.
+        version: of the model.
+        inputs: its inputs.
+        outputs: of those, what is wanted; a response holds the ones that the model put into it.
+        request_id: how the model shall know the request.
+        timeout_microseconds: the time left; 0 for no limit.
+
+    Raises:
+        CaptionServeError: the model's own error, or ModelFaultError for any other failure.
+    """
+    request = pb_utils.InferenceRequest(
+        model_name=model.name,
+        model_version=version,
+        request_id=request_id,
+        requested_output_names=[spec.name for spec in outputs],
+        inputs=[pb_utils.Tensor(spec.name, array) for spec, array in inputs.items()],
+        timeout=timeout_microseconds,
+    )
+    specs = {spec.name: spec for spec in outputs}
+    for answer in request.exec(decoupled=True):
+        _raise_error(model, answer)
+        tensors = {specs[tensor.name()]: tensor.as_numpy() for tensor in answer.output_tensors()}
+        # Triton ends a run with a response of its own where the model's last one was not final.
+        if tensors:
+            yield tensors
 
 
-def _empty(spec: TensorSpec) -> Array:
-    return np.empty((0,) * len(spec.dims), pb_utils.triton_string_to_numpy(spec.data_type))
+def _raise_error(model: ModelSpec, answer: Response) -> None:
+    if not answer.has_error():
+        return
+    text = answer.error().message()
+    error = error_of_text(text)
+    if error is None:
+        log_error(f"{model.name}: {text}")
+        error = ModelFaultError("a model failed")
+    raise error
 
 
 def text_array(*texts: str | bytes) -> Array:
     """Strings as Triton's TYPE_STRING wants them."""
     encoded = [text if isinstance(text, bytes) else text.encode() for text in texts]
     return np.array(encoded, dtype=np.object_)
+
+
+def log_error(text: str) -> None:
+    """Write a line into Triton's log."""
+    pb_utils.Logger.log_error(text)

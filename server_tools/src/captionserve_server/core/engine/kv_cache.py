@@ -1,4 +1,4 @@
-"""Where the decoder's keys and values live between steps.
+"""The KV cache: where the decoder's keys and values live between steps.
 
 Each caption owns one slot: the cross-attention keys and values of its image, and a growing memory
 of self-attention entries, one per row and step. Entries are only ever appended. Beams that part or
@@ -41,7 +41,7 @@ HIDDEN = np.float32(-1.0e30)
 _Element = TypeVar("_Element", bound=np.generic)
 
 
-class SlotStore:
+class KVCache:
     """Keys, values and descent of all live captions."""
 
     def __init__(self, geometry: DecoderGeometry, capacity: int) -> None:

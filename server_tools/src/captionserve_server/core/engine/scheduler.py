@@ -1,18 +1,19 @@
-"""The caption engine: encodes images and decodes many captions together, without I/O.
+"""The scheduler: which requests are decoded together, step by step, without I/O.
 
 Encoder and decoder take turns: between two steps the next images are encoded. Each has all cores
-while it runs, which does more in the same time than both at once (docs/adr/0011), and how long live
-captions wait for newcomers is bounded and the engine's own choice.
+while it runs, which does more in the same time than both at once (docs/adr/0011), and how long
+running requests wait for newcomers is bounded and the scheduler's own choice.
 
-Rules, which tests/unit/test_engine.py holds on any mixture of requests:
-    1. Every submitted caption ends exactly once: in a `step` result, or by `abandon`.
-    2. A caption that ends frees its slot in the same call; no slot is in two captions' hands.
-    3. Captions are admitted in the order in which they were submitted. One that finds no room
+Rules, which tests/unit/core/engine/test_scheduler.py holds on any mixture of requests and failures:
+    1. Every submitted request ends exactly once: in the outcomes of a `step`, or by `abandon`.
+    2. A request that ends gives its slot back in the same call; no slot is in two requests' hands.
+    3. Requests are admitted in the order in which they were submitted. One that finds no room
        waits, and so do all behind it: short ones never pass a long one by.
     4. What a caption becomes does not depend on what else is in the batch.
-    5. Live captions stay within the limits of rows and entries; one alone may exceed them.
-    6. Newcomers cost live captions at most `max_admissions` encoded images at a step.
-    7. An image is encoded once. When the encoder fails, only the images given to it fail.
+    5. Running requests stay within the limits of rows and entries; one alone may exceed them.
+    6. Newcomers cost running requests at most `max_admissions` encoded images at a step.
+    7. A failure ends those whom it concerns: of encoder and prefill the images given to them, of a
+       step all that are running, of a search the one caption in which it lies.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,17 +31,19 @@ from captionserve_server.core.errors import (
     InvalidOptionsError,
     ModelFaultError,
 )
-from captionserve_server.core.search import Search, Vocabulary, search_kind, start_search
-from captionserve_server.core.search.base import Asked
+from captionserve_server.core.search import (
+    Search,
+    SearchStep,
+    Vocabulary,
+    search_kind,
+    start_search,
+)
 from captionserve_server.core.search.logits_processors import joined
 from captionserve_server.core.step_model import (
-    NO_SLOT,
     BoolArray,
-    Float32Array,
     ImageEncoder,
     Int64Array,
     RowRequests,
-    ScoreEdits,
     StepAnswer,
     StepBatch,
     StepModel,
@@ -48,10 +51,11 @@ from captionserve_server.core.step_model import (
 )
 
 Outcome = list[DecodedCaption] | CaptionServeError
+"""The captions of one request, best first, or why there are none."""
 
 
 @dataclass(frozen=True)
-class CaptionTask:
+class Request:
     """One image to caption.
 
     Attributes:
@@ -76,286 +80,346 @@ class CaptionTask:
 
 
 @dataclass(frozen=True)
-class EngineLimits:
-    """What live captions may take together.
+class SchedulerLimits:
+    """What running requests may take together.
 
     Attributes:
-        max_rows: rows, summed over the live captions; bounds a step's time.
+        slots: requests; the step model must have as many.
+        max_rows: rows, summed over the requests; bounds a step's time.
         max_entries: rows x max_length, likewise; bounds the memory of keys and values.
         max_admissions: images encoded and taken in between two steps.
     """
 
+    slots: int = 32
     max_rows: int = 128
     max_entries: int = 8192
     max_admissions: int = 4
 
 
 @dataclass
-class _Newcomer:
-    """A caption without a slot.
+class _Batch:
+    """Requests that one search decodes, in the order of its lanes.
 
     Attributes:
-        task: what is to be captioned.
-        states: [image tokens, encoder width] once the image has been encoded.
+        kind: what they have in common.
+        search: never changed, only replaced, so that a step that raised can be gone back on.
+        requests: [lanes].
+        slots: [lanes].
     """
 
-    task: CaptionTask
-    states: Float32Array | None = None
-
-
-@dataclass
-class _Lanes:
-    """A search and what stands in its lanes, in their order."""
-
+    kind: Hashable
     search: Search
-    tasks: list[CaptionTask] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
+    requests: list[Request]
+    slots: list[int]
 
-    def leave(self, staying: BoolArray) -> None:
-        self.search.leave(staying)
-        self.tasks = [task for task, stays in zip(self.tasks, staying, strict=True) if stays]
-        self.slots = [slot for slot, stays in zip(self.slots, staying, strict=True) if stays]
+    def kept(self, staying: BoolArray) -> _Batch:
+        """The lanes that stay, as a batch of their own."""
+        return _Batch(
+            self.kind,
+            self.search.kept(staying),
+            [request for request, stays in zip(self.requests, staying, strict=True) if stays],
+            [slot for slot, stays in zip(self.slots, staying, strict=True) if stays],
+        )
+
+    def parted(self) -> list[_Batch]:
+        """Every lane as a batch of its own."""
+        return [self.kept(one) for one in np.eye(len(self.requests), dtype=np.bool_)]
 
 
-class CaptionEngine:
-    """Steps all live captions together and admits waiting ones between steps."""
+class Scheduler:
+    """Steps all running requests together and admits waiting ones between steps."""
 
     def __init__(
         self,
         encoder: ImageEncoder,
         step_model: StepModel,
         vocabulary: Vocabulary,
-        limits: EngineLimits,
+        limits: SchedulerLimits,
     ) -> None:
         """Begin with nothing to do.
 
         Args:
             encoder: asked for at most `max_admissions` images at once.
-            step_model: the decoder.
+            step_model: the decoder, with at least `slots` slots, all of them free.
             vocabulary: the checkpoint's tokens.
-            limits: what live captions may take together.
+            limits: what running requests may take together.
         """
         self._encoder = encoder
         self._step_model = step_model
         self._vocabulary = vocabulary
         self._limits = limits
-        self._waiting: deque[_Newcomer] = deque()
-        self._live: dict[Hashable, _Lanes] = {}
-        # Images worth offering: not known until the model refuses one, then as many as were freed.
-        self._offers: int | None = None
+        self._waiting: deque[Request] = deque()
+        self._batches: list[_Batch] = []
+        # Slots whose requests have ended, and which the step model would not take back yet.
+        self._owed: list[int] = []
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._waiting and not self._live
+        return not self._waiting and not self._batches
 
     @property
-    def live(self) -> int:
-        """Captions being decoded."""
-        return sum(len(lanes.tasks) for lanes in self._live.values())
+    def running(self) -> int:
+        """Requests being decoded."""
+        return sum(len(batch.requests) for batch in self._batches)
 
     @property
     def waiting(self) -> int:
-        """Captions that have not found room yet."""
+        """Requests that have not found room yet."""
         return len(self._waiting)
 
-    def submit(self, task: CaptionTask) -> None:
-        """Queue a caption."""
-        self._waiting.append(_Newcomer(task))
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        self._waiting.append(request)
 
     def abandon(self, key: Hashable) -> None:
-        """Forget a caption wherever it stands; a key that is not here is ignored."""
-        self._waiting = deque(each for each in self._waiting if each.task.key != key)
-        found = self._find(key)
-        if found is not None:
-            lanes, lane = found
-            self._release({id(lanes): np.arange(len(lanes.tasks)) == lane})
-
-    def abandon_all(self) -> None:
-        """Forget every caption; the engine is empty even when the model fails to free the slots."""
-        slots = [slot for lanes in self._live.values() for slot in lanes.slots]
-        self._live.clear()
-        self._offers = None
-        self._waiting.clear()
-        if slots:
-            self._step_model.free(np.array(slots, dtype=np.int64))
+        """Forget a request wherever it stands; a key that is not here is ignored."""
+        self._waiting = deque(request for request in self._waiting if request.key != key)
+        for batch in self._batches:
+            going = np.array([request.key == key for request in batch.requests])
+            if going.any():
+                self._release([(batch, going)])
+                return
 
     def best_so_far(self, key: Hashable) -> list[DecodedCaption]:
-        """The best captions that a live caption has now; empty for one that has not begun."""
+        """The best captions that a running request has now; empty for one that has not begun."""
         found = self._find(key)
         return [] if found is None else found[0].search.best_so_far(found[1])
 
     def certain_tokens(self, key: Hashable) -> tuple[int, ...]:
-        """The generated tokens with which a live caption will begin, whatever comes."""
+        """The generated tokens with which a running request's caption will begin for certain."""
         found = self._find(key)
         return () if found is None else found[0].search.certain_tokens(found[1])
 
     def step(self) -> dict[Hashable, Outcome]:
-        """Encode and admit who finds room, then decode one token of every live caption.
+        """Encode and admit who finds room, then decode one token of every running request.
 
         Returns:
-            what became of the captions that ended with this step, by key: the captions, or an
-            error where the encoder failed, the model gave no numbers or no caption obeys the
+            what became of the requests that ended with this step, by key: the captions, or an error
+            where encoder, model or search failed, the model gave no numbers or no caption obeys the
             options.
+
+        Raises:
+            RuntimeError: if the step model has not taken back so many slots that none is left.
         """
         return self._admit() | self._decode()
 
-    def _decode(self) -> dict[Hashable, Outcome]:
-        if not self._live:
-            return {}
-        faulty = self._advance()
-        ended: dict[Hashable, Outcome] = {}
-        leaving: dict[int, BoolArray] = {}
-        for lanes, faults in zip(self._live.values(), faulty, strict=True):
-            leaving[id(lanes)] = faults | lanes.search.finished
-            for lane in np.flatnonzero(leaving[id(lanes)]):
-                ended[lanes.tasks[lane].key] = _outcome(lanes, int(lane), faulty=bool(faults[lane]))
-        self._release(leaving)
-        return ended
-
-    def _find(self, key: Hashable) -> tuple[_Lanes, int] | None:
-        for lanes in self._live.values():
-            for lane, task in enumerate(lanes.tasks):
-                if task.key == key:
-                    return lanes, lane
+    def _find(self, key: Hashable) -> tuple[_Batch, int] | None:
+        for batch in self._batches:
+            for lane, request in enumerate(batch.requests):
+                if request.key == key:
+                    return batch, lane
         return None
 
     def _admit(self) -> dict[Hashable, Outcome]:
-        """Take in who finds room; the errors of those whose images could not be encoded."""
+        """Take in who finds room; the errors of those who could not be taken in."""
+        self._settle()
         newcomers = self._next_newcomers()
         if not newcomers:
             return {}
         try:
-            states = self._encoded(newcomers)
-        except CaptionServeError as error:
-            return {newcomer.task.key: error for newcomer in newcomers}
-        slots = self._step_model.prefill(states)
-        refused: list[_Newcomer] = []
-        for newcomer, slot in zip(newcomers, slots, strict=True):
-            if slot == NO_SLOT:
-                refused.append(newcomer)
-            else:
-                self._enter(newcomer.task, int(slot))
-        self._waiting.extendleft(reversed(refused))
-        if refused:
-            self._offers = 0
-        elif self._offers is not None:
-            self._offers = max(0, self._offers - len(newcomers))
-        return {}
+            states = self._encoder.encode(np.stack([request.pixels for request in newcomers]))
+            slots = self._step_model.prefill(states)
+        except Exception as error:  # Of whatever kind: it concerns these images and nobody else.
+            return {request.key: _fault(error) for request in newcomers}
+        ended: dict[Hashable, Outcome] = {}
+        for request, slot in zip(newcomers, slots.tolist(), strict=True):
+            try:
+                self._enter(request, slot)
+            except Exception as error:
+                ended[request.key] = _fault(error)
+                self._give_back([slot])
+        return ended
 
-    def _encoded(self, newcomers: Sequence[_Newcomer]) -> Float32Array:
-        """The images' states; those that were refused a slot before have theirs."""
-        fresh = [newcomer for newcomer in newcomers if newcomer.states is None]
-        if fresh:
-            encoded = self._encoder.encode(np.stack([each.task.pixels for each in fresh]))
-            for newcomer, states in zip(fresh, encoded, strict=True):
-                newcomer.states = states
-        return np.stack([each.states for each in newcomers if each.states is not None])
-
-    def _enter(self, task: CaptionTask, slot: int) -> None:
-        options = task.plan.options
-        kind = search_kind(options, self._vocabulary)
-        if kind not in self._live:
-            self._live[kind] = _Lanes(start_search(options, self._vocabulary))
-        lanes = self._live[kind]
-        lanes.search.join(task.plan)
-        lanes.tasks.append(task)
-        lanes.slots.append(slot)
-
-    def _next_newcomers(self) -> list[_Newcomer]:
-        """Take from the queue, in order, what the limits allow; at least one when none is live."""
-        live = [task for lanes in self._live.values() for task in lanes.tasks]
-        rows, entries = sum(task.rows for task in live), sum(task.entries for task in live)
-        most = self._limits.max_admissions
-        if self._offers is not None:
-            most = min(most, self._offers if live else max(1, self._offers))
-        newcomers: list[_Newcomer] = []
-        while self._waiting and len(newcomers) < most:
-            rows += self._waiting[0].task.rows
-            entries += self._waiting[0].task.entries
+    def _next_newcomers(self) -> list[Request]:
+        """Take from the queue, in order, what the limits allow; at least one when none runs."""
+        running = [request for batch in self._batches for request in batch.requests]
+        rows = sum(request.rows for request in running)
+        entries = sum(request.entries for request in running)
+        room = self._limits.slots - len(running) - len(self._owed)
+        newcomers: list[Request] = []
+        while self._waiting and len(newcomers) < min(room, self._limits.max_admissions):
+            rows += self._waiting[0].rows
+            entries += self._waiting[0].entries
             full = rows > self._limits.max_rows or entries > self._limits.max_entries
-            if full and (newcomers or live):
+            if full and (newcomers or running):
                 break
             newcomers.append(self._waiting.popleft())
         return newcomers
 
-    def _advance(self) -> list[BoolArray]:
-        """One step of all; for each search, which lanes got no numbers."""
-        all_lanes = list(self._live.values())
-        asked = [lanes.search.ask() for lanes in all_lanes]
-        slots = np.array([slot for lanes in all_lanes for slot in lanes.slots], np.int64)
-        answer = self._step_model.step(_batch(slots, asked))
-        faulty: list[BoolArray] = []
-        for lanes, part, own in zip(all_lanes, asked, _parted(answer, asked), strict=True):
-            faulty.append(_lanes_without_numbers(part, own))
-            lanes.search.advance(own)
-        return faulty
+    def _enter(self, request: Request, slot: int) -> None:
+        kind = search_kind(request.plan.options, self._vocabulary)
+        for batch in self._batches:
+            if batch.kind == kind:
+                batch.search = batch.search.joined(request.plan)
+                batch.requests.append(request)
+                batch.slots.append(slot)
+                return
+        search = start_search(request.plan.options, self._vocabulary).joined(request.plan)
+        self._batches.append(_Batch(kind, search, [request], [slot]))
 
-    def _release(self, leaving: dict[int, BoolArray]) -> None:
-        """Let lanes go and free their slots; `leaving` has a mask for each search by identity."""
+    def _decode(self) -> dict[Hashable, Outcome]:
+        """One step of all that run; what became of those that ended."""
+        steps, ended = self._begin_steps()
+        if not steps:
+            return ended
+        asked = [step for _, step in steps]
+        slots = np.array([slot for batch, _ in steps for slot in batch.slots], np.int64)
+        try:
+            answer = self._step_model.step(_side_by_side(slots, asked))
+        except Exception as error:  # Nobody knows whose: the step was everybody's.
+            for batch in self._batches:
+                ended |= {request.key: _fault(error) for request in batch.requests}
+            self._release([(batch, _all(batch)) for batch in self._batches])
+            return ended
+        for (batch, step), own in zip(steps, _parted(answer, asked), strict=True):
+            ended |= self._advance(batch, step, own)
+        leaving = [(batch, batch.search.finished) for batch in self._batches]
+        for batch, finished in leaving:
+            for lane in np.flatnonzero(finished):
+                ended[batch.requests[lane].key] = _outcome(batch.search, int(lane))
+        self._release(leaving)
+        return ended
+
+    def _begin_steps(self) -> tuple[list[tuple[_Batch, SearchStep]], dict[Hashable, Outcome]]:
+        """What every search wants of the step, and whose search failed to say so."""
+        begun: list[tuple[_Batch, SearchStep]] = []
+        ended: dict[Hashable, Outcome] = {}
+        for batch in list(self._batches):
+            try:
+                begun.append((batch, batch.search.step()))
+            except Exception:  # One of the lanes: each alone shows which.
+                for single in self._part(batch):
+                    try:
+                        begun.append((single, single.search.step()))
+                    except Exception as error:
+                        ended |= self._fail(single, error)
+        return begun, ended
+
+    def _advance(
+        self, batch: _Batch, step: SearchStep, answer: StepAnswer
+    ) -> dict[Hashable, Outcome]:
+        """Let a batch's search take its answer in; who failed at it."""
+        ended: dict[Hashable, Outcome] = {}
+        without_numbers = _lanes_without_numbers(step, answer)
+        try:
+            batch.search = step.advance(answer)
+        except Exception:  # Again one of the lanes, unless there is only one.
+            for lane, single in enumerate(self._part(batch)):
+                try:
+                    own = single.search.step()
+                    single.search = own.advance(_lane_of(answer, step, own, lane))
+                except Exception as error:
+                    ended |= self._fail(single, error)
+                else:
+                    if without_numbers[lane]:
+                        ended |= self._fail(single, _no_numbers())
+            return ended
+        for lane in np.flatnonzero(without_numbers):
+            ended[batch.requests[lane].key] = _no_numbers()
+        self._release([(batch, without_numbers)])
+        return ended
+
+    def _part(self, batch: _Batch) -> list[_Batch]:
+        """Replace a batch by one of each of its lanes."""
+        singles = batch.parted()
+        self._batches = [each for each in self._batches if each is not batch] + singles
+        return singles
+
+    def _fail(self, batch: _Batch, error: Exception) -> dict[Hashable, Outcome]:
+        """End all of a batch's requests."""
+        self._release([(batch, _all(batch))])
+        return {request.key: _fault(error) for request in batch.requests}
+
+    def _release(self, leaving: Sequence[tuple[_Batch, BoolArray]]) -> None:
+        """Let lanes go and give their slots back, with a mask [lanes] for each batch."""
         slots: list[int] = []
-        for kind, lanes in list(self._live.items()):
-            mask = leaving.get(id(lanes))
-            if mask is None or not mask.any():
+        for batch, going in leaving:
+            if not going.any():
                 continue
-            slots += [slot for slot, goes in zip(lanes.slots, mask, strict=True) if goes]
-            lanes.leave(~mask)
-            if not lanes.tasks:
-                del self._live[kind]
-        if slots:
-            if self._offers is not None:
-                self._offers += len(slots)
-            self._step_model.free(np.array(slots, dtype=np.int64))
+            slots += [slot for slot, goes in zip(batch.slots, going, strict=True) if goes]
+            if going.all():
+                self._batches = [each for each in self._batches if each is not batch]
+            else:
+                rest = batch.kept(~going)
+                batch.search, batch.requests, batch.slots = rest.search, rest.requests, rest.slots
+        self._give_back(slots)
+
+    def _give_back(self, slots: list[int]) -> None:
+        self._owed += slots
+        if not self._owed:
+            return
+        try:
+            self._step_model.free(np.array(self._owed, np.int64))
+        except Exception:  # It still holds them all; `_settle` tries again.
+            return
+        self._owed = []
+
+    def _settle(self) -> None:
+        """Try again to give back what the step model would not take."""
+        self._give_back([])
+        if len(self._owed) >= self._limits.slots:
+            raise RuntimeError("the step model takes no slot back")
 
 
-def _outcome(lanes: _Lanes, lane: int, *, faulty: bool) -> Outcome:
-    if faulty:
-        return ModelFaultError("the model gave no number for a token's probability")
-    captions = lanes.search.captions(lane)
+def _no_numbers() -> ModelFaultError:
+    return ModelFaultError("the model gave no number for a token's probability")
+
+
+def _fault(error: Exception) -> CaptionServeError:
+    """What a request ends with; what is not of our tree becomes a fault, with its cause."""
+    if isinstance(error, CaptionServeError):
+        return error
+    fault = ModelFaultError("the model failed")
+    fault.__cause__ = error
+    return fault
+
+
+def _outcome(search: Search, lane: int) -> Outcome:
+    try:
+        captions = search.captions(lane)
+    except Exception as error:
+        return _fault(error)
     if captions:
         return captions
     text = "no caption of max_length has them all under the other options"
     return InvalidOptionsError({"force_words": text})
 
 
-def _batch(slots: Int64Array, asked: Sequence[Asked]) -> StepBatch:
+def _all(batch: _Batch) -> BoolArray:
+    return np.ones(len(batch.requests), np.bool_)
+
+
+def _side_by_side(slots: Int64Array, asked: Sequence[SearchStep]) -> StepBatch:
     """What all searches ask for, as one step; row numbers shift as the rows line up."""
     if len(asked) == 1:
         return StepBatch(slots, asked[0].row_counts, asked[0].rows)
-    begins = np.cumsum([0, *(len(part.rows.tokens) for part in asked)])
+    begins = np.cumsum([0, *(len(step.rows.tokens) for step in asked)])
     shifted = [
         dataclasses.replace(
-            part.rows,
-            edits=dataclasses.replace(part.rows.edits, rows=part.rows.edits.rows + begin),
-            probe_rows=part.rows.probe_rows + begin,
-            attention_rows=part.rows.attention_rows + begin,
+            step.rows,
+            edits=dataclasses.replace(step.rows.edits, rows=step.rows.edits.rows + begin),
+            probe_rows=step.rows.probe_rows + begin,
+            attention_rows=step.rows.attention_rows + begin,
         )
-        for part, begin in zip(asked, begins, strict=False)
+        for step, begin in zip(asked, begins, strict=False)
     ]
-    return StepBatch(
-        slots=slots,
-        row_counts=np.concatenate([part.row_counts for part in asked]),
-        rows=_side_by_side(shifted),
-    )
-
-
-def _side_by_side(parts: Sequence[RowRequests]) -> RowRequests:
-    edits: ScoreEdits = joined([part.edits for part in parts])
     arrays = {
-        name.name: np.concatenate([getattr(part, name.name) for part in parts])
-        for name in dataclasses.fields(RowRequests)
-        if name.name != "edits"
+        field.name: np.concatenate([getattr(rows, field.name) for rows in shifted])
+        for field in dataclasses.fields(RowRequests)
+        if field.name != "edits"
     }
-    return RowRequests(edits=edits, **arrays)
+    rows = RowRequests(edits=joined([rows.edits for rows in shifted]), **arrays)
+    return StepBatch(slots, np.concatenate([step.row_counts for step in asked]), rows)
 
 
-def _parted(answer: StepAnswer, asked: Sequence[Asked]) -> list[StepAnswer]:
+def _parted(answer: StepAnswer, asked: Sequence[SearchStep]) -> list[StepAnswer]:
     """Each search's own part of the answer."""
     if len(asked) == 1:
         return [answer]
-    candidates = np.cumsum([int(part.rows.candidate_counts.sum()) for part in asked])[:-1]
-    probes = np.cumsum([len(part.rows.probe_rows) for part in asked])[:-1]
-    attended = np.cumsum([len(part.rows.attention_rows) for part in asked])[:-1]
+    candidates = np.cumsum([int(step.rows.candidate_counts.sum()) for step in asked])[:-1]
+    probes = np.cumsum([len(step.rows.probe_rows) for step in asked])[:-1]
+    attended = np.cumsum([len(step.rows.attention_rows) for step in asked])[:-1]
     return [
         StepAnswer(*parts)
         for parts in zip(
@@ -368,14 +432,37 @@ def _parted(answer: StepAnswer, asked: Sequence[Asked]) -> list[StepAnswer]:
     ]
 
 
-def _lanes_without_numbers(asked: Asked, answer: StepAnswer) -> BoolArray:
-    """[lanes], whether any candidate of a lane is not a number."""
-    if not np.isnan(answer.logprobs).any():
-        return np.zeros(len(asked.row_counts), np.bool_)
-    lane_of_row = np.repeat(np.arange(len(asked.row_counts)), asked.row_counts)
-    lane_of_candidate = np.repeat(lane_of_row, asked.rows.candidate_counts)
-    faults = np.bincount(
-        lane_of_candidate[np.isnan(answer.logprobs)], minlength=len(asked.row_counts)
+def _lane_of(answer: StepAnswer, step: SearchStep, own: SearchStep, lane: int) -> StepAnswer:
+    """What one lane alone would have been answered.
+
+    Args:
+        answer: to all lanes.
+        step: what all lanes asked.
+        own: what the lane alone asks; of its rows it may want fewer candidates.
+        lane: which it is.
+    """
+    lane_of_row = np.repeat(np.arange(len(step.row_counts)), step.row_counts)
+    counts = step.rows.candidate_counts
+    rank = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    row_of_candidate = np.repeat(np.arange(len(counts)), counts)
+    wanted = np.zeros(len(counts), np.int64)
+    wanted[lane_of_row == lane] = own.rows.candidate_counts
+    candidates = rank < wanted[row_of_candidate]
+    return StepAnswer(
+        answer.logprobs[candidates],
+        answer.tokens[candidates],
+        answer.probe_logprobs[lane_of_row[step.rows.probe_rows] == lane],
+        answer.attention[lane_of_row[step.rows.attention_rows] == lane],
     )
+
+
+def _lanes_without_numbers(step: SearchStep, answer: StepAnswer) -> BoolArray:
+    """[lanes], whether any candidate of a lane is not a number."""
+    lanes = len(step.row_counts)
+    if not np.isnan(answer.logprobs).any():
+        return np.zeros(lanes, np.bool_)
+    lane_of_row = np.repeat(np.arange(lanes), step.row_counts)
+    lane_of_candidate = np.repeat(lane_of_row, step.rows.candidate_counts)
+    faults = np.bincount(lane_of_candidate[np.isnan(answer.logprobs)], minlength=lanes)
     without: BoolArray = faults > 0
     return without

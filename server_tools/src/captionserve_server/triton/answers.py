@@ -1,0 +1,193 @@
+"""From what the engine tells to what callers are sent: captions as tensors, made by a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from captionserve_server.core.captions import CaptionPlan
+from captionserve_server.core.detokenise import TextStream
+from captionserve_server.core.engine.scheduler import Outcome
+from captionserve_server.core.engine.worker import OnDeath, WorkerPool
+from captionserve_server.core.errors import (
+    CaptionServeError,
+    ModelFaultError,
+    OverloadedError,
+)
+from captionserve_server.core.results import FinishedCaption, Finisher
+from captionserve_server.triton import wire
+from captionserve_server.triton.callers import Caller
+from captionserve_server.triton.pb import Array, error_response, log_error, response, text_array
+
+
+class Answering:
+    """The thread that makes and sends answers in their order, and the room that they give back."""
+
+    def __init__(self, finisher: Finisher, max_requests: int, on_death: OnDeath) -> None:
+        """Start the thread.
+
+        Args:
+            finisher: from decoded captions to what a caller reads.
+            max_requests: requests accepted and not yet answered; one more is refused.
+            on_death: told of what should not have ended the thread.
+        """
+        self._finisher = finisher
+        self._max_requests = max_requests
+        self._unanswered = 0
+        self._lock = threading.Lock()
+        self._thread = WorkerPool("answering", 1, on_death)
+
+    @property
+    def unanswered(self) -> int:
+        """Requests accepted and not yet answered."""
+        return self._unanswered
+
+    def enter(self) -> None:
+        """Accept a request, which `send_last` will answer; OverloadedError when there is no room."""
+        with self._lock:
+            if self._unanswered >= self._max_requests:
+                raise OverloadedError("too many requests are waiting")
+            self._unanswered += 1
+
+    def send_part(self, caller: Caller, text: TextStream, given: Sequence[int], seen: int) -> None:
+        """Send what has become certain.
+
+        Args:
+            caller: who listens.
+            text: what of the caption has been sent already.
+            given: all tokens that are certain, the prefix included.
+            seen: how many of them the caller has, or does not count.
+        """
+
+        def send() -> None:
+            part = {
+                wire.NEW_TEXT: text_array(text.next_text(given)),
+                wire.NEW_TOKEN_IDS: np.array(given[seen:], np.int32),
+            }
+            caller.send(response(part))
+
+        self._thread.submit(send, _unsent)
+
+    def send_last(self, caller: Caller, plan: CaptionPlan, outcome: Outcome) -> None:
+        """Send the captions, or why there are none, and make room for the next."""
+
+        def send() -> None:
+            try:
+                if isinstance(outcome, CaptionServeError):
+                    last = error_response(outcome)
+                else:
+                    last = response(
+                        caption_tensors([self._finisher.finished(each, plan) for each in outcome])
+                    )
+            except Exception as error:  # A caption that cannot be told is its own caller's loss.
+                last = error_response(error)
+            try:
+                caller.finish(last)
+            finally:
+                with self._lock:
+                    self._unanswered -= 1
+
+        self._thread.submit(send, _unsent)
+
+    def close(self, seconds: float) -> None:
+        """Send what is to be sent, and end the thread, which may take so long."""
+        self._thread.close(seconds)
+
+
+def _unsent(error: Exception) -> None:
+    log_error(f"an answer could not be sent: {type(error).__name__}: {error}")
+
+
+class Captioning:
+    """One request in work: what the engine calls a Caller."""
+
+    def __init__(
+        self,
+        answering: Answering,
+        caller: Caller,
+        plan: CaptionPlan,
+        stream: TextStream | None,
+    ) -> None:
+        """Begin without words.
+
+        Args:
+            answering: by which the answers go; the request has entered it.
+            caller: who asked.
+            plan: how to decode.
+            stream: makes the parts, where words are wanted as they become certain.
+        """
+        self.plan = plan
+        self._answering = answering
+        self._caller = caller
+        self._stream = stream
+        self._known = 0
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether the caller has gone."""
+        return self._caller.has_gone
+
+    @property
+    def deadline(self) -> float:
+        """The caller's deadline."""
+        return self._caller.deadline
+
+    def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
+        """Have new words sent, where they are wanted."""
+        if self._stream is not None:
+            self._tell(self._stream, certain_tokens())
+
+    def end(self, outcome: Outcome) -> None:
+        """Have the last answer sent."""
+        if self._stream is not None and not isinstance(outcome, CaptionServeError):
+            self._tell(self._stream, outcome[0].token_ids)
+        self._answering.send_last(self._caller, self.plan, outcome)
+
+    def fail(self, error: Exception) -> None:
+        """End with an error; one that is not of our tree is a fault, whose text is logged."""
+        if not isinstance(error, CaptionServeError):
+            log_error(f"a request failed: {type(error).__name__}: {error}")
+            error = ModelFaultError("the model failed")
+        self.end(error)
+
+    def _tell(self, stream: TextStream, certain: tuple[int, ...]) -> None:
+        if len(certain) > self._known:
+            prefix = self.plan.words.prefix
+            seen, self._known = len(prefix) + self._known, len(certain)
+            self._answering.send_part(self._caller, stream, (*prefix, *certain), seen)
+
+
+def caption_tensors(captions: Sequence[FinishedCaption]) -> dict[wire.TensorSpec, Array]:
+    """The tensors of wire.CAPTIONS.
+
+    Args:
+        captions: at least one, best first.
+    """
+    longest = max(len(caption.token_ids) for caption in captions)
+    token_ids = np.full((len(captions), longest), wire.PADDING_TOKEN_ID, np.int32)
+    logprobs = np.zeros((len(captions), longest), np.float32)
+    texts = np.full((len(captions), longest), b"", np.object_)
+    for row, caption in enumerate(captions):
+        length = len(caption.token_ids)
+        token_ids[row, :length] = caption.token_ids
+        logprobs[row, :length] = caption.token_logprobs
+        texts[row, :length] = text_array(*caption.token_texts)
+    tensors: dict[wire.TensorSpec, Array] = {
+        wire.TEXT: text_array(*(caption.text for caption in captions)),
+        wire.SCORE: np.array([caption.score for caption in captions], np.float64),
+        wire.FINISH_REASON: text_array(*(caption.finish_reason for caption in captions)),
+        wire.CONFIDENCE: np.array([caption.confidence for caption in captions], np.float64),
+        wire.DEGENERATE: np.array([caption.degenerate for caption in captions], np.bool_),
+        wire.TOKEN_IDS: token_ids,
+        wire.TOKEN_LOGPROBS: logprobs,
+        wire.TOKEN_TEXTS: texts,
+    }
+    grids = [caption.attention for caption in captions if caption.attention is not None]
+    if grids:
+        attentions = np.zeros((len(captions), longest, *grids[0].shape[1:]), np.float32)
+        for row, own in enumerate(grids):
+            attentions[row, : len(own)] = own
+        tensors[wire.ATTENTIONS] = attentions
+    return tensors

@@ -1,0 +1,201 @@
+"""The `decoder` model: from images to captions, all requests in one batch, in one process.
+
+    execute         accepts: reads the message, checks the options, makes room
+    image threads   decode and resize the files
+    engine          one thread: has newcomers encoded by `vision_encoder` and decodes everybody, step
+                    by step, with the prefill and step graphs and the KV cache of this process
+    answering       one thread: makes and sends the answers, in their order
+
+Streams and plain calls are rows of the same batch. When a thread ends by a bug, everybody who waits
+is told, and the process ends, so that it can be started anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.detokenise import TextStream
+from captionserve_server.core.engine.engine_thread import EngineThread
+from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
+from captionserve_server.core.engine.worker import WorkerPool
+from captionserve_server.core.errors import (
+    CancelledError,
+    CaptionServeError,
+    InvalidRequestError,
+    ModelUnavailableError,
+)
+from captionserve_server.core.options import parse_options
+from captionserve_server.core.preprocessing import (
+    PreprocessorConfig,
+    pixels_of_values,
+    preprocess,
+)
+from captionserve_server.core.results import Finisher
+from captionserve_server.core.search import Vocabulary
+from captionserve_server.core.step_model import Float32Array, UInt8Array
+from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.cores import available_cores
+from captionserve_server.runtime.decoder_graphs import open_decoder, warm_up
+from captionserve_server.runtime.graph_step_model import GraphStepModel
+from captionserve_server.triton import wire
+from captionserve_server.triton.answers import Answering, Captioning
+from captionserve_server.triton.callers import Caller, CallerWatch
+from captionserve_server.triton.metrics import DecoderMetrics
+from captionserve_server.triton.pb import (
+    ModelArguments,
+    Request,
+    call_model,
+    error_response,
+    log_error,
+    read,
+    read_bytes,
+    read_flag,
+    response,
+    text_array,
+)
+
+# At the end, what is in work may take this long each: a step, an image, an answer. A thread that
+# takes longer is left behind; Triton ends the process in any case.
+_CLOSE_SECONDS = 10.0
+# When a thread has died, for the last answers to leave.
+_LAST_ANSWERS_SECONDS = 2.0
+
+
+class TritonPythonModel:
+    """Decodes all requests in flight together."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load everything, and run each graph once, so that the first caption finds them warm."""
+        arguments = ModelArguments(args)
+        folder = Path(arguments.repository) / str(arguments.version)
+        self._version = arguments.version
+        self._bundle = Bundle.from_json((folder / files.BUNDLE_FILE).read_text())
+        self._tokenizer = Tokenizer.from_file(str(folder / files.TOKENIZER_FILE))
+        settings = json.loads((folder / files.PREPROCESSOR_FILE).read_text())
+        self._preprocessor = PreprocessorConfig.from_json(settings)
+        graphs = open_decoder(
+            folder,
+            threads=arguments.threads("intra_op_thread_count"),
+            spinning=bool(arguments.number("spinning")),
+        )
+        warm_up(graphs, self._bundle.geometry)
+        limits = SchedulerLimits(
+            slots=arguments.number("slots"),
+            max_rows=arguments.number("max_rows"),
+            max_entries=arguments.number("max_entries"),
+            max_admissions=arguments.number("max_admissions"),
+        )
+        step_model = GraphStepModel(graphs, self._bundle.geometry, limits.slots)
+        vocabulary = Vocabulary(self._bundle.special, self._bundle.geometry.vocabulary_size)
+        scheduler = Scheduler(_Encoder(self._version), step_model, vocabulary, limits)
+        self._metrics = DecoderMetrics(self._version, limits.slots, scheduler, step_model)
+        self._ending = False
+        self._watch = CallerWatch(self._die)
+        self._answering = Answering(
+            Finisher(self._bundle, self._tokenizer.decode),
+            arguments.number("max_requests"),
+            self._die,
+        )
+        self._engine = EngineThread(
+            scheduler, log_error, after_step=self._metrics.count_step, on_death=self._die
+        )
+        threads = arguments.number("image_threads") or available_cores()
+        self._images = WorkerPool("image", threads, self._die)
+
+    def execute(self, requests: list[Request]) -> None:
+        """Accept the requests; they are answered later, through their response senders."""
+        for request in requests:
+            caller = Caller(request)
+            try:
+                self._accept(request, caller)
+            except Exception as error:  # Whatever goes wrong is this request's answer.
+                caller.finish(error_response(error))
+
+    def finalize(self) -> None:
+        """Answer everybody, and end the threads."""
+        self._ending = True
+        self._images.close(_CLOSE_SECONDS)
+        self._engine.close(_CLOSE_SECONDS)
+        self._answering.close(_CLOSE_SECONDS)
+        self._watch.close(_CLOSE_SECONDS)
+
+    def _accept(self, request: Request, caller: Caller) -> None:
+        given_up = read_bytes(request, wire.CANCEL)
+        if given_up is not None:
+            self._watch.cancel(given_up.decode(errors="replace"))
+            caller.finish(None)
+            return
+        if read_flag(request, wire.DESCRIBE):
+            caller.finish(response({wire.DESCRIPTION: text_array(self._description())}))
+            return
+        pixels = self._pixels(request)
+        given = parse_options(read_bytes(request, wire.OPTIONS) or b"{}")
+        plan = self._bundle.plan(given, self._encode_text)
+        stream = TextStream(self._tokenizer.decode) if read_flag(request, wire.STREAM) else None
+        self._answering.enter()
+        captioning = Captioning(self._answering, caller, plan, stream)
+        self._watch.add(caller)
+        try:
+            self._images.submit(partial(self._prepare, pixels, captioning), captioning.fail)
+        except CaptionServeError as error:
+            captioning.end(error)
+
+    def _pixels(self, request: Request) -> Callable[[], UInt8Array]:
+        """What makes the encoder's pixels of a message's image, uint8 [3, height, width]."""
+        for spec in (wire.REGIONS, wire.RESIZE):
+            if read(request, spec) is not None:
+                raise InvalidRequestError(f"{spec.name} is not taken by this version")
+        encoded, values = read_bytes(request, wire.IMAGE), read(request, wire.PIXEL_VALUES)
+        if (encoded is None) == (values is None):
+            raise InvalidRequestError(
+                f"either {wire.IMAGE.name} or {wire.PIXEL_VALUES.name} must be given"
+            )
+        if encoded is not None:
+            return partial(preprocess, encoded, self._preprocessor)
+        # A copy: Triton takes the memory of its tensors back.
+        return partial(pixels_of_values, np.array(values), self._preprocessor)
+
+    def _prepare(self, pixels: Callable[[], UInt8Array], captioning: Captioning) -> None:
+        """What an image thread does for a request."""
+        if self._ending:
+            raise ModelUnavailableError("the captioner is shutting down")
+        if captioning.has_gone:
+            raise CancelledError("the caller has gone")
+        with self._metrics.image():
+            image = pixels()
+        self._engine.submit(image, captioning.plan, captioning)
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _description(self) -> str:
+        defaults = self._bundle.defaults.as_given()
+        return json.dumps({"version": self._version, "defaults": defaults})
+
+    def _die(self, error: BaseException) -> None:
+        """End the process, because a thread has ended that should not have."""
+        log_error(f"the decoder ends: {type(error).__name__}: {error}")
+        self._ending = True
+        self._engine.close(_LAST_ANSWERS_SECONDS)
+        self._answering.close(_LAST_ANSWERS_SECONDS)
+        os._exit(1)
+
+
+class _Encoder:
+    """`vision_encoder` of one version, called from inside Triton: an ImageEncoder."""
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+
+    def encode(self, pixels: UInt8Array) -> Float32Array:
+        inputs = {wire.PIXELS: pixels}
+        return call_model(wire.VISION_ENCODER, self._version, inputs, wire.ENCODER_STATES)

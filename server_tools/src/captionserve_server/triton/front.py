@@ -1,0 +1,81 @@
+"""What the models for KServe callers have in common: they ask `decoder`, and pass on what it says.
+
+`execute` only accepts. A thread for each request in flight asks the decoder, which takes its files,
+options and deadline as they came; a thread of its own watches for callers that have gone, of whom
+Triton cannot tell the decoder, and tells it itself.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+
+from captionserve_server.core.engine.worker import WorkerPool
+from captionserve_server.core.errors import DeadlineExceededError, OverloadedError
+from captionserve_server.triton import wire
+from captionserve_server.triton.callers import Caller, CallerWatch
+from captionserve_server.triton.pb import (
+    Array,
+    ModelArguments,
+    Request,
+    call_decoupled,
+    die,
+    error_response,
+    log_error,
+    read,
+    text_array,
+)
+
+_CLOSE_SECONDS = 10.0
+
+Tensors = dict[wire.TensorSpec, Array]
+
+
+class Front(ABC):
+    """A model that asks `decoder` of its own version; subclasses say what of it they pass on."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Start the threads."""
+        arguments = ModelArguments(args)
+        self._version = arguments.version
+        self._max_requests = arguments.number("max_requests")
+        # Threads wait for the decoder and do nothing else.
+        self._asking = WorkerPool("asking", self._max_requests, die)
+        self._watch = CallerWatch(die, self._give_up)
+
+    def execute(self, requests: list[Request]) -> None:
+        """Accept the requests; they are answered later, through their response senders."""
+        for request in requests:
+            caller = Caller(request)
+            try:
+                self._accept(request, caller)
+            except Exception as error:  # Whatever goes wrong is this request's answer.
+                caller.finish(error_response(error))
+
+    def finalize(self) -> None:
+        """End the threads; the decoder, which ends too, answers what is in flight."""
+        self._asking.close(_CLOSE_SECONDS)
+        self._watch.close(_CLOSE_SECONDS)
+
+    @abstractmethod
+    def _pass_on(self, caller: Caller, answers: Iterator[Tensors]) -> None:
+        """Send what the decoder says of a request, to the end."""
+
+    def _accept(self, request: Request, caller: Caller) -> None:
+        inputs = {
+            spec: np.array(array)  # A copy: Triton takes the memory of its tensors back.
+            for spec in wire.MESSAGE
+            if (array := read(request, spec)) is not None
+        }
+        if self._asking.busy >= self._max_requests:
+            raise OverloadedError("too many requests are waiting")
+        self._watch.add(caller)
+        self._asking.submit(
+            lambda: self._pass_on(caller, self._ask(inputs, caller)),
+            lambda error: self._fail(caller, error),
+        )
+'''
