@@ -30,8 +30,13 @@ from captionserve_server.core.errors import (
     InvalidOptionsError,
     ModelFaultError,
 )
-from captionserve_server.core.search import Search, Vocabulary, search_kind, start_search
-from captionserve_server.core.search.base import Asked
+from captionserve_server.core.search import (
+    Search,
+    SearchStep,
+    Vocabulary,
+    search_kind,
+    start_search,
+)
 from captionserve_server.core.search.logits_processors import joined
 from captionserve_server.core.step_model import (
     NO_SLOT,
@@ -112,7 +117,7 @@ class _Lanes:
     slots: list[int] = field(default_factory=list)
 
     def leave(self, staying: BoolArray) -> None:
-        self.search.leave(staying)
+        self.search = self.search.kept(staying)
         self.tasks = [task for task, stays in zip(self.tasks, staying, strict=True) if stays]
         self.slots = [slot for slot, stays in zip(self.slots, staying, strict=True) if stays]
 
@@ -258,7 +263,7 @@ class CaptionEngine:
         if kind not in self._live:
             self._live[kind] = _Lanes(start_search(options, self._vocabulary))
         lanes = self._live[kind]
-        lanes.search.join(task.plan)
+        lanes.search = lanes.search.joined(task.plan)
         lanes.tasks.append(task)
         lanes.slots.append(slot)
 
@@ -282,13 +287,13 @@ class CaptionEngine:
     def _advance(self) -> list[BoolArray]:
         """One step of all; for each search, which lanes got no numbers."""
         all_lanes = list(self._live.values())
-        asked = [lanes.search.ask() for lanes in all_lanes]
+        asked = [lanes.search.step() for lanes in all_lanes]
         slots = np.array([slot for lanes in all_lanes for slot in lanes.slots], np.int64)
         answer = self._step_model.step(_batch(slots, asked))
         faulty: list[BoolArray] = []
         for lanes, part, own in zip(all_lanes, asked, _parted(answer, asked), strict=True):
             faulty.append(_lanes_without_numbers(part, own))
-            lanes.search.advance(own)
+            lanes.search = part.advance(own)
         return faulty
 
     def _release(self, leaving: dict[int, BoolArray]) -> None:
@@ -318,7 +323,7 @@ def _outcome(lanes: _Lanes, lane: int, *, faulty: bool) -> Outcome:
     return InvalidOptionsError({"force_words": text})
 
 
-def _batch(slots: Int64Array, asked: Sequence[Asked]) -> StepBatch:
+def _batch(slots: Int64Array, asked: Sequence[SearchStep]) -> StepBatch:
     """What all searches ask for, as one step; row numbers shift as the rows line up."""
     if len(asked) == 1:
         return StepBatch(slots, asked[0].row_counts, asked[0].rows)
@@ -349,7 +354,7 @@ def _side_by_side(parts: Sequence[RowRequests]) -> RowRequests:
     return RowRequests(edits=edits, **arrays)
 
 
-def _parted(answer: StepAnswer, asked: Sequence[Asked]) -> list[StepAnswer]:
+def _parted(answer: StepAnswer, asked: Sequence[SearchStep]) -> list[StepAnswer]:
     """Each search's own part of the answer."""
     if len(asked) == 1:
         return [answer]
@@ -368,7 +373,7 @@ def _parted(answer: StepAnswer, asked: Sequence[Asked]) -> list[StepAnswer]:
     ]
 
 
-def _lanes_without_numbers(asked: Asked, answer: StepAnswer) -> BoolArray:
+def _lanes_without_numbers(asked: SearchStep, answer: StepAnswer) -> BoolArray:
     """[lanes], whether any candidate of a lane is not a number."""
     if not np.isnan(answer.logprobs).any():
         return np.zeros(len(asked.row_counts), np.bool_)
