@@ -143,43 +143,48 @@ class SearchStep:
     def advance(self, answer: StepAnswer) -> Search:
         """The search after the step; the one before stays as it was."""
         lanes = self.search.lanes
-        lanes = dataclasses.replace(
-            lanes, seen=lanes.seen + 1, attention=self._attention(answer.attention)
-        )
+        lanes = lanes.with_fields(seen=lanes.seen + 1, attention=self._attention(answer.attention))
         search = dataclasses.replace(self.search, lanes=lanes)
         return search._extended(self._choices(answer)) if self.takes.any() else search
 
     def _attention(self, attention: Float32Array) -> tuple[tuple[Float32Array, ...], ...]:
         """The lanes' attention with the step's, [attended, image tokens]."""
-        looking = self.takes & self.search.lanes.wants_attention
-        kept = list(self.search.lanes.attention)
+        kept = self.search.lanes.attention
+        if not len(attention):
+            return kept
+        longer = list(kept)
         begin = 0
-        for lane in np.flatnonzero(looking):
+        for lane in np.flatnonzero(self.takes & self.search.lanes.wants_attention):
             end = begin + int(self.row_counts[lane])
-            kept[lane] = (*kept[lane], attention[begin:end])
+            longer[lane] = (*kept[lane], attention[begin:end])
             begin = end
-        return tuple(kept)
+        return tuple(longer)
 
     def _choices(self, answer: StepAnswer) -> Choices:
         lanes = np.flatnonzero(self.takes)
         ran = self.ran[lanes]
-        before = self.search.lanes
-        # Which of the rows with candidates each row of a lane is, and which of the lane's own.
-        answers = np.cumsum(ran).reshape(ran.shape) - 1
-        origins = np.maximum(np.cumsum(ran, axis=1) - 1, 0)
         per_row = int(self.rows.candidate_counts.max())
-        logprobs = answer.logprobs.reshape(-1, per_row)[answers]
-        # Before a lane's rows part they all stand where its first row stands.
-        single = (before.seen < before.given)[lanes, None]
-        logprobs[~(ran | single)] = -np.inf
+        logprobs = answer.logprobs.reshape(-1, per_row)
+        tokens = answer.tokens.reshape(-1, per_row)
+        if ran.all():
+            shape = (*ran.shape, per_row)
+            logprobs, tokens = logprobs.reshape(shape), tokens.reshape(shape)
+            origins = np.broadcast_to(np.arange(ran.shape[1]), ran.shape)
+        else:
+            # Which of the rows with candidates each row of a lane is, and which of the lane's own.
+            answers = np.cumsum(ran).reshape(ran.shape) - 1
+            origins = np.maximum(np.cumsum(ran, axis=1) - 1, 0)
+            logprobs, tokens = logprobs[answers], tokens[answers]
+            # Before a lane's rows part they all stand where its first row stands.
+            before = self.search.lanes
+            single = (before.seen < before.given)[lanes, None]
+            logprobs[~(ran | single)] = -np.inf
         probes = {}
         if len(self.rows.probe_rows):
             of_lane, of_row = (index[self.rows.probe_rows].tolist() for index in self.ran.nonzero())
             asked = zip(of_lane, of_row, self.rows.probe_tokens.tolist(), strict=True)
             probes = dict(zip(asked, answer.probe_logprobs.tolist(), strict=True))
-        return Choices(
-            lanes, logprobs, answer.tokens.reshape(-1, per_row)[answers], origins, probes
-        )
+        return Choices(lanes, logprobs, tokens, origins, probes)
 
 
 @dataclass(frozen=True)
@@ -302,8 +307,8 @@ class Search(ABC):
             of_row: [rows to run], which of the lane's rows it is.
             takes: bool [rows to run], whether it has candidates.
         """
-        applying = self.lanes.processors.any(axis=0)
-        if not applying.any():
+        applying = np.flatnonzero(self.lanes.processors.any(axis=0))
+        if not len(applying):
             return ScoreEdits(), no_indices(), no_indices()
         running = self.lanes.running
         histories = RowHistories(
@@ -313,7 +318,7 @@ class Search(ABC):
             lengths=running.lengths[of_lane, of_row],
             special=self.vocabulary.special,
         )
-        edits = joined([LOGITS_PROCESSORS[at].edits(histories) for at in np.flatnonzero(applying)])
+        edits = joined([LOGITS_PROCESSORS[at].edits(histories) for at in applying])
         return edits, no_indices(), no_indices()
 
     def _caption(self, hypotheses: Hypotheses, lane: int, row: int, score: float) -> DecodedCaption:

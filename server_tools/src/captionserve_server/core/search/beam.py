@@ -262,8 +262,7 @@ class BeamSearch(Search):
         )
         parents = lanes.parents.copy()
         parents[at, own] = origins
-        lanes = dataclasses.replace(
-            lanes,
+        lanes = lanes.with_fields(
             running=lanes.running.replaced(at, own, running),
             completed=completed,
             parents=parents,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from captionserve_server.core.step_model import BoolArray
 
@@ -19,6 +20,10 @@ class LaneRecord:
     A field is an array whose first dim is [lanes], a tuple of [lanes], or a record of its own. The
     third dim of an array counts tokens and is as long as the longest lane needs.
     """
+
+    def with_fields(self: _Record, **fields: Any) -> _Record:
+        """The same with some fields new; dataclasses.replace takes several times as long."""
+        return type(self)(**{**vars(self), **fields})
 
     def kept(self: _Record, staying: BoolArray) -> _Record:
         """The lanes that stay, [lanes]; a copy."""
@@ -47,8 +52,14 @@ def _joined(value: Any, other: Any) -> Any:
         return value + other
     if value.ndim == 3:
         longest = max(value.shape[2], other.shape[2])
-        value, other = (
-            np.pad(array, ((0, 0), (0, 0), (0, longest - array.shape[2])))
-            for array in (value, other)
-        )
+        value, other = _stretched(value, longest), _stretched(other, longest)
     return np.concatenate((value, other))
+
+
+def _stretched(array: NDArray[Any], longest: int) -> NDArray[Any]:
+    """The array with zeros behind, so that its third dim is `longest`."""
+    if array.shape[2] == longest:
+        return array
+    wider = np.zeros((*array.shape[:2], longest), array.dtype)
+    wider[:, :, : array.shape[2]] = array
+    return wider

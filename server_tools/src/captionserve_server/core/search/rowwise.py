@@ -97,7 +97,7 @@ class RowwiseSearch(Search):
         ended, parents = lanes.ended.copy(), lanes.parents.copy()
         ended[at] = is_one_of(tokens, self.vocabulary.end_ids) | (ends + 1 >= lanes.longest[lane])
         parents[choices.lanes] = choices.origins
-        lanes = dataclasses.replace(lanes, running=running, ended=ended, parents=parents)
+        lanes = lanes.with_fields(running=running, ended=ended, parents=parents)
         return dataclasses.replace(self, lanes=lanes)
 
 
