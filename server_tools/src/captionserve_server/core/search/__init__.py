@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
 
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.search.base import Search, Vocabulary
+from captionserve_server.core.search.base import Search, SearchStep, Vocabulary
 from captionserve_server.core.search.beam import BeamSearch
 from captionserve_server.core.search.constrained import ConstrainedBeamSearch
 from captionserve_server.core.search.rowwise import (
@@ -14,7 +15,7 @@ from captionserve_server.core.search.rowwise import (
     candidates_drawn_from,
 )
 
-__all__ = ["Search", "Vocabulary", "search_kind", "start_search"]
+__all__ = ["Search", "SearchStep", "Vocabulary", "search_kind", "start_search"]
 
 
 def search_kind(options: DecodingOptions, vocabulary: Vocabulary) -> Hashable:
@@ -29,9 +30,10 @@ def search_kind(options: DecodingOptions, vocabulary: Vocabulary) -> Hashable:
 def start_search(options: DecodingOptions, vocabulary: Vocabulary) -> Search:
     """A search without lanes for captions of the options' kind."""
     if options.do_sample:
-        return SamplingSearch(vocabulary, options.rows)
+        return SamplingSearch.without_lanes(vocabulary, options)
     if options.force_words:
-        return ConstrainedBeamSearch(vocabulary, options.rows)
+        return ConstrainedBeamSearch.without_lanes(vocabulary, options)
     if options.num_beams > 1:
-        return BeamSearch(vocabulary, options.rows, options.num_beam_groups)
-    return GreedySearch(vocabulary, options.rows)
+        beams = BeamSearch.without_lanes(vocabulary, options)
+        return dataclasses.replace(beams, groups=options.num_beam_groups)
+    return GreedySearch.without_lanes(vocabulary, options)

@@ -1,15 +1,18 @@
 """What all decoding methods have in common: lanes of captions that step together.
 
-A search decodes several captions by one method with the same number of rows. It is a state machine
-without I/O: the engine asks for its rows, runs them with everybody else's, and hands the answer
-back:
+A search decodes several captions by one method with the same number of rows. It does no I/O: the
+scheduler asks for its rows, runs them with everybody else's, and hands the answer back:
 
-    search.join(plan)          a caption enters, as the last lane
-    search.ask()               the rows to run next, for all lanes
-    search.advance(answer)     what the model said about them
-    search.finished            which lanes are complete
-    search.captions(lane)      a lane's result, best first
-    search.leave(staying)      the other lanes go
+    search = search.joined(plan)       one request more, as the last lane
+    step = search.step()               the rows to run next, for all lanes
+    search = step.advance(answer)      after what the model said about them
+    search.finished                    which lanes are complete
+    search.captions(lane)              a lane's result, best first
+    search = search.kept(staying)      without the lanes that leave
+
+A search is never changed: each of these gives a new one, so that a step that fails can be tried
+again with each lane alone. Arrays that a search holds are read by its successors too; whoever
+changes some of an array copies it first.
 
 A lane begins with one row, which takes in the start token and the prefix; its rows part at the
 first candidates.
@@ -17,8 +20,11 @@ first candidates.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
@@ -28,11 +34,12 @@ from captionserve_server.core.captions import (
     FinishReason,
     SpecialTokens,
 )
-from captionserve_server.core.search.hypotheses import Hypotheses
+from captionserve_server.core.options import DecodingOptions
+from captionserve_server.core.search.hypotheses import Hypotheses, is_one_of
+from captionserve_server.core.search.lanes import LaneRecord
 from captionserve_server.core.search.logits_processors import (
-    FILTERS,
-    FilterRows,
-    LogitFilter,
+    LOGITS_PROCESSORS,
+    RowHistories,
     joined,
 )
 from captionserve_server.core.step_model import (
@@ -45,6 +52,8 @@ from captionserve_server.core.step_model import (
     StepAnswer,
     no_indices,
 )
+
+_AnySearch = TypeVar("_AnySearch", bound="Search")
 
 
 @dataclass(frozen=True)
@@ -59,18 +68,39 @@ class Vocabulary:
     special: SpecialTokens
     size: int
 
+    @cached_property
+    def end_ids(self) -> Int64Array:
+        """The tokens that end a caption."""
+        return np.array(self.special.end, np.int64)
+
 
 @dataclass(frozen=True)
-class Asked:
-    """What a search wants of the next step.
+class Lanes(LaneRecord):
+    """All that a search knows of its lanes.
 
     Attributes:
-        row_counts: [lanes].
-        rows: what is wanted of each row, lane by lane.
+        plans: [lanes].
+        processors: bool [lanes, logits processors], which of LOGITS_PROCESSORS apply.
+        wants_attention: bool [lanes].
+        length_penalty: float64 [lanes].
+        given: int64 [lanes], tokens before the first generated one.
+        longest: int64 [lanes], tokens allowed, the given ones included.
+        seen: int64 [lanes], tokens that the decoder has taken in.
+        parents: int64 [lanes, rows], the row of the decoder's last step that each row continues.
+        running: the rows, [lanes, rows].
+        attention: [lanes], of each step that gave the lane a token, float32 [rows, image tokens].
     """
 
-    row_counts: Int64Array
-    rows: RowRequests
+    plans: tuple[CaptionPlan, ...]
+    processors: BoolArray
+    wants_attention: BoolArray
+    length_penalty: Float64Array
+    given: Int64Array
+    longest: Int64Array
+    seen: Int64Array
+    parents: Int64Array
+    running: Hypotheses
+    attention: tuple[tuple[Float32Array, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -82,98 +112,140 @@ class Choices:
         logprobs: float32 [taking, rows, candidates], descending; -inf for rows that did not run.
         tokens: int64, likewise.
         origins: int64 [taking, rows], the row of the decoder that each row was.
+        probes: the log-probabilities that were wanted in any case, by lane, row and token.
     """
 
     lanes: Int64Array
     logprobs: Float32Array
     tokens: Int64Array
     origins: Int64Array
+    probes: dict[tuple[int, int, int], float]
 
 
+@dataclass(frozen=True)
+class SearchStep:
+    """What a search wants of one step of the decoder.
+
+    Attributes:
+        row_counts: [lanes], rows of each lane.
+        rows: what is wanted of each row, lane by lane.
+        search: the search that asks.
+        ran: bool [lanes, rows], which of the lanes' rows these are.
+        takes: bool [lanes], whether the step gives the lane a token; else it reads the prefix.
+    """
+
+    row_counts: Int64Array
+    rows: RowRequests
+    search: Search
+    ran: BoolArray
+    takes: BoolArray
+
+    def advance(self, answer: StepAnswer) -> Search:
+        """The search after the step; the one before stays as it was."""
+        lanes = self.search.lanes
+        lanes = lanes.with_fields(seen=lanes.seen + 1, attention=self._attention(answer.attention))
+        search = dataclasses.replace(self.search, lanes=lanes)
+        return search._extended(self._choices(answer)) if self.takes.any() else search
+
+    def _attention(self, attention: Float32Array) -> tuple[tuple[Float32Array, ...], ...]:
+        """The lanes' attention with the step's, [attended, image tokens]."""
+        kept = self.search.lanes.attention
+        if not len(attention):
+            return kept
+        longer = list(kept)
+        begin = 0
+        for lane in np.flatnonzero(self.takes & self.search.lanes.wants_attention):
+            end = begin + int(self.row_counts[lane])
+            longer[lane] = (*kept[lane], attention[begin:end])
+            begin = end
+        return tuple(longer)
+
+    def _choices(self, answer: StepAnswer) -> Choices:
+        lanes = np.flatnonzero(self.takes)
+        ran = self.ran[lanes]
+        per_row = int(self.rows.candidate_counts.max())
+        logprobs = answer.logprobs.reshape(-1, per_row)
+        tokens = answer.tokens.reshape(-1, per_row)
+        if ran.all():
+            shape = (*ran.shape, per_row)
+            logprobs, tokens = logprobs.reshape(shape), tokens.reshape(shape)
+            origins = np.broadcast_to(np.arange(ran.shape[1]), ran.shape)
+        else:
+            # Which of the rows with candidates each row of a lane is, and which of the lane's own.
+            answers = np.cumsum(ran).reshape(ran.shape) - 1
+            origins = np.maximum(np.cumsum(ran, axis=1) - 1, 0)
+            logprobs, tokens = logprobs[answers], tokens[answers]
+            # Before a lane's rows part they all stand where its first row stands.
+            before = self.search.lanes
+            single = (before.seen < before.given)[lanes, None]
+            logprobs[~(ran | single)] = -np.inf
+        probes = {}
+        if len(self.rows.probe_rows):
+            of_lane, of_row = (index[self.rows.probe_rows].tolist() for index in self.ran.nonzero())
+            asked = zip(of_lane, of_row, self.rows.probe_tokens.tolist(), strict=True)
+            probes = dict(zip(asked, answer.probe_logprobs.tolist(), strict=True))
+        return Choices(lanes, logprobs, tokens, origins, probes)
+
+
+@dataclass(frozen=True)
 class Search(ABC):
-    """Lanes of captions decoded by one method; subclasses say how rows are extended."""
+    """Lanes of captions decoded by one method; subclasses say how rows are extended.
 
-    normalises_first = False
-    """Whether scores are log-probabilities before the filters see them."""
+    Attributes:
+        vocabulary: the checkpoint's tokens.
+        rows: rows of each lane.
+        lanes: all there is to know of them.
+    """
 
-    def __init__(self, vocabulary: Vocabulary, rows: int) -> None:
-        """Begin without lanes; each will have `rows` rows."""
-        self._vocabulary = vocabulary
-        self._rows = rows
-        self._end_ids = np.array(vocabulary.special.end, np.int64)
-        self._plans: list[CaptionPlan] = []
-        self._running = Hypotheses.placeholders(0, rows, 0)
-        # Per lane: tokens that were given, tokens allowed, tokens that the decoder has seen.
-        self._given = no_indices()
-        self._limits = no_indices()
-        self._seen = no_indices()
-        # [lanes, rows], the row of the decoder's last step that each running row continues.
-        self._parents = np.zeros((0, rows), np.int64)
-        self._attention: list[list[Float32Array]] = []
-        self._ran = np.zeros((0, rows), np.bool_)
-        self._filters: list[LogitFilter] = []
-        self._wants_attention = np.zeros(0, np.bool_)
+    vocabulary: Vocabulary
+    rows: int
+    lanes: Lanes
+
+    normalises_first: ClassVar[bool] = False
+    """Whether scores are log-probabilities before the logits processors see them."""
+
+    @classmethod
+    def without_lanes(
+        cls: type[_AnySearch], vocabulary: Vocabulary, options: DecodingOptions
+    ) -> _AnySearch:
+        """A search for captions of the options' kind, none of which is there yet."""
+        lane = cls.new_lane(vocabulary, CaptionPlan(options))
+        return cls(vocabulary, options.rows, lane.kept(np.zeros(1, np.bool_)))
 
     def __len__(self) -> int:
         """Lanes there are."""
-        return len(self._plans)
+        return len(self.lanes.plans)
 
-    def join(self, plan: CaptionPlan) -> None:
-        """Take a caption in, as the last lane."""
-        given = (self._vocabulary.special.start, *plan.words.prefix)
-        limit = plan.options.max_length
-        lane = Hypotheses.placeholders(1, self._rows, limit)
-        lane.tokens[0, :, : len(given)] = given
-        lane.lengths[0] = len(given)
-        lane.scores[0, 0] = 0.0
-        self._running = self._running.followed_by(lane)
-        self._plans.append(plan)
-        self._given = np.append(self._given, len(given))
-        self._limits = np.append(self._limits, limit)
-        self._seen = np.append(self._seen, 0)
-        self._parents = np.append(self._parents, np.zeros((1, self._rows), np.int64), axis=0)
-        self._attention.append([])
-        self._note_options()
+    def joined(self: _AnySearch, plan: CaptionPlan) -> _AnySearch:
+        """The search with one request more, as the last lane."""
+        lane = self.new_lane(self.vocabulary, plan)
+        return dataclasses.replace(self, lanes=self.lanes.followed_by(lane))
 
-    def leave(self, staying: BoolArray) -> None:
-        """Keep the lanes that stay, [lanes]."""
-        self._plans = [plan for plan, stays in zip(self._plans, staying, strict=True) if stays]
-        self._attention = [
-            steps for steps, stays in zip(self._attention, staying, strict=True) if stays
-        ]
-        self._running = self._running.lanes(staying)
-        self._given = self._given[staying]
-        self._limits = self._limits[staying]
-        self._seen = self._seen[staying]
-        self._parents = self._parents[staying]
-        self._note_options()
+    def kept(self: _AnySearch, staying: BoolArray) -> _AnySearch:
+        """The search with only the lanes that stay, [lanes]."""
+        return dataclasses.replace(self, lanes=self.lanes.kept(staying))
 
-    def ask(self) -> Asked:
-        """The rows to run next."""
-        parted = self._seen >= self._given
-        self._ran = np.where(parted[:, None], self._live_rows(), np.arange(self._rows) == 0)
-        lanes, rows = np.nonzero(self._ran)
-        takes = self._takes_token()[lanes]
-        probe_rows, probe_tokens = self._probes(lanes, rows)
-        requests = RowRequests(
-            tokens=self._running.tokens[lanes, rows, self._seen[lanes]],
-            parents=self._parents[lanes, rows],
-            candidate_counts=np.where(takes, self._candidates_per_row(), 0),
-            normalise_first=np.full(len(lanes), self.normalises_first),
-            edits=self._edits(lanes, rows),
+    def step(self) -> SearchStep:
+        """The next step of all lanes."""
+        lanes, running = self.lanes, self.lanes.running
+        parted = lanes.seen >= lanes.given
+        ran = np.where(parted[:, None], self._live_rows(), np.arange(self.rows) == 0)
+        row_counts = ran.sum(axis=1)
+        takes = (lanes.seen >= lanes.given - 1) & (row_counts > 0)
+        of_lane, of_row = np.nonzero(ran)
+        row_takes = takes[of_lane]
+        edits, probe_rows, probe_tokens = self._wanted(of_lane, of_row, row_takes)
+        rows = RowRequests(
+            tokens=running.tokens[of_lane, of_row, lanes.seen[of_lane]],
+            parents=lanes.parents[of_lane, of_row],
+            candidate_counts=np.where(row_takes, self._candidates_per_row(), 0),
+            normalise_first=np.full(len(of_lane), self.normalises_first),
+            edits=edits,
             probe_rows=probe_rows,
             probe_tokens=probe_tokens,
-            attention_rows=np.flatnonzero(self._wants_attention[lanes] & takes),
+            attention_rows=np.flatnonzero(lanes.wants_attention[of_lane] & row_takes),
         )
-        return Asked(self._ran.sum(axis=1), requests)
-
-    def advance(self, answer: StepAnswer) -> None:
-        """Take one step's answer in; its rows are those of the last `ask`."""
-        self._keep_attention(answer.attention)
-        taking = self._takes_token()
-        self._seen += 1
-        if taking.any():
-            self._extend(self._choices(taking, answer), answer.probe_logprobs)
+        return SearchStep(row_counts, rows, self, ran, takes)
 
     @property
     @abstractmethod
@@ -192,119 +264,81 @@ class Search(ABC):
     def certain_tokens(self, lane: int) -> tuple[int, ...]:
         """The generated tokens with which the best caption will begin, whatever comes."""
 
+    @classmethod
+    def new_lane(cls, vocabulary: Vocabulary, plan: CaptionPlan) -> Lanes:
+        """One lane before its first step."""
+        given = (vocabulary.special.start, *plan.words.prefix)
+        options = plan.options
+        running = Hypotheses.none(1, options.rows, options.max_length)
+        running.tokens[0, :, : len(given)] = given
+        running.lengths[0] = len(given)
+        return Lanes(
+            plans=(plan,),
+            processors=np.array([[each.applies(plan) for each in LOGITS_PROCESSORS]], np.bool_),
+            wants_attention=np.array([options.output_attentions], np.bool_),
+            length_penalty=np.array([options.length_penalty], np.float64),
+            given=np.array([len(given)], np.int64),
+            longest=np.array([options.max_length], np.int64),
+            seen=np.zeros(1, np.int64),
+            parents=np.zeros((1, options.rows), np.int64),
+            running=running,
+            attention=((),),
+        )
+
+    @abstractmethod
+    def _live_rows(self) -> BoolArray:
+        """[lanes, rows], the rows that go on."""
+
     @abstractmethod
     def _candidates_per_row(self) -> int:
         """Candidates wanted of each row."""
 
     @abstractmethod
-    def _extend(self, choices: Choices, probe_logprobs: Float32Array) -> None:
-        """Give the lanes that take a token their next one."""
+    def _extended(self, choices: Choices) -> Search:
+        """The search with one token more in the lanes that take one; the step has been seen."""
 
-    def _note_options(self) -> None:
-        """Look through the lanes' options once for all their steps."""
-        self._wants_attention = np.array(
-            [plan.options.output_attentions for plan in self._plans], np.bool_
+    def _wanted(
+        self, of_lane: Int64Array, of_row: Int64Array, takes: BoolArray
+    ) -> tuple[ScoreEdits, Int64Array, Int64Array]:
+        """The rows' edits, and rows and tokens whose log-probability is wanted in any case.
+
+        Args:
+            of_lane: [rows to run], the lane of each.
+            of_row: [rows to run], which of the lane's rows it is.
+            takes: bool [rows to run], whether it has candidates.
+        """
+        applying = np.flatnonzero(self.lanes.processors.any(axis=0))
+        if not len(applying):
+            return ScoreEdits(), no_indices(), no_indices()
+        running = self.lanes.running
+        histories = RowHistories(
+            plans=self.lanes.plans,
+            caption=of_lane,
+            tokens=running.tokens[of_lane, of_row],
+            lengths=running.lengths[of_lane, of_row],
+            special=self.vocabulary.special,
         )
-        self._filters = [
-            logit_filter
-            for logit_filter in FILTERS
-            if any(logit_filter.applies(plan) for plan in self._plans)
-        ]
-
-    def _live_rows(self) -> BoolArray:
-        """[lanes, rows], the rows that go on."""
-        return np.ones((len(self), self._rows), np.bool_)
-
-    def _probes(self, lanes: Int64Array, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """Indices of the rows to run, and tokens, whose log-probability is wanted in any case."""
-        return no_indices(), no_indices()
-
-    def _edits(self, lanes: Int64Array, rows: Int64Array) -> ScoreEdits:
-        """Scores to change for the rows to run."""
-        if not self._filters:
-            return ScoreEdits()
-        context = FilterRows(
-            plans=self._plans,
-            caption=lanes,
-            tokens=self._running.tokens[lanes, rows],
-            lengths=self._running.lengths[lanes, rows],
-            special=self._vocabulary.special,
-        )
-        return joined([logit_filter.edits(context) for logit_filter in self._filters])
-
-    def _takes_token(self) -> BoolArray:
-        """[lanes], whether the step gives the lane a token; else the prefix is still read."""
-        return self._seen >= self._given - 1
-
-    def _choices(self, taking: BoolArray, answer: StepAnswer) -> Choices:
-        lanes = np.flatnonzero(taking)
-        ran = self._ran[lanes]
-        per_row = self._candidates_per_row()
-        # Which of the answer's rows each row of a lane is, and which of the lane's own.
-        answers = np.cumsum(ran).reshape(ran.shape) - 1
-        origins = np.maximum(np.cumsum(ran, axis=1) - 1, 0)
-        single = (self._seen[lanes] == self._given[lanes])[:, None]
-        logprobs = answer.logprobs.reshape(-1, per_row)[answers]
-        tokens = answer.tokens.reshape(-1, per_row)[answers]
-        # Before a lane's rows part they all stand where its first row stands.
-        logprobs[~(ran | single)] = -np.inf
-        return Choices(lanes, logprobs, tokens, origins)
-
-    def _keep_attention(self, attention: Float32Array) -> None:
-        counts = self._ran.sum(axis=1)
-        begin = 0
-        for lane in np.flatnonzero(self._takes_token() & self._wants_attention):
-            self._attention[lane].append(attention[begin : begin + counts[lane]])
-            begin += int(counts[lane])
-
-    def _is_end(self, tokens: Int64Array) -> BoolArray:
-        return is_one_of(tokens, self._end_ids)
+        edits = joined([LOGITS_PROCESSORS[at].edits(histories) for at in applying])
+        return edits, no_indices(), no_indices()
 
     def _caption(self, hypotheses: Hypotheses, lane: int, row: int, score: float) -> DecodedCaption:
         """A row as a caption."""
-        generated = slice(int(self._given[lane]), int(hypotheses.lengths[lane, row]))
+        lanes = self.lanes
+        length = int(hypotheses.lengths[lane, row])
+        generated = slice(int(lanes.given[lane]), length)
         tokens = hypotheses.tokens[lane, row, generated]
+        reason: FinishReason = "length" if length >= lanes.longest[lane] else "deadline"
+        if is_one_of(tokens[-1:], self.vocabulary.end_ids).any():
+            reason = "eos"
+        attention: Float32Array | None = None
+        if lanes.wants_attention[lane]:
+            origins = hypotheses.origins[lane, row, generated].tolist()
+            steps = zip(lanes.attention[lane], origins, strict=False)
+            attention = np.stack([rows[origin] for rows, origin in steps])
         return DecodedCaption(
             token_ids=tuple(tokens.tolist()),
             token_logprobs=tuple(hypotheses.logprobs[lane, row, generated].tolist()),
             score=score,
-            finish_reason=self._finish_reason(lane, int(hypotheses.lengths[lane, row]), tokens),
-            attention=self._attention_of(lane, hypotheses.origins[lane, row, generated]),
+            finish_reason=reason,
+            attention=attention,
         )
-
-    def _finish_reason(self, lane: int, length: int, tokens: Int64Array) -> FinishReason:
-        if self._is_end(tokens[-1:]).any():
-            return "eos"
-        return "length" if length >= self._limits[lane] else "deadline"
-
-    def _attention_of(self, lane: int, origins: Int64Array) -> Float32Array | None:
-        if not self._plans[lane].options.output_attentions:
-            return None
-        steps = self._attention[lane]
-        looked: Float32Array = np.stack([steps[step][row] for step, row in enumerate(origins)])
-        return looked
-
-
-def is_one_of(tokens: Int64Array, few: Int64Array) -> BoolArray:
-    """Whether each token is among `few`; np.isin takes ten times as long for so little."""
-    among: BoolArray = (tokens[..., None] == few).any(axis=-1)
-    return among
-
-
-def shared_beginning(rows: Int64Array, lengths: Int64Array) -> tuple[int, ...]:
-    """The tokens with which all rows begin; [rows, longest] and [rows]."""
-    if not len(rows):
-        return ()
-    shortest = int(lengths.min())
-    same = (rows[:, :shortest] == rows[0, :shortest]).all(axis=0)
-    shared = shortest if same.all() else int(np.argmin(same))
-    return tuple(rows[0, :shared].tolist())
-
-
-def length_penalised(
-    scores: Float32Array, lengths: Int64Array, exponents: Float64Array
-) -> Float32Array:
-    """Sums of log-probabilities, each divided by its length ** exponent; any equal shapes."""
-    divisors = (lengths.astype(np.float64) ** exponents).astype(np.float32)
-    penalised: Float32Array = scores / divisors
-    return penalised

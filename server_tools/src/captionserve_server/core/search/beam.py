@@ -8,381 +8,274 @@ from dataclasses import dataclass
 import numpy as np
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
-from captionserve_server.core.search.base import (
-    Choices,
-    Search,
-    Vocabulary,
+from captionserve_server.core.search.base import Choices, Lanes, Search, Vocabulary
+from captionserve_server.core.search.hypotheses import (
+    Hypotheses,
+    best,
+    columns,
     is_one_of,
     length_penalised,
     shared_beginning,
 )
-from captionserve_server.core.search.hypotheses import NEVER, Hypotheses, best, columns
-from captionserve_server.core.step_model import (
-    BoolArray,
-    Float32Array,
-    Float64Array,
-    Int64Array,
-)
+from captionserve_server.core.step_model import BoolArray, Float32Array, Float64Array, Int64Array
 
 
-@dataclass
-class Limits:
-    """The options of each lane that beams obey; every array is [lanes].
+@dataclass(frozen=True)
+class BeamLanes(Lanes):
+    """Lanes of beams; the beams of a group stand side by side among the rows.
 
     Attributes:
-        given: tokens before the first generated one.
-        longest: tokens allowed, the given ones included.
-        length_penalty: float64.
-        stops_when_full: early_stopping "true".
-        hopes_for_longest: early_stopping "never", where longer captions score better.
+        completed: the best completed captions of each group, in the group's rows, best first.
+        stops_when_full: bool [lanes], early_stopping "true".
+        hopes_for_longest: bool [lanes], early_stopping "never" where longer captions score better.
+        diversity_penalty: float64 [lanes].
     """
 
-    given: Int64Array
-    longest: Int64Array
-    length_penalty: Float64Array
+    completed: Hypotheses
     stops_when_full: BoolArray
     hopes_for_longest: BoolArray
-
-    @classmethod
-    def of(cls, plans: list[CaptionPlan], given: Int64Array, longest: Int64Array) -> Limits:
-        """The limits that plans ask for."""
-        options = [plan.options for plan in plans]
-        penalty = np.array([option.length_penalty for option in options], np.float64)
-        stopping = np.array([option.early_stopping for option in options], np.object_)
-        return cls(
-            given=given,
-            longest=longest,
-            length_penalty=penalty,
-            stops_when_full=stopping == "true",
-            hopes_for_longest=(stopping == "never") & (penalty > 0),
-        )
-
-    def lanes(self, index: Int64Array) -> Limits:
-        """Those of the lanes at `index`."""
-        return Limits(
-            self.given[index],
-            self.longest[index],
-            self.length_penalty[index],
-            self.stops_when_full[index],
-            self.hopes_for_longest[index],
-        )
+    diversity_penalty: Float64Array
 
 
 @dataclass(frozen=True)
 class Continuations:
-    """What beams may become, best first; [lanes, continuations].
+    """What a group's beams may become, best first; every array is [taking, continuations].
 
     Attributes:
-        hypotheses: the beams with one more token; scores are sums.
-        beams: the beam that each continues.
+        scores: float32, sums of log-probabilities; -inf where there is nothing to become.
+        beams: which of the lane's rows each continues.
+        tokens: what follows it.
+        logprobs: float32, of the tokens.
+        ended: bool, whether nothing may follow.
     """
 
-    hypotheses: Hypotheses
+    scores: Float32Array
     beams: Int64Array
+    tokens: Int64Array
+    logprobs: Float32Array
+    ended: BoolArray
 
 
-class BeamGroup:
-    """The beams of one group, for many lanes: those that run, and the best completed ones."""
-
-    def __init__(self, beams: int) -> None:
-        """Begin without lanes."""
-        self.beams = beams
-        self.running = Hypotheses.placeholders(0, beams, 0)
-        self.completed = Hypotheses.placeholders(0, beams, 0)
-        self.improvable = np.zeros(0, np.bool_)
-        self.finished = np.zeros(0, np.bool_)
-
-    def join(self, running: Hypotheses) -> None:
-        """Take a lane in; its first beam stands for all before the first token."""
-        running.scores[:] = NEVER
-        running.scores[:, 0] = 0.0
-        longest = running.tokens.shape[2]
-        self.running = self.running.followed_by(running)
-        self.completed = self.completed.followed_by(Hypotheses.placeholders(1, self.beams, longest))
-        self.improvable = np.append(self.improvable, True)
-        self.finished = np.append(self.finished, False)
-
-    def leave(self, staying: BoolArray) -> None:
-        """Keep the lanes that stay."""
-        self.running = self.running.lanes(staying)
-        self.completed = self.completed.lanes(staying)
-        self.improvable = self.improvable[staying]
-        self.finished = self.finished[staying]
-
-    def advance(self, lanes: Int64Array, found: Continuations, limits: Limits) -> Int64Array:
-        """Complete and prune; the beam that each running one continues, [lanes, beams].
-
-        Args:
-            lanes: which lanes take a token.
-            found: their continuations; only the best may complete a caption, see `_may_complete`.
-            limits: of those lanes.
-        """
-        extended = found.hypotheses
-        self._complete(lanes, extended, limits)
-        going_on = np.where(extended.ended, extended.scores + NEVER, extended.scores)
-        kept = self._kept(extended, going_on)
-        running = extended.pick(kept)
-        running.scores = columns(going_on, kept)
-        self.running.put(lanes, running)
-        self._stop(lanes, limits, nothing_left=~(going_on > NEVER / 2).any(axis=1))
-        return columns(found.beams, kept)
-
-    def _kept(self, extended: Hypotheses, going_on: Float32Array) -> Int64Array:
-        """Which continuations go on as beams, [lanes, beams]."""
-        return best(going_on, self.beams)
-
-    def _may_complete(self, extended: Hypotheses) -> BoolArray:
-        """Which continuations may enter the completed ones if they have ended.
-
-        Only the first of them: the rest are there to keep the search alive.
-        """
-        may: BoolArray = np.arange(extended.scores.shape[1]) < self.beams
-        return np.broadcast_to(may, extended.scores.shape)
-
-    def _complete(self, lanes: Int64Array, extended: Hypotheses, limits: Limits) -> None:
-        """Let continuations that ended compete with the completed captions."""
-        ended = extended.ended & self._may_complete(extended)
-        if not ended.any():
-            return
-        generated = extended.lengths - limits.given[:, None]
-        scores = length_penalised(extended.scores, generated, limits.length_penalty[:, None])
-        completed = self.completed.lanes(lanes)
-        full = limits.stops_when_full & completed.ended.all(axis=1)
-        closed = full | ~self.improvable[lanes]
-        scores = np.where(closed[:, None], scores + NEVER, scores)
-        scores = np.where(ended, scores, scores + NEVER)
-        merged = completed.beside(dataclasses.replace(extended, scores=scores, ended=ended))
-        self.completed.put(lanes, merged.pick(best(merged.scores, self.beams)))
-
-    def _stop(self, lanes: Int64Array, limits: Limits, nothing_left: BoolArray) -> None:
-        full = self.completed.ended[lanes].all(axis=1)
-        lengths = self.running.lengths[lanes, 0] - limits.given
-        hoped = np.where(limits.hopes_for_longest, limits.longest - limits.given, lengths)
-        highest = self.running.scores[lanes].max(axis=1)
-        attainable = length_penalised(highest, hoped, limits.length_penalty)
-        worst = np.where(full, self.completed.scores[lanes].min(axis=1), NEVER)
-        improvable = self.improvable[lanes] & (attainable > worst)
-        self.improvable[lanes] = improvable
-        self.finished[lanes] = ~improvable | (full & limits.stops_when_full) | nothing_left
-
-
+@dataclass(frozen=True)
 class BeamSearch(Search):
     """Beams in one group, or in several that are kept apart (Vijayakumar et al. 2016).
 
     A later group's log-probabilities are lowered by diversity_penalty for each beam of an earlier
-    group that has just taken the same token.
+    group that has just taken the same token. A group is finished when none of its beams is alive.
+
+    Attributes:
+        groups: groups of equal size that the rows are parted into.
     """
+
+    lanes: BeamLanes
+    groups: int = 1
 
     normalises_first = True
 
-    def __init__(self, vocabulary: Vocabulary, rows: int, groups: int = 1) -> None:
-        """Begin without lanes; `rows` beams in `groups` groups of equal size."""
-        super().__init__(vocabulary, rows)
-        self._groups = [self._new_group(rows // groups) for _ in range(groups)]
-        self._note_options()
-
-    def join(self, plan: CaptionPlan) -> None:
-        """Take a caption in, as the last lane."""
-        super().join(plan)
-        for group in self._groups:
-            group.join(self._running.lanes(np.array([-1])).pick(np.arange(group.beams)[None]))
-
-    def leave(self, staying: BoolArray) -> None:
-        """Keep the lanes that stay, [lanes]."""
-        super().leave(staying)
-        for group in self._groups:
-            group.leave(staying)
+    @classmethod
+    def new_lane(cls, vocabulary: Vocabulary, plan: CaptionPlan) -> BeamLanes:
+        """One lane before its first step."""
+        options = plan.options
+        lane = super().new_lane(vocabulary, plan)
+        # The first beam of each group stands for all of them before the first token.
+        lane.running.scores[0, :: options.rows // options.num_beam_groups] = 0.0
+        return BeamLanes(
+            **vars(lane),
+            completed=Hypotheses.none(1, options.rows, options.max_length),
+            stops_when_full=np.array([options.early_stopping == "true"], np.bool_),
+            hopes_for_longest=np.array(
+                [options.early_stopping == "never" and options.length_penalty > 0], np.bool_
+            ),
+            diversity_penalty=np.array([options.diversity_penalty], np.float64),
+        )
 
     @property
     def finished(self) -> BoolArray:
         """[lanes], whether better captions are out of reach or out of bounds in every group."""
-        finished: BoolArray = np.all([group.finished for group in self._groups], axis=0)
+        finished: BoolArray = ~self.lanes.running.alive.any(axis=1)
         return finished
 
     def captions(self, lane: int) -> list[DecodedCaption]:
         """The best num_return_sequences completed captions of all groups."""
-        return self._best(lane, [group.completed for group in self._groups])
+        return self._best(lane, running=None)
 
     def best_so_far(self, lane: int) -> list[DecodedCaption]:
         """The best captions among the completed ones and those that still run."""
-        if self._seen[lane] < self._given[lane]:
+        lanes = self.lanes
+        if lanes.seen[lane] < lanes.given[lane]:
             return []
-        penalty = np.array(self._plans[lane].options.length_penalty, np.float64)
-        pools: list[Hypotheses] = []
-        for group in self._groups:
-            # Other lanes may stand before their first token; theirs are not looked at.
-            lengths = np.maximum(group.running.lengths - self._given[:, None], 1)
-            scores = length_penalised(group.running.scores, lengths, penalty)
-            alive = (group.running.scores > NEVER / 2) & ~group.finished[:, None]
-            running = dataclasses.replace(group.running, scores=scores, ended=alive)
-            pools += [group.completed, running]
-        return self._best(lane, pools)
+        lengths = lanes.running.lengths[lane] - lanes.given[lane]
+        scores = length_penalised(lanes.running.scores[lane], lengths, lanes.length_penalty[[lane]])
+        return self._best(lane, running=scores)
 
     def certain_tokens(self, lane: int) -> tuple[int, ...]:
         """What all beams that may still win share, completed ones included."""
-        rows: list[Int64Array] = []
-        lengths: list[Int64Array] = []
-        for group in self._groups:
-            alive = (group.running.scores[lane] > NEVER / 2) & ~group.finished[lane]
-            for hypotheses, chosen in (
-                (group.running, alive),
-                (group.completed, group.completed.ended[lane]),
-            ):
-                rows.append(hypotheses.tokens[lane, chosen, self._given[lane] :])
-                lengths.append(hypotheses.lengths[lane, chosen] - self._given[lane])
+        pools = self.lanes.running, self.lanes.completed
+        given = self.lanes.given[lane]
+        rows = [pool.tokens[lane, pool.alive[lane], given:] for pool in pools]
+        lengths = [pool.lengths[lane, pool.alive[lane]] - given for pool in pools]
         return shared_beginning(np.concatenate(rows), np.concatenate(lengths))
 
-    def _note_options(self) -> None:
-        super()._note_options()
-        self._obeyed = Limits.of(self._plans, self._given, self._limits)
+    def _best(self, lane: int, running: Float32Array | None) -> list[DecodedCaption]:
+        """The best completed captions, and running ones where their scores, [rows], are given.
 
-    def _new_group(self, beams: int) -> BeamGroup:
-        return BeamGroup(beams)
-
-    def _best(self, lane: int, pools: list[Hypotheses]) -> list[DecodedCaption]:
-        scored = [
-            (float(pool.scores[lane, row]), pool, int(row))
-            for pool in pools
-            for row in np.flatnonzero(pool.ended[lane])
-            if self._is_valid(pool, lane, int(row))
-        ]
+        Among equals the earlier group comes first, and in a group what is completed.
+        """
+        completed, size = self.lanes.completed, self.rows // self.groups
+        scored: list[tuple[float, Hypotheses, int]] = []
+        for first in range(0, self.rows, size):
+            for pool, scores in (
+                (completed, completed.scores[lane]),
+                (self.lanes.running, running),
+            ):
+                if scores is not None:
+                    alive = first + np.flatnonzero(scores[first : first + size] > -np.inf)
+                    scored += [(float(scores[row]), pool, int(row)) for row in alive]
+        scored = [entry for entry in scored if self._is_valid(entry[1], lane, entry[2])]
         scored.sort(key=lambda entry: -entry[0])
-        wanted = scored[: self._plans[lane].options.num_return_sequences]
+        wanted = scored[: self.lanes.plans[lane].options.num_return_sequences]
         return [self._caption(pool, lane, row, score) for score, pool, row in wanted]
 
     def _is_valid(self, hypotheses: Hypotheses, lane: int, row: int) -> bool:
         """Whether a row is a caption that may be returned."""
         return True
 
+    def _live_rows(self) -> BoolArray:
+        return self.lanes.running.alive
+
     def _candidates_per_row(self) -> int:
         """Enough that a group's beams go on when every beam's best choice is to end.
 
         Groups that follow others may lose as many of them as the others have beams.
         """
-        return min(self._per_group() + self._penalised(), self._vocabulary.size)
+        penalised = self.rows - self.rows // self.groups
+        return min(self._per_group() + penalised, self.vocabulary.size)
 
     def _per_group(self) -> int:
-        return max(2, 1 + len(self._end_ids)) * self._groups[0].beams
+        return max(2, 1 + len(self.vocabulary.end_ids)) * (self.rows // self.groups)
 
-    def _penalised(self) -> int:
-        return self._rows - self._groups[-1].beams
-
-    def _live_rows(self) -> BoolArray:
-        return np.concatenate(
-            [np.repeat(~group.finished[:, None], group.beams, axis=1) for group in self._groups],
-            axis=1,
-        )
-
-    def _extend(self, choices: Choices, probe_logprobs: Float32Array) -> None:
+    def _extended(self, choices: Choices) -> BeamSearch:
+        search, size = self, self.rows // self.groups
         taken = np.zeros((len(choices.lanes), 0), np.int64)
-        for number, group in enumerate(self._groups):
-            own = slice(number * group.beams, (number + 1) * group.beams)
-            going = np.flatnonzero(~group.finished[choices.lanes])
-            if not len(going):
-                continue
-            part = self._apart_from(taken[going], _part(choices, going, own))
-            found = self._continuations(group, part, probe_logprobs)
-            if group is not self._groups[-1]:
-                taken = np.concatenate((taken, self._taken(found, going, len(taken))), axis=1)
-            beams = group.advance(part.lanes, found, self._obeyed.lanes(part.lanes))
-            self._parents[part.lanes, own] = columns(part.origins, beams)
-        self._collect()
+        for first in range(0, self.rows, size):
+            own = slice(first, first + size)
+            found = search._continuations(_lowered(choices, own, taken, self.lanes), own)
+            if own.stop < self.rows:
+                taken = np.concatenate((taken, self._taken(found, size)), axis=1)
+            search = search._advanced(choices, own, found)
+        return search
 
-    def _apart_from(self, taken: Int64Array, choices: Choices) -> Choices:
-        """The choices after the penalty for tokens that earlier groups have taken; [lanes, n]."""
-        if not taken.shape[1]:
-            return choices
-        penalties = np.array(
-            [self._plans[lane].options.diversity_penalty for lane in choices.lanes], np.float32
-        )
-        same = choices.tokens[..., None] == taken[:, None, None, :]
-        lowered = choices.logprobs - penalties[:, None, None] * same.sum(axis=3, dtype=np.float32)
-        return dataclasses.replace(choices, logprobs=lowered)
-
-    def _taken(self, found: Continuations, going: Int64Array, lanes: int) -> Int64Array:
-        """The tokens that a group takes to go on with, [lanes, beams]; -1 for none.
+    def _taken(self, found: Continuations, beams: int) -> Int64Array:
+        """The tokens that a group takes to go on with, [taking, beams]; -1 where it is finished.
 
         At the length limit, where nothing goes on, those that it would have taken.
         """
-        tokens = newest_tokens(found.hypotheses)
-        chosen = np.argsort(self._is_end(tokens), axis=1, kind="stable")
-        taken = np.full((lanes, self._groups[0].beams), -1, np.int64)
-        taken[going] = columns(tokens, chosen[:, : taken.shape[1]])
-        return taken
+        ends = is_one_of(found.tokens, self.vocabulary.end_ids)
+        tokens = columns(found.tokens, np.argsort(ends, axis=1, kind="stable")[:, :beams])
+        going = (found.scores > -np.inf).any(axis=1, keepdims=True)
+        return np.where(going, tokens, -1)
 
-    def _continuations(
-        self, group: BeamGroup, choices: Choices, probe_logprobs: Float32Array
-    ) -> Continuations:
-        """The best continuations over all beams of a group."""
-        totals = choices.logprobs + group.running.scores[choices.lanes][:, :, None]
-        flat = totals.reshape(len(totals), -1)
-        chosen = best(flat, self._per_group())
-        beams = chosen // choices.logprobs.shape[2]
+    def _continuations(self, choices: Choices, own: slice) -> Continuations:
+        """The best continuations over all beams of a group, those in the rows `own`."""
+        sums = self.lanes.running.scores[choices.lanes, own]
+        totals = (choices.logprobs[:, own] + sums[:, :, None]).reshape(len(sums), -1)
+        chosen = best(totals, self._per_group())
+        tokens = columns(choices.tokens[:, own].reshape(totals.shape), chosen)
         return Continuations(
-            extended(
-                group.running.pick_of(choices.lanes, beams),
-                scores=columns(flat, chosen),
-                tokens=columns(choices.tokens.reshape(flat.shape), chosen),
-                logprobs=columns(choices.logprobs.reshape(flat.shape), chosen),
-                origins=columns(choices.origins, beams),
-                ends=self._end_ids,
-                longest=self._limits[choices.lanes],
-            ),
-            beams,
+            scores=columns(totals, chosen),
+            beams=own.start + chosen // choices.logprobs.shape[2],
+            tokens=tokens,
+            logprobs=columns(choices.logprobs[:, own].reshape(totals.shape), chosen),
+            ended=self._ended(choices.lanes, tokens),
         )
 
-    def _collect(self) -> None:
-        """Put the groups' running beams side by side, as the rows to run."""
-        rows = self._groups[0].running
-        for group in self._groups[1:]:
-            rows = rows.beside(group.running)
-        self._running = rows
+    def _ended(self, lanes: Int64Array, tokens: Int64Array) -> BoolArray:
+        """Whether each token that some lanes take, [taking, continuations], is the last."""
+        at_limit = self.lanes.seen[lanes] + 1 >= self.lanes.longest[lanes]
+        return is_one_of(tokens, self.vocabulary.end_ids) | at_limit[:, None]
+
+    def _pruned(
+        self, lanes: Int64Array, found: Continuations, beams: int
+    ) -> tuple[BoolArray, Int64Array]:
+        """Which continuations complete captions, and which go on as beams.
+
+        Only the first ones may complete a caption: the rest are there to keep the search alive.
+
+        Args:
+            lanes: [taking].
+            found: what their beams may become.
+            beams: how many there are in the group.
+
+        Returns:
+            bool [taking, continuations], and columns [taking, beams], in which continuations that
+            have ended or are not there come last.
+        """
+        first = np.arange(found.scores.shape[1]) < beams
+        return found.ended & first, best(np.where(found.ended, -np.inf, found.scores), beams)
+
+    def _advanced(self, choices: Choices, own: slice, found: Continuations) -> BeamSearch:
+        """The search after a group, the rows `own`, has completed captions, pruned and stopped."""
+        lanes, at, beams = self.lanes, choices.lanes, own.stop - own.start
+        competing, kept = self._pruned(at, found, beams)
+        generated = lanes.seen[at] + 1 - lanes.given[at]
+
+        # Continuations that ended compete with the completed captions.
+        completed = lanes.completed
+        if competing.any():
+            extended = lanes.running.extended(
+                at,
+                found.beams,
+                scores=length_penalised(
+                    found.scores, generated[:, None], lanes.length_penalty[at, None]
+                ),
+                tokens=found.tokens,
+                logprobs=found.logprobs,
+                origins=columns(choices.origins, found.beams),
+            )
+            extended.scores[~competing] = -np.inf
+            pool = completed.pick(at, np.arange(own.start, own.stop)).beside(extended)
+            winners = pool.pick(np.arange(len(at)), best(pool.scores, beams))
+            completed = completed.replaced(at, own, winners)
+
+        # The best of the others are the new beams.
+        continued = columns(found.beams, kept)
+        origins = columns(choices.origins, continued)
+        scores = np.where(columns(found.ended, kept), -np.inf, columns(found.scores, kept))
+
+        # A full group stops where no beam can become better than its worst completed caption.
+        worst = completed.scores[at, own].min(axis=1)
+        hoped = np.where(
+            lanes.hopes_for_longest[at], lanes.longest[at] - lanes.given[at], generated
+        )
+        attainable = length_penalised(scores.max(axis=1), hoped, lanes.length_penalty[at])
+        full = worst > -np.inf
+        stops = full & (lanes.stops_when_full[at] | ~(attainable > worst))
+        scores[stops] = -np.inf
+
+        running = lanes.running.extended(
+            at,
+            continued,
+            scores=scores,
+            tokens=columns(found.tokens, kept),
+            logprobs=columns(found.logprobs, kept),
+            origins=origins,
+        )
+        parents = lanes.parents.copy()
+        parents[at, own] = origins
+        lanes = lanes.with_fields(
+            running=lanes.running.replaced(at, own, running),
+            completed=completed,
+            parents=parents,
+        )
+        return dataclasses.replace(self, lanes=lanes)
 
 
-def extended(
-    continued: Hypotheses,
-    *,
-    scores: Float32Array,
-    tokens: Int64Array,
-    logprobs: Float32Array,
-    origins: Int64Array,
-    ends: Int64Array,
-    longest: Int64Array,
-) -> Hypotheses:
-    """Beams with one more token.
-
-    Args:
-        continued: [lanes, continuations], the beam that each continues; changed.
-        scores: [lanes, continuations], the new sums.
-        tokens: the new tokens, likewise.
-        logprobs: their log-probabilities, likewise.
-        origins: the decoder's rows that chose them, likewise.
-        ends: tokens that end a caption.
-        longest: [lanes], tokens allowed.
-    """
-    lanes, rows = tokens.shape
-    cells = np.arange(lanes)[:, None], np.arange(rows), continued.lengths
-    continued.tokens[cells] = tokens
-    continued.logprobs[cells] = logprobs
-    continued.origins[cells] = origins
-    continued.scores = scores
-    continued.lengths += 1
-    continued.ended = is_one_of(tokens, ends) | (continued.lengths >= longest[:, None])
-    return continued
-
-
-def newest_tokens(hypotheses: Hypotheses) -> Int64Array:
-    """The last token of each row, [lanes, rows]."""
-    last = hypotheses.lengths[:, :, None] - 1
-    newest: Int64Array = np.take_along_axis(hypotheses.tokens, last, axis=2)[:, :, 0]
-    return newest
-
-
-def _part(choices: Choices, going: Int64Array, rows: slice) -> Choices:
-    """The choices of some lanes and rows."""
-    return Choices(
-        choices.lanes[going],
-        choices.logprobs[going, rows],
-        choices.tokens[going, rows],
-        choices.origins[going, rows],
-    )
+def _lowered(choices: Choices, own: slice, taken: Int64Array, lanes: BeamLanes) -> Choices:
+    """The choices after the penalty for tokens that earlier groups have taken, [taking, n]."""
+    if not taken.shape[1]:
+        return choices
+    penalties = lanes.diversity_penalty[choices.lanes].astype(np.float32)
+    same = choices.tokens[:, own, :, None] == taken[:, None, None, :]
+    logprobs = choices.logprobs.copy()
+    logprobs[:, own] -= penalties[:, None, None] * same.sum(axis=3, dtype=np.float32)
+    return dataclasses.replace(choices, logprobs=logprobs)

@@ -9,23 +9,18 @@ as the words have tokens. Only hypotheses that have all words may end.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from captionserve_server.core.search.base import Choices, Vocabulary
-from captionserve_server.core.search.beam import (
-    BeamGroup,
-    BeamSearch,
-    Continuations,
-    extended,
-)
-from captionserve_server.core.search.hypotheses import NEVER, Hypotheses, columns
+from captionserve_server.core.search.base import Choices
+from captionserve_server.core.search.beam import BeamSearch, Continuations
+from captionserve_server.core.search.hypotheses import Hypotheses
 from captionserve_server.core.search.logits_processors import forbid_all, joined
 from captionserve_server.core.step_model import (
     BoolArray,
-    Float32Array,
     Int64Array,
     ScoreEdits,
 )
@@ -98,152 +93,103 @@ def _progress(form: _Form, generated: TokenIds) -> tuple[int, int | None]:
     return have, form.tokens[have]
 
 
-class _ConstrainedGroup(BeamGroup):
-    """Beams that are allocated to banks; `look` must be told of the continuations first."""
-
-    def __init__(self, beams: int) -> None:
-        super().__init__(beams)
-        self._complete_now = np.zeros((0, 0), np.bool_)
-        self._banks = np.zeros((0, 0), np.int64)
-
-    def look(self, complete: BoolArray, banks: Int64Array) -> None:
-        """Whether each continuation has all words, and its bank; [lanes, continuations]."""
-        self._complete_now = complete
-        self._banks = banks
-
-    def _may_complete(self, extended: Hypotheses) -> BoolArray:
-        """Those that have all words, and are among the best of such."""
-        ranks = np.cumsum(self._complete_now, axis=1)
-        may: BoolArray = self._complete_now & (ranks <= self.beams)
-        return may
-
-    def _kept(self, extended: Hypotheses, going_on: Float32Array) -> Int64Array:
-        """The best of each bank in turn, the fullest bank first."""
-        alive = going_on > NEVER / 2
-        kept = np.empty((len(going_on), self.beams), np.int64)
-        for lane, (bank_of, lives) in enumerate(zip(self._banks, alive, strict=True)):
-            seen: dict[int, int] = {}
-            # Continuations stand best first, so the count within a bank is the rank in it.
-            ranks = np.zeros(len(bank_of), np.int64)
-            for column in np.flatnonzero(lives):
-                ranks[column] = seen.get(int(bank_of[column]), 0)
-                seen[int(bank_of[column])] = int(ranks[column]) + 1
-            order = np.lexsort((np.arange(len(ranks)), -bank_of, ranks, ~lives))
-            kept[lane] = order[: self.beams]
-        return kept
-
-
+@dataclass(frozen=True)
 class ConstrainedBeamSearch(BeamSearch):
-    """Beam search under required words."""
-
-    def __init__(self, vocabulary: Vocabulary, rows: int) -> None:
-        """Begin without lanes."""
-        super().__init__(vocabulary, rows)
-        self._probed: list[tuple[int, int, int]] = []
-        # Of the rows to run, in their order.
-        self._required: list[Requirement] = []
-
-    def _new_group(self, beams: int) -> BeamGroup:
-        return _ConstrainedGroup(beams)
-
-    def _live_rows(self) -> BoolArray:
-        alive: BoolArray = self._groups[0].running.scores > NEVER / 2
-        return alive
+    """Beam search under required words; one group."""
 
     def _is_valid(self, hypotheses: Hypotheses, lane: int, row: int) -> bool:
         """Whether every word is there; what the deadline cuts off may lack one."""
-        part = slice(int(self._given[lane]), int(hypotheses.lengths[lane, row]))
-        return self._requirement(lane, hypotheses.tokens[lane, row, part]).complete
+        return self._requirement(hypotheses, lane, row).complete
 
-    def _requirement(self, lane: int, generated: Int64Array) -> Requirement:
-        return Requirement(self._plans[lane].words.forced, tuple(generated.tolist()))
+    def _requirement(
+        self, hypotheses: Hypotheses, lane: int, row: int, *next_token: int
+    ) -> Requirement:
+        """What a row has and lacks of the words, with the token that may follow it."""
+        part = slice(int(self.lanes.given[lane]), int(hypotheses.lengths[lane, row]))
+        generated = (*hypotheses.tokens[lane, row, part].tolist(), *next_token)
+        return Requirement(self.lanes.plans[lane].words.forced, generated)
 
-    def _row_requirement(self, lane: int, row: int) -> Requirement:
-        running = self._running
-        part = slice(int(self._given[lane]), int(running.lengths[lane, row]))
-        return self._requirement(lane, running.tokens[lane, row, part])
-
-    def _probes(self, lanes: Int64Array, rows: Int64Array) -> tuple[Int64Array, Int64Array]:
-        takes = self._takes_token()
-        self._required = [
-            self._row_requirement(lane, row) for lane, row in zip(lanes, rows, strict=True)
+    def _wanted(
+        self, of_lane: Int64Array, of_row: Int64Array, takes: BoolArray
+    ) -> tuple[ScoreEdits, Int64Array, Int64Array]:
+        """Also no end for rows that lack a word, and all tokens that bring one forward."""
+        edits, _, _ = super()._wanted(of_lane, of_row, takes)
+        required = [
+            self._requirement(self.lanes.running, lane, row)
+            for lane, row in zip(of_lane.tolist(), of_row.tolist(), strict=True)
         ]
-        asked = [
+        lacking = [number for number, each in enumerate(required) if not each.complete]
+        open_end = forbid_all(np.array(lacking, np.int64), self.vocabulary.special.end)
+        probes = [
             (number, token)
-            for number, required in enumerate(self._required)
-            if takes[lanes[number]]
-            for token in sorted(required.advancing)
+            for number in np.flatnonzero(takes)
+            for token in sorted(required[number].advancing)
         ]
-        self._probed = [(int(lanes[number]), int(rows[number]), token) for number, token in asked]
-        return (
-            np.array([number for number, _ in asked], np.int64),
-            np.array([token for _, token in asked], np.int64),
-        )
+        probe_rows, probe_tokens = np.array(probes, np.int64).reshape(-1, 2).T
+        return joined([edits, open_end]), probe_rows, probe_tokens
 
-    def _edits(self, lanes: Int64Array, rows: Int64Array) -> ScoreEdits:
-        """The filters', and no end for rows that lack a word; `_probes` has looked for words."""
-        lacking = [number for number, found in enumerate(self._required) if not found.complete]
-        open_end = forbid_all(np.array(lacking, np.int64), self._vocabulary.special.end)
-        return joined([super()._edits(lanes, rows), open_end])
+    def _continuations(self, choices: Choices, own: slice) -> Continuations:
+        """The best over all beams, each beam's best, and what advances a word; best first."""
+        pools = [self._pool(choices, number) for number in range(len(choices.lanes))]
+        most = max(self.rows, *(len(pool) for pool in pools))
+        shape = (len(pools), most)
+        scores, logprobs = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)
+        beams, tokens = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for number, pool in enumerate(pools):
+            for column, entry in enumerate(pool):
+                scores[number, column], logprobs[number, column] = entry.score, entry.logprob
+                beams[number, column], tokens[number, column] = entry.beam, entry.token
+        return Continuations(scores, beams, tokens, logprobs, self._ended(choices.lanes, tokens))
 
-    def _continuations(
-        self, group: BeamGroup, choices: Choices, probe_logprobs: Float32Array
-    ) -> Continuations:
-        """The best over all beams, each beam's best, and what advances a word."""
-        assert isinstance(group, _ConstrainedGroup)
-        probed = dict(zip(self._probed, probe_logprobs.tolist(), strict=True))
-        pools = [self._pool(group, choices, number, probed) for number in range(len(choices.lanes))]
-        found = _padded(pools, max(group.beams, *(len(pool) for pool in pools)))
-        hypotheses = extended(
-            group.running.pick_of(choices.lanes, found.beams),
-            scores=found.scores,
-            tokens=found.tokens,
-            logprobs=found.logprobs,
-            origins=columns(choices.origins, found.beams),
-            ends=self._end_ids,
-            longest=self._limits[choices.lanes],
-        )
-        group.look(*self._standing(choices.lanes, hypotheses))
-        return Continuations(hypotheses, found.beams)
-
-    def _pool(
-        self,
-        group: BeamGroup,
-        choices: Choices,
-        number: int,
-        probed: dict[tuple[int, int, int], float],
-    ) -> list[_Continuation]:
-        """One lane's continuations, best first."""
+    def _pool(self, choices: Choices, number: int) -> list[_Continuation]:
+        """The continuations of one of the lanes that take a token, best first."""
         lane = int(choices.lanes[number])
         logprobs, tokens = choices.logprobs[number], choices.tokens[number]
-        sums = group.running.scores[lane]
+        sums = self.lanes.running.scores[lane]
         likely = np.argsort(-(logprobs + sums[:, None]), axis=None, kind="stable")
         cells = {divmod(int(cell), logprobs.shape[1]) for cell in likely[: self._per_group()]}
-        cells |= {(beam, 0) for beam in range(group.beams)}
+        cells |= {(beam, 0) for beam in range(self.rows)}
         found = {
             (beam, int(tokens[beam, rank])): float(logprobs[beam, rank]) for beam, rank in cells
         }
-        found |= {(beam, token): value for (of, beam, token), value in probed.items() if of == lane}
+        found |= {
+            (beam, token): value
+            for (of, beam, token), value in choices.probes.items()
+            if of == lane
+        }
         pool = [
             _Continuation(float(sums[beam] + np.float32(logprob)), beam, token, logprob)
             for (beam, token), logprob in found.items()
         ]
         return sorted(
-            (entry for entry in pool if entry.score > NEVER / 2),
+            (entry for entry in pool if entry.score > -np.inf),
             key=lambda entry: (-entry.score, entry.beam, entry.token),
         )
 
-    def _standing(self, lanes: Int64Array, hypotheses: Hypotheses) -> tuple[BoolArray, Int64Array]:
-        """Completeness and bank of every continuation."""
-        complete = np.zeros(hypotheses.scores.shape, np.bool_)
-        banks = np.zeros(hypotheses.scores.shape, np.int64)
-        for number, column in np.argwhere(hypotheses.scores > NEVER / 2):
-            lane = int(lanes[number])
-            part = slice(int(self._given[lane]), int(hypotheses.lengths[number, column]))
-            requirement = self._requirement(lane, hypotheses.tokens[number, column, part])
-            complete[number, column] = requirement.complete
-            banks[number, column] = requirement.bank
-        return complete, banks
+    def _pruned(
+        self, lanes: Int64Array, found: Continuations, beams: int
+    ) -> tuple[BoolArray, Int64Array]:
+        """Those complete captions that have all words; the best of each bank go on in turn."""
+        complete = np.zeros(found.scores.shape, np.bool_)
+        going_on = np.empty((len(lanes), beams), np.int64)
+        for number, lane in enumerate(lanes.tolist()):
+            alive = found.scores[number] > -np.inf
+            banks, ranks = np.zeros(len(alive), np.int64), np.zeros(len(alive), np.int64)
+            members: Counter[int] = Counter()
+            for column in np.flatnonzero(alive).tolist():
+                beam, token = int(found.beams[number, column]), int(found.tokens[number, column])
+                required = self._requirement(self.lanes.running, lane, beam, token)
+                complete[number, column] = required.complete
+                banks[column] = required.bank
+                # Continuations stand best first, so the count within a bank is the rank in it.
+                if not found.ended[number, column]:
+                    ranks[column] = members[required.bank]
+                    members[required.bank] += 1
+            goes = alive & ~found.ended[number]
+            going_on[number] = np.lexsort((-banks, ranks, ~goes))[:beams]
+        # As in plain beam search, but only among those that have all words.
+        first = np.cumsum(complete, axis=1) <= beams
+        return found.ended & complete & first, going_on
 
 
 @dataclass(frozen=True)
@@ -252,30 +198,3 @@ class _Continuation:
     beam: int
     token: int
     logprob: float
-
-
-@dataclass(frozen=True)
-class _Padded:
-    """Lanes of continuations, [lanes, most], losers at the end."""
-
-    scores: Float32Array
-    beams: Int64Array
-    tokens: Int64Array
-    logprobs: Float32Array
-
-
-def _padded(pools: list[list[_Continuation]], most: int) -> _Padded:
-    shape = (len(pools), most)
-    found = _Padded(
-        scores=np.full(shape, NEVER, np.float32),
-        beams=np.zeros(shape, np.int64),
-        tokens=np.zeros(shape, np.int64),
-        logprobs=np.zeros(shape, np.float32),
-    )
-    for lane, pool in enumerate(pools):
-        for column, entry in enumerate(pool):
-            found.scores[lane, column] = entry.score
-            found.beams[lane, column] = entry.beam
-            found.tokens[lane, column] = entry.token
-            found.logprobs[lane, column] = entry.logprob
-    return found

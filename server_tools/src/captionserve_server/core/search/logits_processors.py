@@ -1,6 +1,6 @@
 """The logits processors: which tokens' scores are changed before a step's candidates are chosen.
 
-Each filter is what transformers' processor of the same purpose does, as a list of single changed
+Each is what transformers' processor of the same purpose does, as a list of single changed
 scores (core/step_model.py, ScoreEdits), because the scores themselves stay with the model. Tokens
 that occurred are all of a row's: start token and prefix included, as in transformers.
 """
@@ -24,7 +24,7 @@ from captionserve_server.core.step_model import (
 
 
 @dataclass(frozen=True)
-class FilterRows:
+class RowHistories:
     """The rows about to be asked for candidates.
 
     Attributes:
@@ -52,13 +52,13 @@ class FilterRows:
         return np.flatnonzero(self.caption == caption)
 
 
-class LogitFilter(Protocol):
+class LogitsProcessor(Protocol):
     """One reason to change scores."""
 
     def applies(self, plan: CaptionPlan) -> bool:
         """Whether the plan asks for it at all."""
 
-    def edits(self, rows: FilterRows) -> ScoreEdits:
+    def edits(self, rows: RowHistories) -> ScoreEdits:
         """What it changes."""
 
 
@@ -69,7 +69,7 @@ class RepetitionPenalty:
         """Whether there is a penalty."""
         return plan.options.repetition_penalty != 1.0
 
-    def edits(self, rows: FilterRows) -> ScoreEdits:
+    def edits(self, rows: RowHistories) -> ScoreEdits:
         """One edit for each token that a row has."""
         penalties = rows.option("repetition_penalty").astype(np.float32)
         present = np.arange(rows.tokens.shape[1]) < rows.lengths[:, None]
@@ -84,7 +84,7 @@ class NoRepeatNgram:
         """Whether n-grams are watched."""
         return plan.options.no_repeat_ngram_size > 0
 
-    def edits(self, rows: FilterRows) -> ScoreEdits:
+    def edits(self, rows: RowHistories) -> ScoreEdits:
         """One edit for each earlier occurrence of a row's last n - 1 tokens."""
         sizes = rows.option("no_repeat_ngram_size")
         found = [
@@ -96,7 +96,9 @@ class NoRepeatNgram:
         )
 
 
-def _completions(rows: FilterRows, chosen: Int64Array, size: int) -> tuple[Int64Array, Int64Array]:
+def _completions(
+    rows: RowHistories, chosen: Int64Array, size: int
+) -> tuple[Int64Array, Int64Array]:
     """Rows among `chosen`, and tokens, that would repeat an n-gram of `size` tokens."""
     tokens, lengths = rows.tokens[chosen], rows.lengths[chosen]
     if tokens.shape[1] < size:
@@ -118,7 +120,7 @@ class BadWords:
         """Whether words are banned."""
         return bool(plan.words.bad)
 
-    def edits(self, rows: FilterRows) -> ScoreEdits:
+    def edits(self, rows: RowHistories) -> ScoreEdits:
         """One edit for each run that a row is about to complete."""
         changed: list[Int64Array] = [np.zeros(0, np.int64)]
         tokens: list[int] = []
@@ -134,7 +136,7 @@ class BadWords:
         return forbid(np.concatenate(changed), np.array(tokens, np.int64))
 
 
-def _ends_with(rows: FilterRows, chosen: Int64Array, run: tuple[int, ...]) -> BoolArray:
+def _ends_with(rows: RowHistories, chosen: Int64Array, run: tuple[int, ...]) -> BoolArray:
     """Whether each chosen row ends with `run`, [chosen]."""
     lengths = rows.lengths[chosen]
     columns = np.maximum(lengths[:, None] - len(run) + np.arange(len(run)), 0)
@@ -151,7 +153,7 @@ class MinLength:
         """Whether there is a minimum."""
         return plan.options.min_length > 0
 
-    def edits(self, rows: FilterRows) -> ScoreEdits:
+    def edits(self, rows: RowHistories) -> ScoreEdits:
         """One edit for each end token of each row that is too short."""
         short = np.flatnonzero(rows.lengths < rows.option("min_length"))
         return forbid_all(short, rows.special.end)
@@ -164,7 +166,7 @@ class SuppressTokens:
         """Whether tokens are suppressed."""
         return bool(plan.options.suppress_tokens)
 
-    def edits(self, rows: FilterRows) -> ScoreEdits:
+    def edits(self, rows: RowHistories) -> ScoreEdits:
         """One edit for each row and token."""
         return joined(
             [
@@ -175,7 +177,7 @@ class SuppressTokens:
 
 
 # What forbids comes last, so that no penalty brings a forbidden token back.
-FILTERS: tuple[LogitFilter, ...] = (
+LOGITS_PROCESSORS: tuple[LogitsProcessor, ...] = (
     RepetitionPenalty(),
     NoRepeatNgram(),
     BadWords(),

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.search.base import (
-    Choices,
-    Search,
-    Vocabulary,
+from captionserve_server.core.search.base import Choices, Lanes, Search, Vocabulary
+from captionserve_server.core.search.hypotheses import (
+    is_one_of,
     length_penalised,
     shared_beginning,
 )
 from captionserve_server.core.step_model import (
     BoolArray,
-    Float32Array,
     Float64Array,
     Int64Array,
 )
 
 
+@dataclass(frozen=True)
+class RowwiseLanes(Lanes):
+    """Lanes whose rows end one by one.
+
+    Attributes:
+        ended: bool [lanes, rows].
+    """
+
+    ended: BoolArray
+
+
+@dataclass(frozen=True)
 class RowwiseSearch(Search):
     """Rows that know nothing of each other; subclasses choose each one's next token."""
+
+    lanes: RowwiseLanes
 
     @property
     def finished(self) -> BoolArray:
         """[lanes], whether every row has ended."""
-        ended: BoolArray = self._running.ended.all(axis=1)
+        ended: BoolArray = self.lanes.ended.all(axis=1)
         return ended
 
     def captions(self, lane: int) -> list[DecodedCaption]:
@@ -38,52 +52,56 @@ class RowwiseSearch(Search):
 
     def best_so_far(self, lane: int) -> list[DecodedCaption]:
         """All rows as they stand, best first."""
-        running = self._running
-        lengths = running.lengths[lane] - self._given[lane]
+        running = self.lanes.running
+        lengths = running.lengths[lane] - self.lanes.given[lane]
         if not lengths.min():
             return []
-        exponent = np.full(self._rows, self._plans[lane].options.length_penalty)
-        scores = length_penalised(running.scores[lane], lengths, exponent)
+        scores = length_penalised(running.scores[lane], lengths, self.lanes.length_penalty[[lane]])
         order = np.argsort(-scores, kind="stable")
         return [self._caption(running, lane, int(row), float(scores[row])) for row in order]
 
     def certain_tokens(self, lane: int) -> tuple[int, ...]:
         """What all rows share: with one row, all that there is."""
-        given = self._given[lane]
-        running = self._running
+        given = self.lanes.given[lane]
+        running = self.lanes.running
         return shared_beginning(running.tokens[lane, :, given:], running.lengths[lane] - given)
+
+    @classmethod
+    def new_lane(cls, vocabulary: Vocabulary, plan: CaptionPlan) -> RowwiseLanes:
+        """One lane before its first step."""
+        lane = super().new_lane(vocabulary, plan)
+        lane.running.scores[:] = 0.0
+        return RowwiseLanes(**vars(lane), ended=np.zeros((1, plan.options.rows), np.bool_))
 
     @abstractmethod
     def _choose(self, choices: Choices) -> Int64Array:
         """The rank of each row's next token among its candidates, [taking, rows]."""
 
-    def join(self, plan: CaptionPlan) -> None:
-        """Take a caption in, as the last lane."""
-        super().join(plan)
-        self._running.scores[-1] = 0.0
-
     def _live_rows(self) -> BoolArray:
-        live: BoolArray = ~self._running.ended
+        live: BoolArray = ~self.lanes.ended
         return live
 
-    def _extend(self, choices: Choices, probe_logprobs: Float32Array) -> None:
-        ranks = self._choose(choices)[:, :, None]
-        running = self._running
-        moving = ~running.ended[choices.lanes]
+    def _extended(self, choices: Choices) -> RowwiseSearch:
+        lanes, running = self.lanes, self.lanes.running.copy()
+        moving = ~lanes.ended[choices.lanes]
         taking, rows = np.nonzero(moving)
-        lanes = choices.lanes[taking]
-        tokens = np.take_along_axis(choices.tokens, ranks, axis=2)[moving, 0]
-        logprobs = np.take_along_axis(choices.logprobs, ranks, axis=2)[moving, 0]
-        columns = running.lengths[lanes, rows]
-        running.tokens[lanes, rows, columns] = tokens
-        running.logprobs[lanes, rows, columns] = logprobs
-        running.origins[lanes, rows, columns] = choices.origins[moving]
-        running.scores[lanes, rows] += logprobs
-        running.lengths[lanes, rows] += 1
-        running.ended[lanes, rows] = self._is_end(tokens) | (columns + 1 >= self._limits[lanes])
-        self._parents[choices.lanes] = choices.origins
+        candidates = taking, rows, self._choose(choices)[moving]
+        tokens, logprobs = choices.tokens[candidates], choices.logprobs[candidates]
+        lane = choices.lanes[taking]
+        at, ends = (lane, rows), running.lengths[lane, rows]
+        running.tokens[lane, rows, ends] = tokens
+        running.logprobs[lane, rows, ends] = logprobs
+        running.origins[lane, rows, ends] = choices.origins[moving]
+        running.scores[at] += logprobs
+        running.lengths[at] += 1
+        ended, parents = lanes.ended.copy(), lanes.parents.copy()
+        ended[at] = is_one_of(tokens, self.vocabulary.end_ids) | (ends + 1 >= lanes.longest[lane])
+        parents[choices.lanes] = choices.origins
+        lanes = lanes.with_fields(running=running, ended=ended, parents=parents)
+        return dataclasses.replace(self, lanes=lanes)
 
 
+@dataclass(frozen=True)
 class GreedySearch(RowwiseSearch):
     """The most likely token, each time."""
 
@@ -94,6 +112,18 @@ class GreedySearch(RowwiseSearch):
         return np.zeros(choices.origins.shape, np.int64)
 
 
+@dataclass(frozen=True)
+class SamplingLanes(RowwiseLanes):
+    """Lanes with their draws.
+
+    Attributes:
+        uniforms: float64 [lanes, rows, longest], a number in [0, 1) for each token.
+    """
+
+    uniforms: Float64Array
+
+
+@dataclass(frozen=True)
 class SamplingSearch(RowwiseSearch):
     """Tokens drawn from the model's distribution, warped as transformers warps it.
 
@@ -101,37 +131,23 @@ class SamplingSearch(RowwiseSearch):
     drawn when the caption joins.
     """
 
-    def __init__(self, vocabulary: Vocabulary, rows: int) -> None:
-        """Begin without lanes."""
-        super().__init__(vocabulary, rows)
-        self._uniforms: list[Float64Array] = []
+    lanes: SamplingLanes
 
-    def join(self, plan: CaptionPlan) -> None:
-        """Take a caption in, with its draws."""
-        super().join(plan)
-        self._uniforms.append(_uniforms(plan.options))
-
-    def leave(self, staying: BoolArray) -> None:
-        """Keep the lanes that stay, [lanes]."""
-        super().leave(staying)
-        self._uniforms = [
-            draws for draws, stays in zip(self._uniforms, staying, strict=True) if stays
-        ]
+    @classmethod
+    def new_lane(cls, vocabulary: Vocabulary, plan: CaptionPlan) -> SamplingLanes:
+        """One lane before its first step, with its draws."""
+        lane = super().new_lane(vocabulary, plan)
+        return SamplingLanes(**vars(lane), uniforms=_uniforms(plan.options)[None])
 
     def _candidates_per_row(self) -> int:
-        size = self._vocabulary.size
-        return max(candidates_drawn_from(plan.options, size) for plan in self._plans)
+        size = self.vocabulary.size
+        return max(candidates_drawn_from(plan.options, size) for plan in self.lanes.plans)
 
     def _choose(self, choices: Choices) -> Int64Array:
-        options = [self._plans[lane].options for lane in choices.lanes]
+        options = [self.lanes.plans[lane].options for lane in choices.lanes]
         shares = warped_shares(choices.logprobs.astype(np.float64), options)
-        columns = self._seen[choices.lanes] - self._given[choices.lanes]
-        draws = np.stack(
-            [
-                self._uniforms[lane][:, column]
-                for lane, column in zip(choices.lanes, columns, strict=True)
-            ]
-        )
+        drawn = self.lanes.seen[choices.lanes] - self.lanes.given[choices.lanes]
+        draws = self.lanes.uniforms[choices.lanes, :, drawn]
         totals = np.cumsum(shares, axis=2)
         ranks: Int64Array = (totals <= draws[:, :, None] * totals[:, :, -1:]).sum(axis=2)
         # A draw just below 1 may meet the rounded total; the last token with a share is meant.
