@@ -81,14 +81,7 @@ def _fetched(folder: Path) -> Program:
     binary, libraries = folder / "perf_analyzer", folder / "lib"
     libraries.mkdir(parents=True, exist_ok=True)
     if not binary.exists():
-        command = [
-            *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
-            *("--only-binary", ":all:", "--dest", str(folder), _WHEEL),
-        ]
-        run = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if run.returncode:
-            raise PerfAnalyzerError(f"pip cannot download {_WHEEL}: {run.stderr.strip()}")
-        wheel, draft = next(folder.glob("tritonclient-*.whl")), folder / "draft"
+        wheel, draft = _download(folder), folder / "draft"
         with zipfile.ZipFile(wheel) as archive:
             if _PROGRAM_IN_WHEEL not in archive.namelist():
                 raise PerfAnalyzerError(f"{wheel.name} has none; there is one for x86-64 only")
@@ -104,7 +97,18 @@ def _fetched(folder: Path) -> Program:
                 (libraries / name).unlink(missing_ok=True)
                 (libraries / name).symlink_to(found.resolve())
     path = os.pathsep.join(filter(None, (str(libraries), os.environ.get("LD_LIBRARY_PATH"))))
-    return ["env", f"LD_LIBRARY_PATH={path}", binary]
+    return ["/usr/bin/env", f"LD_LIBRARY_PATH={path}", binary]
+
+
+def _download(folder: Path) -> Path:
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
+        *("--only-binary", ":all:", "--dest", str(folder), _WHEEL),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise PerfAnalyzerError(f"pip cannot download {_WHEEL}: {run.stderr.strip()}")
+    return next(folder.glob("tritonclient-*.whl"))
 
 
 def input_data(images: Sequence[bytes], options: Mapping[str, int]) -> dict[str, object]:
