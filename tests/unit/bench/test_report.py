@@ -122,7 +122,7 @@ def test_json_has_every_round_and_what_failed() -> None:
 
 
 def test_tables_are_not_cut() -> None:
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Console(width=180, record=True, file=io.StringIO())
     console.print(report().as_tables())
     text = console.export_text()
     assert "…" not in text

@@ -76,7 +76,7 @@ def _draw(throughput: Axes, latency: Axes, own: Sequence[Summary], colour: str) 
 def _finish(axes: Axes, loads: Sequence[int], title: str, quantity: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(loads, [str(load) for load in loads])
-    axes.set_xlabel("images at once (batch, live or in flight)")
+    axes.set_xlabel("images at once (in a batch or in flight)")
     axes.set_ylabel(quantity)
     axes.set_title(title)
     axes.grid(alpha=0.3)

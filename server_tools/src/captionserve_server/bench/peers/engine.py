@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -58,6 +59,7 @@ class BareGraphs:
         self.versions = {name: version(name) for name in ("captionserve-server", "onnxruntime")}
         self._model = load_model(repository, version=None, threads=threads_of_graphs())
         self._encoder = TimedGraph(self._model.encoder)
+        self._image_seconds = 0.0
         self._images = images
 
     def run(self, images: int, load: Load, options: Options) -> Run:
@@ -72,6 +74,7 @@ class BareGraphs:
     def _stage_seconds(self) -> dict[str, float]:
         decoder = self._model.decoder
         return {
+            "image": self._image_seconds,
             VISION_ENCODER: self._encoder.seconds,
             "prefill": decoder.prefill.seconds,
             "step": decoder.step.seconds,
@@ -110,7 +113,7 @@ class BareGraphs:
                 )
             )
             best = answer.tokens.reshape(len(live), -1, candidates)
-            if length + 1 < options.get("min_length", defaults.min_length):
+            if length < options.get("min_length", defaults.min_length):
                 # Too short to end. Stable, so that all others keep their order.
                 order = np.argsort(np.isin(best, ends), axis=-1, kind="stable")
                 best = np.take_along_axis(best, order, axis=-1)
@@ -127,6 +130,8 @@ class BareGraphs:
         return [tuple(caption) for caption in captions]
 
     def _taken_in(self, step_model: GraphStepModel, files: list[bytes]) -> Int64Array:
+        begin = time.perf_counter()
         pixels = np.stack([preprocess(file, self._model.preprocessor) for file in files])
+        self._image_seconds += time.perf_counter() - begin
         (states,) = self._encoder.run({graph_tensors.PIXELS: pixels})
         return step_model.prefill(states)
