@@ -51,11 +51,11 @@ soak: setup  ## 2,000 mixed requests, a third given up; everything must be back 
 	$(BIN)/python -m pytest tests/faults/test_soak.py --soak-requests 2000 \
 		--log-cli-level INFO
 
-profile: setup  ## Where a decoding step's time goes, on the full-size model with random weights.
-	$(BIN)/captionserve make-checkpoint build/full-size
-	$(BIN)/captionserve export build/full-size --output build/full-size-repository
-	$(BIN)/python -m captionserve_server.bench.step_profile \
-		--model-repository build/full-size-repository --json docs/measurements/step-fp32.json
+profile: setup  ## Where the time of full batches goes, on the full-size model with random weights.
+	$(BIN)/captionserve bench --checkpoint full --num-beams 4 --tokens 40 --images 64 --rounds 3 \
+		--precision fp32 --precision int8 --rows 'bare*' --rows 'edge*16 at once' \
+		--rows 'captionserve*32 in flight' --reference 'bare graphs fp32' --reference 'bare graphs int8' \
+		--json docs/measurements/profile.json
 
 bench: setup  ## Speed beside other ways to run the same model: full-size, then the demo's; an hour or two.
 	$(BIN)/captionserve bench --checkpoint full \

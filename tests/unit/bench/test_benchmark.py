@@ -6,34 +6,39 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from captionserve_server.bench.benchmark import Comparison, NothingToMeasureError, compare
-from captionserve_server.bench.report import Settings
-
-SETTINGS = Settings("captionserve bench", "tiny", 2, 1, 3, "transformers")
+from captionserve_server.bench.benchmark import NothingToMeasureError, compare
+from captionserve_server.bench.report import Comparison
 
 
-def comparison(checkpoint: str, repository: Path, pattern: str) -> Comparison:
+def comparison(checkpoint: Path, repository: Path, pattern: str) -> Comparison:
     return Comparison(
-        checkpoint=checkpoint,
+        command="captionserve bench",
+        name="tiny",
+        checkpoint=str(checkpoint),
         repositories={"int8": repository},
         precisions=(),
-        num_beams=(1,),
         patterns=(pattern,),
-        encode_batch=1,
-        work_folder=repository,
+        references=("bare",),
+        num_beams=(1,),
+        rounds=2,
+        images=1,
+        forced_tokens=3,
     )
 
 
-def test_rows_that_nobody_has_are_refused(tmp_path: Path) -> None:
+def test_rows_that_nobody_has_are_refused(
+    checkpoint_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    asked = comparison(checkpoint_folder("projected"), tmp_path, "captionserve fp32")
     with pytest.raises(NothingToMeasureError):
-        compare(comparison("none", tmp_path, "captionserve fp32"), SETTINGS, lambda stage: None)
+        compare(asked, lambda stage: None)
 
 
 def test_a_system_that_does_not_start_is_in_the_report(
     checkpoint_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    checkpoint = str(checkpoint_folder("projected"))
-    report = compare(comparison(checkpoint, tmp_path, "bare"), SETTINGS, lambda stage: None)
+    asked = comparison(checkpoint_folder("projected"), tmp_path, "bare")
+    report = compare(asked, lambda stage: None)
     assert report.summaries() == []
     assert set(report.measurements.failures) == {"bare graphs int8"}
     assert "ModelFolderError" in report.measurements.failures["bare graphs int8"]
@@ -46,10 +51,9 @@ def test_who_interrupts_keeps_what_has_been_measured(
         if stage.startswith("round 2 of 2"):
             raise KeyboardInterrupt
 
-    checkpoint = str(checkpoint_folder("projected"))
-    asked = comparison(checkpoint, model_repository("projected"), "bare")
-    report = compare(asked, SETTINGS, interrupt)
+    asked = comparison(checkpoint_folder("projected"), model_repository("projected"), "bare")
+    report = compare(asked, interrupt)
     (summary,) = report.summaries()
-    assert summary.row.label == "bare graphs int8, 16 live, greedy"
-    assert summary.tokens == 3
+    assert summary.row.label == "bare graphs int8, batch 16, greedy"
+    assert summary.medians["tokens"] == 3
     assert report.measurements.failures == {"the rest": "interrupted"}

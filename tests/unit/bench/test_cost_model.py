@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from captionserve_server.bench.cost_model import (
-    Load,
     MachineRates,
-    ModelShape,
     Stage,
     images_per_second_at_most,
-    row_weights,
-    seconds_at_least,
-    shape_of,
     stages_of,
 )
 from captionserve_server.export.random_checkpoint import make_checkpoint
@@ -23,17 +19,17 @@ from transformers import VisionEncoderDecoderModel
 
 from tests.checkpoints import RANDOM_CHECKPOINTS
 
-SHAPE = ModelShape(
-    patches=4,
-    patch_values=12,
-    image_tokens=5,
-    encoder_width=8,
-    encoder_layers=2,
-    encoder_mlp=32,
-    decoder_width=6,
-    decoder_layers=3,
-    decoder_mlp=24,
-    vocabulary=50,
+CONFIG = SimpleNamespace(
+    encoder=SimpleNamespace(
+        model_type="vit",
+        image_size=(4, 4),
+        patch_size=2,
+        num_channels=3,
+        hidden_size=8,
+        num_hidden_layers=2,
+        intermediate_size=32,
+    ),
+    decoder=SimpleNamespace(n_embd=6, n_layer=3, n_inner=None, vocab_size=50),
 )
 
 
@@ -56,18 +52,19 @@ def test_encoding_costs_what_pytorch_counts(model: Any) -> None:
     model.encoder.pooler = None  # Captioning does without.
     with FlopCounterMode(display=False) as counter:
         model.encoder(torch.zeros(1, 3, size, size))
-    stages = stages_of(shape_of(model.config), Load(batch=1, num_beams=1, tokens=1))
+    stages = stages_of(model.config, batch=1, num_beams=1, tokens=1)
     assert flops(stages)["encode"] == counter.get_total_flops()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_decoding_costs_what_pytorch_counts(model: Any, num_beams: int) -> None:
-    shape, tokens = shape_of(model.config), 4
-    states = torch.zeros(1, shape.image_tokens, shape.encoder_width)
+    tokens, size = 4, model.config.encoder.image_size
+    states = model.encoder(torch.zeros(1, 3, size, size)).last_hidden_state
+    has_projection = model.config.encoder.hidden_size != model.config.decoder.n_embd
     with FlopCounterMode(display=False) as counter:
         # transformers projects the states at every call; once is enough.
-        projected = model.enc_to_dec_proj(states) if shape.projection else states
+        projected = model.enc_to_dec_proj(states) if has_projection else states
         output = model.decoder(torch.zeros(1, 1, dtype=torch.long), encoder_hidden_states=projected)
         output.past_key_values.batch_repeat_interleave(num_beams)
         for _ in range(tokens - 1):
@@ -76,13 +73,12 @@ def test_decoding_costs_what_pytorch_counts(model: Any, num_beams: int) -> None:
                 encoder_hidden_states=projected.repeat(num_beams, 1, 1),
                 past_key_values=output.past_key_values,
             )
-    counted = flops(stages_of(shape, Load(batch=1, num_beams=num_beams, tokens=tokens)))
+    counted = flops(stages_of(model.config, batch=1, num_beams=num_beams, tokens=tokens))
     assert counted["prefill"] + counted["steps"] == counter.get_total_flops()
 
 
 def test_weights_are_those_of_the_model(model: Any) -> None:
-    shape = shape_of(model.config)
-    encode, prefill, steps = stages_of(shape, Load(batch=1, num_beams=1, tokens=1))
+    encode, prefill, steps = stages_of(model.config, batch=1, num_beams=1, tokens=1)
     decoder = model.decoder.transformer
     crossing = [block.crossattention.c_attn.weight for block in decoder.h]
     own = [each for each in decoder.h.parameters() if each.dim() == 2]
@@ -93,9 +89,11 @@ def test_weights_are_those_of_the_model(model: Any) -> None:
         if each.dim() == 2 and not name.startswith("pooler")
     ]
     assert encode.weights == embedded.numel() + sum(each.numel() for each in blocks)
-    assert prefill.weights == shape.projection + sum(each.numel() for each in crossing)
-    assert steps.weights == row_weights(shape)
-    assert row_weights(shape) == (
+    projection = model.config.encoder.hidden_size * model.config.decoder.n_embd
+    if model.config.encoder.hidden_size == model.config.decoder.n_embd:
+        projection = 0
+    assert prefill.weights == projection + sum(each.numel() for each in crossing)
+    assert steps.weights == (
         model.decoder.lm_head.weight.numel()
         + sum(each.numel() for each in own)
         - sum(each.numel() for each in crossing)
@@ -103,8 +101,8 @@ def test_weights_are_those_of_the_model(model: Any) -> None:
 
 
 def test_a_batch_shares_weights_but_not_work() -> None:
-    alone = stages_of(SHAPE, Load(batch=1, num_beams=4, tokens=3))
-    together = stages_of(SHAPE, Load(batch=8, num_beams=4, tokens=3))
+    alone = stages_of(CONFIG, batch=1, num_beams=4, tokens=3)
+    together = stages_of(CONFIG, batch=8, num_beams=4, tokens=3)
     for one, many in zip(alone, together, strict=True):
         assert one.weights == 8 * many.weights
         assert flops([one]) == flops([many])
@@ -112,7 +110,7 @@ def test_a_batch_shares_weights_but_not_work() -> None:
 
 
 def test_what_a_step_reads_by_hand() -> None:
-    steps = stages_of(SHAPE, Load(batch=1, num_beams=2, tokens=3))[2]
+    steps = stages_of(CONFIG, batch=1, num_beams=2, tokens=3)[2]
     cross = 2 * 3 * 5 * 6 * 4  # Keys and values, layers, image tokens, width, bytes.
     entry = 2 * 3 * 6 * 4
     # One entry at the first step; then two rows with two and with three each.
@@ -132,19 +130,19 @@ def test_what_a_step_reads_by_hand() -> None:
 def test_the_slower_of_computing_and_reading_counts(precision: str, seconds: float) -> None:
     stage = Stage("steps", weight_flops=100, float_flops=20, weights=40, state_bytes=8)
     rates = MachineRates(fp32_flops=10, int8_flops=50, bytes=20)
-    assert seconds_at_least(stage, rates, precision) == seconds
+    assert stage.seconds_at_least(rates, precision) == seconds
 
 
 def test_reading_may_be_what_takes_longest() -> None:
     stage = Stage("steps", weight_flops=100, float_flops=20, weights=40, state_bytes=8)
     rates = MachineRates(fp32_flops=1e9, int8_flops=1e9, bytes=2)
-    assert seconds_at_least(stage, rates, "fp32") == (40 * 4 + 8) / 2
-    assert seconds_at_least(stage, rates, "int8") == (40 + 8) / 2
-    assert seconds_at_least(stage, rates, "int4") == (20 + 8) / 2
+    assert stage.seconds_at_least(rates, "fp32") == (40 * 4 + 8) / 2
+    assert stage.seconds_at_least(rates, "int8") == (40 + 8) / 2
+    assert stage.seconds_at_least(rates, "int4") == (20 + 8) / 2
 
 
 def test_stages_follow_each_other() -> None:
-    load = Load(batch=2, num_beams=1, tokens=5)
+    stages = stages_of(CONFIG, batch=2, num_beams=1, tokens=5)
     rates = MachineRates(fp32_flops=1e6, int8_flops=2e6, bytes=1e5)
-    seconds = sum(seconds_at_least(stage, rates, "fp32") for stage in stages_of(SHAPE, load))
-    assert images_per_second_at_most(SHAPE, load, rates, "fp32") == pytest.approx(1 / seconds)
+    seconds = sum(stage.seconds_at_least(rates, "fp32") for stage in stages)
+    assert images_per_second_at_most(stages, rates, "fp32") == pytest.approx(1 / seconds)

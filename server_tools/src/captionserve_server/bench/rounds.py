@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from captionserve_server.bench.processes import family_cpu_seconds, family_memory
-from captionserve_server.bench.rows import Decoding, Peer, Row, Run, TokenIds
-
-Progress = Callable[[str], None]
+from captionserve_server.bench.processes import family_memory_mib
+from captionserve_server.bench.rows import Options, Peer, Row, TokenIds
 
 
 @dataclass(frozen=True)
@@ -22,38 +20,25 @@ class Sample:
     Attributes:
         row: the row's label.
         round: which round, from 0.
-        images: captioned images.
-        seconds: from the first image to the last caption.
+        images_per_second: throughput.
         latency_p50_ms: median time of an image.
         latency_p99_ms: 99th percentile.
         tokens: generated tokens per image, mean.
         same_captions: share of images captioned token for token as by the first row with as many
             beams.
         memory_mib: memory of the system's processes afterwards, as if there were no others.
-        peak_rss_mib: the sum of their highest memory so far.
-        cpu_seconds: processor time that they used.
-        others_cpu_seconds: processor time that the other systems used meanwhile.
         stages_ms: milliseconds per image by stage, where the system tells.
     """
 
     row: str
     round: int
-    images: int
-    seconds: float
+    images_per_second: float
     latency_p50_ms: float
     latency_p99_ms: float
     tokens: float
     same_captions: float
     memory_mib: float
-    peak_rss_mib: float
-    cpu_seconds: float
-    others_cpu_seconds: float
-    stages_ms: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def images_per_second(self) -> float:
-        """Throughput."""
-        return self.images / self.seconds
+    stages_ms: dict[str, float]
 
 
 @dataclass
@@ -69,113 +54,85 @@ class Measurements:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def turns(rows: Sequence[Row], round_number: int) -> list[Row]:
-    """The rows in this round's order: each round begins with another one."""
-    first = round_number % len(rows)
-    return [*rows[first:], *rows[:first]]
-
-
-def images_of(row: Row, at_least: int) -> int:
-    """Images that a run of a row captions: every load comes round twice or more."""
-    return max(at_least, 2 * row.load)
-
-
 class Rounds:
     """Runs rows of systems that are running."""
 
     def __init__(
-        self, peers: Mapping[str, Peer], images: int, forced_tokens: int | None, progress: Progress
+        self,
+        peers: Mapping[str, Peer],
+        images: int,
+        lengths: Options,
+        measurements: Measurements,
+        progress: Callable[[str], None],
     ) -> None:
         """Prepare.
 
         Args:
             peers: the running systems by name.
             images: images that a run captions at least.
-            forced_tokens: length of every caption; None for natural lengths.
+            lengths: min_length and max_length; empty for natural lengths.
+            measurements: takes the samples, and why systems failed.
             progress: told what begins.
         """
         self._peers = dict(peers)
         self._images = images
-        self._forced_tokens = forced_tokens
+        self._lengths = lengths
+        self._measurements = measurements
         self._progress = progress
         self._expected: dict[int, list[TokenIds]] = {}
 
-    def measure(
-        self,
-        rows: Sequence[Row],
-        rounds: int,
-        measurements: Measurements,
-        before_round: Callable[[], None],
-    ) -> None:
-        """Warm every system up, then run every row once a round.
+    def measure(self, rows: Sequence[Row], rounds: int, before_round: Callable[[], None]) -> None:
+        """Warm every system up, then run every row once a round, beginning with another each time.
 
         Args:
-            rows: what to run; those of systems that do not run are left out.
+            rows: what to run; those of systems that do not run, or run no longer, are left out.
             rounds: how many.
-            measurements: takes the samples, and why systems failed.
             before_round: called as each round begins.
         """
-        self._warm_up(rows, measurements)
+        for name, peer in list(self._peers.items()):
+            # A system's largest load lays its memory.
+            own = (row for row in rows if row.peer == name)
+            largest = max(own, key=lambda row: row.load.at_once * row.num_beams)
+            with self._noted(largest, "warming up"):
+                peer.run(largest.load.at_once, largest.load, self._options(largest))
         for number in range(rounds):
             before_round()
-            for row in turns(rows, number):
+            first = number % len(rows)
+            for row in [*rows[first:], *rows[:first]]:
                 if row.peer in self._peers:
-                    self._progress(f"round {number + 1} of {rounds}: {row.label}")
-                    with self._failure_noted(row, measurements):
-                        measurements.samples.append(self._sample(row, number))
-
-    def _warm_up(self, rows: Sequence[Row], measurements: Measurements) -> None:
-        """Let each system take its largest load once, which lays its memory."""
-        for name in list(self._peers):
-            own = [row for row in rows if row.peer == name]
-            largest = max(own, key=lambda row: row.load * row.num_beams)
-            self._progress(f"warming up: {largest.label}")
-            with self._failure_noted(largest, measurements):
-                self._run(largest, largest.load)
+                    with self._noted(row, f"round {number + 1} of {rounds}"):
+                        self._measurements.samples.append(self._sample(row, number))
 
     @contextmanager
-    def _failure_noted(self, row: Row, measurements: Measurements) -> Iterator[None]:
-        """A system that fails is not run again; it must not cost the others' figures."""
+    def _noted(self, row: Row, what: str) -> Iterator[None]:
+        """Say what begins. A system that fails is not run again, and costs no other its figures."""
+        self._progress(f"{what}: {row.label}")
         try:
             yield
         except Exception as error:  # Each system fails in its own way.
-            measurements.failures[row.peer] = f"{row.label}: {error}"
+            self._measurements.failures[row.peer] = f"{row.label}: {error}"
             del self._peers[row.peer]
 
-    def _run(self, row: Row, images: int) -> Run:
-        decoding = Decoding(row.num_beams, self._forced_tokens)
-        return self._peers[row.peer].run(images, row.load, decoding)
+    def _options(self, row: Row) -> Options:
+        return {"num_beams": row.num_beams} | self._lengths
 
-    def _sample(self, row: Row, round_number: int) -> Sample:
-        own, others = self._cpu_seconds(row.peer)
-        run = self._run(row, images_of(row, self._images))
-        own_after, others_after = self._cpu_seconds(row.peer)
-        memory = family_memory(self._peers[row.peer].pid)
+    def _sample(self, row: Row, number: int) -> Sample:
+        peer = self._peers[row.peer]
+        # Every load comes round twice or more.
+        images = max(self._images, 2 * row.load.at_once)
+        run = peer.run(images, row.load, self._options(row))
         expected = self._expected.setdefault(row.num_beams, run.token_ids)
+        # Rows with larger loads have more images; those that both have are compared.
+        same = [own == other for own, other in zip(run.token_ids, expected, strict=False)]
         median, p99 = np.percentile(run.latencies, (50, 99))
         return Sample(
             row=row.label,
-            round=round_number,
-            images=len(run.latencies),
-            seconds=run.seconds,
+            round=number,
+            images_per_second=images / run.seconds,
             latency_p50_ms=1e3 * float(median),
             latency_p99_ms=1e3 * float(p99),
             tokens=statistics.fmean(map(len, run.token_ids)),
-            same_captions=share_equal(run.token_ids, expected),
-            memory_mib=memory.mib,
-            peak_rss_mib=memory.peak_rss_mib,
-            cpu_seconds=own_after - own,
-            others_cpu_seconds=others_after - others,
-            stages_ms=run.stages,
+            same_captions=statistics.fmean(same),
+            memory_mib=family_memory_mib(peer.pid),
+            stages_ms=run.stages_ms,
         )
-
-    def _cpu_seconds(self, peer: str) -> tuple[float, float]:
-        """Processor time used so far by a system and by all others."""
-        used = {name: family_cpu_seconds(each.pid) for name, each in self._peers.items()}
-        return used[peer], sum(seconds for name, seconds in used.items() if name != peer)
-
-
-def share_equal(captions: Sequence[TokenIds], expected: Sequence[TokenIds]) -> float:
-    """The share of captions that are as expected, over the images that both have."""
-    pairs = list(zip(captions, expected, strict=False))
-    return sum(own == other for own, other in pairs) / len(pairs)

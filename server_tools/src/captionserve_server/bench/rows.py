@@ -1,4 +1,4 @@
-"""What is measured: rows, each a system under one load, and what one run of a row gives."""
+"""What is compared: systems under loads, each a row, and what one run of a row gives."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 TokenIds = tuple[int, ...]
+Options = dict[str, int]
+"""num_beams, and min_length and max_length where lengths are forced, as generate() names them."""
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How every system decodes.
+class Load:
+    """How many images a system is given at once.
 
     Attributes:
-        num_beams: 1 is greedy search.
-        forced_tokens: every caption has so many; None lets each end by itself.
+        at_once: how many.
+        word: what they are to the system: "batch", "at once" or "in flight".
+        streams: how many of them are streamed, word by word.
     """
 
-    num_beams: int
-    forced_tokens: int | None = None
+    at_once: int
+    word: str
+    streams: int = 0
 
-    def as_options(self) -> dict[str, int]:
-        """The options as generate() and the client name them; lengths count the start token."""
-        options = {"num_beams": self.num_beams}
-        if self.forced_tokens is not None:
-            length = self.forced_tokens + 1
-            options |= {"min_length": length, "max_length": length}
-        return options
+    def __str__(self) -> str:
+        """As it stands in a row's label."""
+        if self.word == "batch":
+            return f"batch {self.at_once}"
+        if self.streams:
+            return f"{self.streams} streams and {self.at_once - self.streams} calls {self.word}"
+        return f"{self.at_once} {self.word}"
 
 
 @dataclass(frozen=True)
@@ -40,28 +44,36 @@ class Run:
         seconds: from the first image to the last caption.
         latencies: seconds that each image took; those of a batch took as long as it.
         token_ids: each image's generated tokens, the end token included.
-        stages: milliseconds per image by stage, where the system tells.
+        stages_ms: milliseconds per image by stage, where the system tells.
     """
 
     seconds: float
     latencies: list[float]
     token_ids: list[TokenIds]
-    stages: dict[str, float] = field(default_factory=dict)
+    stages_ms: dict[str, float] = field(default_factory=dict)
 
 
-class Peer(Protocol):
-    """A system that is running."""
+class Captioner(Protocol):
+    """What captions.
 
-    @property
-    def pid(self) -> int:
-        """Its process; with its descendants, all that it consists of."""
+    Attributes:
+        versions: of what it is made of, by name.
+    """
 
-    @property
-    def versions(self) -> dict[str, str]:
-        """Versions of what it is made of, by name."""
+    versions: dict[str, str]
 
-    def run(self, images: int, load: int, decoding: Decoding) -> Run:
-        """Caption the first `images` images, `load` of them at once."""
+    def run(self, images: int, load: Load, options: Options) -> Run:
+        """Caption the first `images` images, beginning again after the last there is."""
+
+
+class Peer(Captioner, Protocol):
+    """A system that is running.
+
+    Attributes:
+        pid: its process; with its descendants, all that it consists of.
+    """
+
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -70,56 +82,46 @@ class PeerPlan:
 
     Attributes:
         name: as it stands in reports.
-        precision: "fp32", "int8" or "int4"; another word where no limit is known.
-        load_word: what its loads count: "batch" or "in flight".
+        precision: of its weights; no limit is known for one that cost_model.WEIGHT_BYTES lacks.
         loads: the loads to measure.
         start: gives it running, and ends it.
     """
 
     name: str
     precision: str
-    load_word: str
-    loads: tuple[int, ...]
+    loads: Sequence[Load]
     start: Callable[[], AbstractContextManager[Peer]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report: a system under one load with one decoding."""
+    """One line of the report: a system under one load with one number of beams."""
 
     peer: str
     precision: str
-    load_word: str
-    load: int
+    load: Load
     num_beams: int
 
     @property
     def label(self) -> str:
         """Its name, such as "transformers, batch 8, 4 beams"."""
-        parts = ("batch", self.load) if self.load_word == "batch" else (self.load, self.load_word)
-        load = " ".join(map(str, parts))
-        beams = "greedy" if self.num_beams == 1 else f"{self.num_beams} beams"
-        return f"{self.peer}, {load}, {beams}"
+        return f"{self.peer}, {self.load}, {beams_text(self.num_beams)}"
+
+
+def beams_text(num_beams: int) -> str:
+    """The decoding in words."""
+    return "greedy" if num_beams == 1 else f"{num_beams} beams"
 
 
 def rows_of(
     plans: Iterable[PeerPlan], num_beams: Sequence[int], patterns: Sequence[str]
 ) -> list[Row]:
-    """The rows to measure.
-
-    Args:
-        plans: the systems there are.
-        num_beams: the numbers of beams to measure.
-        patterns: shell patterns of which one must match a row's label, or its beginning.
-    """
+    """The rows whose labels, or their beginnings, match one of the shell patterns."""
     rows = [
-        Row(plan.name, plan.precision, plan.load_word, load, beams)
+        Row(plan.name, plan.precision, load, beams)
         for beams in num_beams
         for plan in plans
         for load in plan.loads
     ]
-    return [row for row in rows if _matches(row.label, patterns)]
-
-
-def _matches(label: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(label, f"{pattern}*") for pattern in patterns)
+    wanted = [f"{pattern}*" for pattern in patterns]
+    return [row for row in rows if any(fnmatch.fnmatchcase(row.label, each) for each in wanted)]

@@ -21,8 +21,9 @@ _DEMO_FOLDER = Path("demo/checkpoint")
 # What the full-size model is made to say, since random weights never end a caption.
 _FULL_SIZE_TOKENS = 16
 _NUM_BEAMS = (1, 4)
+_REFERENCES = ("transformers, batch 1", "transformers, batch 8")
 # Characters that the tables need, also where output goes to a file.
-_LEAST_WIDTH = 140
+_LEAST_WIDTH = 220
 
 
 def bench(
@@ -61,59 +62,51 @@ def bench(
         list[Precision] | None,
         typer.Option(help="What to export and serve; may be repeated. By default all."),
     ] = None,
-    encode_batch: Annotated[
-        int, typer.Option(help="Images that the bare graphs encode at once.", min=1)
-    ] = 4,
     reference: Annotated[
-        str, typer.Option(help="Row that the others are compared with, without its beams.")
-    ] = "transformers, batch 1",
-    work_folder: Annotated[
-        Path, typer.Option(help="Kept for the next time: full-size weights, optimum.")
-    ] = Path("build/bench"),
+        list[str] | None,
+        typer.Option(
+            help="Beginning of a row that the others are compared with; may be repeated. By "
+            "default transformers in batches of 1 and 8."
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File to write every value to.")
     ] = None,
     chart: Annotated[Path | None, typer.Option(help="PNG file to draw.")] = None,
 ) -> None:
-    """Compare captionserve with transformers, optimum, a naive Triton model and bare graphs."""
+    """Compare captionserve with transformers, optimum, a naive Triton model and the edge mode."""
     # Imported here: only who exports and measures needs PyTorch.
     from captionserve_server.bench.benchmark import (
-        Comparison,
         NothingToMeasureError,
         compare,
         full_size_checkpoint,
     )
     from captionserve_server.bench.chart import write_chart
-    from captionserve_server.bench.report import Settings
+    from captionserve_server.bench.report import Comparison
     from captionserve_server.export.logs import quiet_libraries
 
     quiet_libraries()
-    work_folder.mkdir(parents=True, exist_ok=True)
     if tokens is None:
         tokens = _FULL_SIZE_TOKENS if checkpoint == _FULL else 0
-    settings = Settings(
-        command=shown_command(sys.argv[1:]),
-        checkpoint=Path(checkpoint).name,
-        rounds=rounds,
-        images=images,
-        forced_tokens=tokens or None,
-        reference=reference,
-    )
     with _ending_on_sigterm(), stages("preparing") as progress:
         places = {_DEMO: str(_DEMO_FOLDER)}
         if checkpoint == _FULL:
-            places[_FULL] = str(full_size_checkpoint(work_folder))
+            places[_FULL] = str(full_size_checkpoint())
         comparison = Comparison(
+            command=shown_command(sys.argv[1:]),
+            name=Path(checkpoint).name,
             checkpoint=places.get(checkpoint, checkpoint),
             repositories=_repositories(repository or []),
             precisions=precision or ([] if repository else list(Precision)),
-            num_beams=num_beams or _NUM_BEAMS,
             patterns=rows or ["*"],
-            encode_batch=encode_batch,
-            work_folder=work_folder,
+            references=reference or _REFERENCES,
+            num_beams=num_beams or _NUM_BEAMS,
+            rounds=rounds,
+            images=images,
+            forced_tokens=tokens or None,
         )
         try:
-            report = compare(comparison, settings, progress)
+            report = compare(comparison, progress)
         except NothingToMeasureError as error:
             raise typer.BadParameter(str(error), param_hint="--rows") from error
     output.width = max(output.width, _LEAST_WIDTH)
@@ -140,12 +133,12 @@ def _repositories(given: Sequence[str]) -> dict[str, Path]:
 
 def shown_command(arguments: Sequence[str]) -> str:
     """The command line for others to read: of folders of this machine only the last name."""
-    return shlex.join(["captionserve", *map(_without_folders, arguments)])
-
-
-def _without_folders(argument: str) -> str:
-    name, separator, value = argument.rpartition("=")
-    return f"{name}{separator}{Path(value).name}" if Path(value).is_absolute() else argument
+    shown = []
+    for argument in arguments:
+        name, separator, value = argument.rpartition("=")
+        absolute = Path(value).is_absolute()
+        shown.append(f"{name}{separator}{Path(value).name}" if absolute else argument)
+    return shlex.join(["captionserve", *shown])
 
 
 @contextmanager

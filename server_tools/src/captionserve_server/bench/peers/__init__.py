@@ -1,1 +1,1 @@
-"""The systems that are measured, each started, driven and ended in the same way."""
+"""The systems that are measured: how each is started, driven and ended."""

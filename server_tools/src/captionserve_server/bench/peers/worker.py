@@ -1,110 +1,65 @@
-"""A peer in a process of its own that answers in lines of JSON; see generate_worker.serve_lines."""
+"""A system in a process of its own, so that its memory and its threads are its own as well."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import IO, Any
+from multiprocessing import get_context
 
-from captionserve_server.bench.rows import Decoding, Run
+from captionserve_server.bench.rows import Captioner, Load, Options, Run
 
-_STOP_SECONDS = 20.0
-_ERROR_CHARACTERS = 2000
+_loaded: list[Captioner] = []
+"""In the process of a worker, its captioner."""
 
 
-class PeerError(RuntimeError):
-    """A system cannot be measured; the message says why."""
+def _load(load: Callable[[], Captioner]) -> tuple[int, dict[str, str]]:
+    # Ctrl-C is for the benchmark, which ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Libraries print and warn; what they print must not get among the benchmark's tables.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    _loaded.append(load())
+    return os.getpid(), _loaded[0].versions
+
+
+def _run(images: int, load: Load, options: Options) -> Run:
+    return _loaded[0].run(images, load, options)
 
 
 class WorkerPeer:
-    """Drives one worker."""
+    """Drives a captioner in another process.
 
-    def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
-        """Wait until the worker has loaded its model.
+    Attributes:
+        pid: the process.
+        versions: of what the captioner is made of.
+    """
 
-        Args:
-            process: the worker, with pipes for its lines.
-            errors: the file its standard error goes to.
+    def __init__(self, pool: ProcessPoolExecutor, load: Callable[[], Captioner]) -> None:
+        """Wait until it is loaded; raises what loading raises."""
+        self._pool = pool
+        self.pid, self.versions = pool.submit(_load, load).result()
 
-        Raises:
-            PeerError: if it ends instead.
-        """
-        self._process = process
-        self._errors = errors
-        self._versions: dict[str, str] = self._read()["versions"]
-
-    @property
-    def pid(self) -> int:
-        """The worker's process."""
-        return self._process.pid
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """What the worker told of itself."""
-        return self._versions
-
-    def run(self, images: int, load: int, decoding: Decoding) -> Run:
-        """Have the first `images` images captioned, `load` at once.
-
-        Raises:
-            PeerError: if the worker ends instead.
-        """
-        request = {"images": images, "load": load, "options": decoding.as_options()}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._read()
-        token_ids = [tuple(tokens) for tokens in answer["token_ids"]]
-        return Run(answer["seconds"], answer["latencies"], token_ids)
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            raise PeerError(f"the worker ended\n{self._errors.read()[-_ERROR_CHARACTERS:]}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+    def run(self, images: int, load: Load, options: Options) -> Run:
+        """Have images captioned; raises what that raises."""
+        return self._pool.submit(_run, images, load, options).result()
 
 
 @contextmanager
-def running_worker(
-    command: Sequence[str], environment: Mapping[str, str] | None = None
-) -> Iterator[WorkerPeer]:
-    """A worker, ended on leaving.
+def running_worker(load: Callable[[], Captioner]) -> Iterator[WorkerPeer]:
+    """A worker, ended on leaving in the middle of whatever it does.
 
     Args:
-        command: what to run.
-        environment: its environment; None for this process's.
-
-    Raises:
-        PeerError: if it ends before its model is loaded.
+        load: makes the captioner, in the worker's process; it has to be picklable.
     """
-    with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=environment,
-            text=True,
-            # Ctrl-C is for us; we end the worker.
-            start_new_session=True,
-        )
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        peer = WorkerPeer(pool, load)
         try:
-            yield WorkerPeer(process, errors)
+            yield peer
         finally:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a worker in the middle of whatever it does."""
-    process.terminate()
-    try:
-        process.communicate(timeout=_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(peer.pid, signal.SIGTERM)
