@@ -11,9 +11,9 @@ import pytest
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.engine.scheduler import (
-    CaptionEngine,
-    CaptionTask,
-    EngineLimits,
+    Scheduler,
+    Request,
+    SchedulerLimits,
     Outcome,
 )
 from captionserve_server.core.options import DecodingOptions
@@ -66,11 +66,11 @@ class InProcess:
     ) -> list[list[DecodedCaption]]:
         """Decode all requests together."""
         vocabulary = Vocabulary(self.bundle.special, self.bundle.geometry.vocabulary_size)
-        limits = EngineLimits(max_rows=24)
-        engine = CaptionEngine(self, self._step_model, vocabulary, limits)
+        limits = SchedulerLimits(max_rows=24)
+        engine = Scheduler(self, self._step_model, vocabulary, limits)
         for key, (image, options) in enumerate(requests):
             plan = CaptionPlan(options, word_tokens(options, self._encode))
-            engine.submit(CaptionTask(key, to_pixels(image, self._preprocessor), plan))
+            engine.submit(Request(key, to_pixels(image, self._preprocessor), plan))
         finished: dict[Hashable, Outcome] = {}
         while not engine.idle:
             finished |= engine.step()

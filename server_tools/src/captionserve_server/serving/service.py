@@ -15,6 +15,7 @@ from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.config import GatewayConfig
 from captionserve_server.gateway.server import Gateway
 from captionserve_server.gateway.triton_client import TimeLimit, TritonClient
+from captionserve_server.runtime.model_repository import what_is_missing
 from captionserve_server.serving.installation import find_triton
 from captionserve_server.serving.ready import ReadyReport, ready_file
 from captionserve_server.serving.triton_process import TritonProcess, TritonStartError
@@ -25,7 +26,11 @@ _CANARY_IMAGE = b"P6 1 1 255\n\0\0\0"
 
 
 class TritonEndedError(RuntimeError):
-    """Triton ended while it was serving."""
+    """Triton, or one of its models' processes, ended while it was serving; its last lines."""
+
+
+class NoModelRepositoryError(RuntimeError):
+    """What is to be served is no model repository that this version can serve; says what to do."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class ServeOptions:
         metrics_listen: host:port of the gateway's Prometheus metrics.
         ready_file: written as JSON once captions can be answered, removed at the end.
         tritonserver: the tritonserver executable; None finds one.
-        response_cache_megabytes: memory for answers that may be asked for again; 0 for none.
+        cache_megabytes: memory for answers that may be asked for again; 0 for none.
         threads: of one run of a graph; 0 follows from the cores there are.
         start_seconds: how long Triton may take to load its models.
         grace_seconds: how long calls in flight may take at the end.
@@ -49,7 +54,7 @@ class ServeOptions:
     metrics_listen: str = "127.0.0.1:0"
     ready_file: Path | None = None
     tritonserver: Path | None = None
-    response_cache_megabytes: int = 64
+    cache_megabytes: int = 64
     threads: int = 0
     start_seconds: float = 300.0
     grace_seconds: float = 30.0
@@ -63,10 +68,14 @@ async def serve(options: ServeOptions, on_ready: Callable[[ReadyReport], None]) 
         on_ready: told once that captions can be answered.
 
     Raises:
+        NoModelRepositoryError: if the model repository is none, or an older export's.
         TritonNotFoundError: if there is no tritonserver.
         TritonStartError: if it does not become ready.
         TritonEndedError: if it ends by itself later.
     """
+    wrong = what_is_missing(options.model_repository)
+    if wrong:
+        raise NoModelRepositoryError(wrong)
     stop = _stop_on_signals()
     async with _triton(options, stop) as triton:
         if stop.is_set():
@@ -92,7 +101,6 @@ async def _triton(options: ServeOptions, stop: asyncio.Event) -> AsyncIterator[T
     triton = TritonProcess(
         find_triton(options.tritonserver),
         options.model_repository,
-        response_cache_bytes=options.response_cache_megabytes * 2**20,
         threads=options.threads,
     )
     try:
@@ -123,6 +131,7 @@ async def _gateway(options: ServeOptions, triton: TritonProcess) -> AsyncIterato
             metrics_listen=options.metrics_listen,
             triton_address=triton.addresses.grpc,
             grace_seconds=options.grace_seconds,
+            cache_megabytes=options.cache_megabytes,
         )
     )
     await gateway.start()
@@ -133,9 +142,15 @@ async def _gateway(options: ServeOptions, triton: TritonProcess) -> AsyncIterato
 
 
 async def _until_stopped(stop: asyncio.Event, triton: TritonProcess) -> None:
-    await _first(stop.wait(), triton.wait_ended())
-    if not stop.is_set():
-        raise TritonEndedError("Triton ended by itself")
+    ended = asyncio.create_task(triton.wait_ended())
+    try:
+        await asyncio.wait(
+            [ended, asyncio.ensure_future(stop.wait())], return_when=asyncio.FIRST_COMPLETED
+        )
+        if not stop.is_set():
+            raise TritonEndedError(await ended)
+    finally:
+        ended.cancel()
 
 
 async def _first(*coroutines: Coroutine[Any, Any, object]) -> None:

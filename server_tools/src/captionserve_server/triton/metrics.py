@@ -66,6 +66,7 @@ class DecoderMetrics:
             *(_Shown(name, family.GAUGE, *what, labels) for name, what in gauges.items()),
             *(_Shown(name, family.COUNTER, *what, labels) for name, what in counters.items()),
         ]
+        self._show()
 
     @contextmanager
     def image(self) -> Iterator[None]:
@@ -84,8 +85,11 @@ class DecoderMetrics:
         now = time.monotonic()
         if self._scheduler.idle or now >= self._next_show:
             self._next_show = now + _PACE_SECONDS
-            for each in self._shown:
-                each.show()
+            self._show()
+
+    def _show(self) -> None:
+        for each in self._shown:
+            each.show()
 
 
 class _Shown:
