@@ -103,7 +103,9 @@ class _VersionFiles:
 
 
 def _newest_version(folder: Path) -> int:
-    versions = [int(path.name) for path in (folder / files.DECODER).glob("*/") if path.name.isdecimal()]
+    versions = [
+        int(path.name) for path in (folder / files.DECODER).glob("*/") if path.name.isdecimal()
+    ]
     if not versions:
         raise ModelFolderError(f"{folder}: {files.what_is_missing(folder)}")
     return max(versions)

@@ -37,8 +37,8 @@ def what_is_missing(folder: Path) -> str:
     older = [name for name in _MODELS_OF_OLDER_EXPORTS if (folder / name).is_dir()]
     if older:
         return (
-            f"this model repository was written by an older export (it holds {' and '.join(older)}): "
-            "export the checkpoint again, into a new folder"
+            f"this model repository was written by an older export (it holds "
+            f"{' and '.join(older)}): export the checkpoint again, into a new folder"
         )
     missing = [name for name in MODELS if not (folder / name / "config.pbtxt").is_file()]
     if not missing:

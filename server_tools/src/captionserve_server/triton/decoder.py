@@ -2,8 +2,8 @@
 
     execute         accepts: reads the message, checks the options, makes room
     image threads   decode and resize the files
-    engine          one thread: has newcomers encoded by `vision_encoder` and decodes everybody, step
-                    by step, with the prefill and step graphs and the KV cache of this process
+    engine          one thread: has newcomers encoded by `vision_encoder` and decodes everybody,
+                    step by step, with the graphs and the KV cache of this process
     answering       one thread: makes and sends the answers, in their order
 
 Streams and plain calls are rows of the same batch. When a thread ends by a bug, everybody who waits

@@ -115,4 +115,3 @@ class Front(ABC):
                 wire.DECODER, self._version, {wire.CANCEL: text_array(name)}, wire.CAPTIONS
             ):
                 pass
-'''

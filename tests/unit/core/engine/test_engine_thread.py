@@ -113,9 +113,7 @@ def test_many_submitters_get_each_their_own(setup: Setup) -> None:
     setup.model.may_step.set()
     with ThreadPoolExecutor(16) as pool:
         futures = list(
-            pool.map(
-                lambda image: setup.submit(pixels_of(image % 8), PLAN, Caller()), range(64)
-            )
+            pool.map(lambda image: setup.submit(pixels_of(image % 8), PLAN, Caller()), range(64))
         )
     results = [future.result(WAIT_SECONDS) for future in futures]
     assert all(results[image] == results[image % 8] for image in range(64))

@@ -131,9 +131,7 @@ class KVCacheMachine(RuleBasedStateMachine):
             assert array.base is not None
 
 
-KVCacheMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None
-)
+KVCacheMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestKVCache = KVCacheMachine.TestCase
 
 
