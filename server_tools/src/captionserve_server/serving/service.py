@@ -13,8 +13,9 @@ from typing import Any
 
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.config import GatewayConfig
+from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
+from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.gateway.server import Gateway
-from captionserve_server.gateway.triton_client import TimeLimit, TritonClient
 from captionserve_server.serving.installation import find_triton
 from captionserve_server.serving.ready import ReadyReport, ready_file
 from captionserve_server.serving.triton_process import TritonProcess, TritonStartError
@@ -38,7 +39,7 @@ class ServeOptions:
         metrics_listen: host:port of the gateway's Prometheus metrics.
         ready_file: written as JSON once captions can be answered, removed at the end.
         tritonserver: the tritonserver executable; None finds one.
-        response_cache_megabytes: memory for answers that may be asked for again; 0 for none.
+        cache_megabytes: memory for answers that may be asked for again; 0 for none.
         threads: of one run of a graph; 0 follows from the cores there are.
         start_seconds: how long Triton may take to load its models.
         grace_seconds: how long calls in flight may take at the end.
@@ -49,7 +50,7 @@ class ServeOptions:
     metrics_listen: str = "127.0.0.1:0"
     ready_file: Path | None = None
     tritonserver: Path | None = None
-    response_cache_megabytes: int = 64
+    cache_megabytes: int = 64
     threads: int = 0
     start_seconds: float = 300.0
     grace_seconds: float = 30.0
@@ -92,7 +93,6 @@ async def _triton(options: ServeOptions, stop: asyncio.Event) -> AsyncIterator[T
     triton = TritonProcess(
         find_triton(options.tritonserver),
         options.model_repository,
-        response_cache_bytes=options.response_cache_megabytes * 2**20,
         threads=options.threads,
     )
     try:
@@ -104,11 +104,10 @@ async def _triton(options: ServeOptions, stop: asyncio.Event) -> AsyncIterator[T
 
 async def _caption_once(triton: TritonProcess, timeout_seconds: float) -> None:
     """Prove with a real caption that Triton is ready; it says so before anything has decoded."""
-    client = TritonClient(triton.addresses.grpc)
+    client = DecoderClient(triton.addresses.grpc)
+    image = InputTensor(wire.IMAGE, (1,), encode_strings([_CANARY_IMAGE]))
     try:
-        await client.infer_captions(
-            {wire.IMAGE: [_CANARY_IMAGE]}, TimeLimit(timeout_seconds, timeout_seconds)
-        )
+        await client.caption([image], TimeLimit(timeout_seconds, timeout_seconds))
     except CaptionServeError as error:
         raise TritonStartError(f"the first caption failed: {error.message}") from error
     finally:
@@ -122,6 +121,7 @@ async def _gateway(options: ServeOptions, triton: TritonProcess) -> AsyncIterato
             listen=options.listen,
             metrics_listen=options.metrics_listen,
             triton_address=triton.addresses.grpc,
+            cache_megabytes=options.cache_megabytes,
             grace_seconds=options.grace_seconds,
         )
     )
