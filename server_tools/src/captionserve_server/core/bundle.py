@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
 from captionserve_server.core.confidence import Calibration
@@ -31,7 +30,7 @@ class Bundle:
     defaults: DecodingOptions
     calibration: Calibration
 
-    def plan(self, given: Mapping[str, Any], encode: Encode) -> CaptionPlan:
+    def plan(self, given: Mapping[str, object], encode: Encode) -> CaptionPlan:
         """How to decode for a caller: the checkpoint's defaults with the caller's own options.
 
         Args:
@@ -78,14 +77,6 @@ class Bundle:
         return cls(
             geometry=DecoderGeometry(**values["geometry"]),
             special=SpecialTokens(start=special["start"], end=tuple(special["end"])),
-            defaults=_options(values["defaults"]),
+            defaults=DecodingOptions.from_given(values["defaults"]),
             calibration=Calibration(**values["calibration"]),
         )
-
-
-def _options(values: dict[str, Any]) -> DecodingOptions:
-    """Options from JSON, which has lists where they have tuples."""
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return DecodingOptions(**given)

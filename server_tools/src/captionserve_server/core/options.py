@@ -1,16 +1,23 @@
-"""Decoding options: one frozen dataclass, validated once, in one place."""
+"""Decoding options: each is said once, as a field with its type, range and help, and checked here.
+
+Whoever brings options, a JSON text, the gateway or a caller in this process, gets the same checks:
+one InvalidOptionsError that names every field at fault. The command line and the documentation
+are derived from `OPTIONS`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+import numbers
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 from captionserve_server.core.errors import InvalidOptionsError
 
-EarlyStopping = Literal["false", "true", "never"]
-EARLY_STOPPING_VALUES: tuple[EarlyStopping, ...] = ("false", "true", "never")
+EarlyStopping = bool | Literal["never"]
+EARLY_STOPPING_VALUES: tuple[EarlyStopping, ...] = (False, True, "never")
 
 MAX_NUM_BEAMS = 16
 # A caption is a sentence; a longer one only holds memory that others wait for.
@@ -22,8 +29,98 @@ MAX_WORD_CHARACTERS = 100
 MAX_PREFIX_CHARACTERS = 500
 MAX_SUPPRESSED_TOKENS = 256
 MAX_SEED = 2**63 - 1
+# Full lists of words, each character written as two escapes, take about 165,000 bytes.
+MAX_OPTIONS_BYTES = 256 * 1024
+
+# Errors travel in gRPC's trailing metadata, which has 8 KB: what a caller wrote is cut.
+_SHOWN_CHARACTERS = 40
+_SHOWN_UNKNOWN_NAMES = 8
 
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What is said of one option beside its name and default.
+
+    Attributes:
+        kind: int, float, bool or str; of a list, its elements'.
+        help: its meaning in one sentence.
+        least: smallest number allowed; None where there is no range.
+        most: largest number allowed.
+        above_least: whether the least itself is too small.
+        words: other values it takes, as text.
+        max_items: most elements of a list; None for what is no list.
+        min_characters: fewest characters of a text, spaces around it not counted.
+        max_characters: most characters of a text.
+        flag: its flag on the command line where that is not its name.
+    """
+
+    kind: type
+    help: str
+    least: float | None = None
+    most: float | None = None
+    above_least: bool = False
+    words: tuple[str, ...] = ()
+    max_items: int | None = None
+    min_characters: int = 0
+    max_characters: int | None = None
+    flag: str | None = None
+
+    def fault(self, value: object) -> str | None:
+        """What is wrong with a value, None if nothing is."""
+        if self.max_items is None:
+            return self._fault_of_one(value)
+        if not isinstance(value, tuple):
+            return f"must be a list, is {_type_name(value)}"
+        if len(value) > self.max_items:
+            return f"must have at most {self.max_items} elements, has {len(value)}"
+        return next(
+            (f"each {fault}" for each in value if (fault := self._fault_of_one(each))), None
+        )
+
+    def _fault_of_one(self, value: object) -> str | None:
+        if isinstance(value, str):
+            if self.words and value not in self.words:
+                return f"must be {self.wanted()}, is {_short(value)!r}"
+            if not self.words and self.kind is not str:
+                return f"must be {self.wanted()}, is text"
+            return self._fault_of_text(value)
+        # True is a number to Python, but nobody's number of beams.
+        if type(value) is not self.kind:
+            return f"must be {self.wanted()}, is {_type_name(value)}"
+        if self.least is None or self.most is None:
+            return None
+        number: Any = value
+        if not self.least <= number <= self.most or (self.above_least and number == self.least):
+            return f"must be {self.range()}, is {_shown_number(number)}"
+        return None
+
+    def _fault_of_text(self, text: str) -> str | None:
+        most = math.inf if self.max_characters is None else self.max_characters
+        if not (self.min_characters <= len(text.strip()) and len(text) <= most):
+            return f"must have {self.min_characters} to {most} characters"
+        # JSON's escapes can write half of a pair, which no tokenizer takes.
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            return "must be valid Unicode"
+        return None
+
+    def wanted(self) -> str:
+        """The type in words, such as "an integer"."""
+        name = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
+        return " or ".join([name, *(f'"{word}"' for word in self.words)])
+
+    def range(self) -> str:
+        """The range in words, such as "1 to 16"; empty where there is none."""
+        if self.least is None or self.most is None:
+            return ""
+        above = "above " if self.above_least else ""
+        return f"{above}{_shown_number(self.least)} to {_shown_number(self.most)}"
+
+
+def _option(default: Any, kind: type, help: str, **more: Any) -> Any:
+    """A dataclass field that carries its Option."""
+    return dataclasses.field(default=default, metadata={"option": Option(kind, help, **more)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,68 +130,164 @@ class DecodingOptions:
     What transformers lacks: `seed`, words as text instead of token ids (`bad_words`, `force_words`,
     `prefix`), and `allow_partial`.
 
-    Attributes:
-        num_beams: beams of the beam search, 1 to 16; 1 is greedy search, or sampling.
-        max_length: most tokens of a caption, the decoder start token included, 2 to 256; times
-            num_beams (or num_return_sequences when sampling) at most 2048.
-        min_length: fewest tokens, the decoder start token included, 0 to max_length.
-        length_penalty: exponent of the length that divides the summed log-probability, -10 to 10.
-        early_stopping: "false", "true" or "never".
-        num_return_sequences: captions returned, 1 to num_beams, or 1 to 16 when sampling.
-        do_sample: draw tokens instead of taking the likeliest; with num_beams 1.
-        temperature: divides the logits before drawing, above 0 to 100.
-        top_k: draw among so many of the likeliest tokens; 0 for all.
-        top_p: draw among the likeliest tokens that together have this probability, above 0 to 1.
-        min_p: draw among tokens of at least this share of the likeliest one's probability, 0 to 1.
-        seed: of the draws, 0 to 2**63 - 1; the same seed gives the same captions. None: any.
-        num_beam_groups: groups of beams that are kept apart from each other; divides num_beams.
-        diversity_penalty: subtracted from a token's log-probability for each beam of an earlier
-            group that takes it at this step, above 0 to 100 with more than one group.
-        repetition_penalty: above 0 to 100; above 1 makes tokens that have occurred unlikelier.
-        no_repeat_ngram_size: no n-gram of this many tokens occurs twice; 0 is off.
-        bad_words: words or phrases that are not generated, at most 64 of at most 100 characters.
-        force_words: words or phrases that every caption contains; needs beam search.
-        prefix: text with which the caption begins, at most 500 characters.
-        suppress_tokens: token ids that are not generated, at most 256.
-        output_attentions: return each token's cross-attention over the image.
-        allow_partial: when the deadline comes first, return the best so far instead of failing.
-
     Raises:
-        InvalidOptionsError: naming every field that is out of range or contradicts another.
+        InvalidOptionsError: naming every field that has the wrong type, is out of range or
+            contradicts another.
     """
 
-    num_beams: int = 1
+    num_beams: int = _option(
+        1,
+        int,
+        "Beams of the beam search; 1 is greedy search, or sampling.",
+        least=1,
+        most=MAX_NUM_BEAMS,
+    )
     # generate() allows 20 tokens beside the start token where nothing says otherwise.
-    max_length: int = 21
-    min_length: int = 0
-    length_penalty: float = 1.0
-    early_stopping: EarlyStopping = "false"
-    num_return_sequences: int = 1
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    num_beam_groups: int = 1
-    diversity_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    bad_words: tuple[str, ...] = ()
-    force_words: tuple[str, ...] = ()
-    prefix: str = ""
-    suppress_tokens: tuple[int, ...] = ()
-    output_attentions: bool = False
-    allow_partial: bool = False
+    max_length: int = _option(
+        21,
+        int,
+        "Most tokens of a caption, the decoder start token included.",
+        least=2,
+        most=MAX_MAX_LENGTH,
+    )
+    min_length: int = _option(
+        0, int, "Fewest tokens, the decoder start token included.", least=0, most=MAX_MAX_LENGTH
+    )
+    # Beyond this the length's power leaves float32 and says nothing about captions any more.
+    length_penalty: float = _option(
+        1.0,
+        float,
+        "Exponent of the length that divides the summed log-probability.",
+        least=-10.0,
+        most=10.0,
+    )
+    early_stopping: EarlyStopping = _option(
+        False,
+        bool,
+        "True stops once num_beams captions are complete, false when better ones are unlikely, "
+        "never only when no better one is possible.",
+        words=("never",),
+    )
+    num_return_sequences: int = _option(
+        1,
+        int,
+        "Captions to return, best first; at most num_beams unless sampling.",
+        least=1,
+        most=MAX_NUM_BEAMS,
+    )
+    do_sample: bool = _option(
+        False, bool, "Draw tokens instead of taking the likeliest; with num_beams 1."
+    )
+    temperature: float = _option(
+        1.0,
+        float,
+        "Divides the logits before drawing.",
+        least=0.0,
+        most=100.0,
+        above_least=True,
+    )
+    top_k: int = _option(
+        50,
+        int,
+        "Draw among so many of the likeliest tokens; 0 for all.",
+        least=0,
+        most=2**31 - 1,
+    )
+    top_p: float = _option(
+        1.0,
+        float,
+        "Draw among the likeliest tokens that together have this probability.",
+        least=0.0,
+        most=1.0,
+        above_least=True,
+    )
+    min_p: float = _option(
+        0.0,
+        float,
+        "Draw among tokens of at least this share of the likeliest one's probability.",
+        least=0.0,
+        most=1.0,
+    )
+    seed: int | None = _option(
+        None,
+        int,
+        "Seed of the draws; the same one gives the same captions.",
+        least=0,
+        most=MAX_SEED,
+    )
+    num_beam_groups: int = _option(
+        1,
+        int,
+        "Groups of beams that are kept apart from each other; divides num_beams.",
+        least=1,
+        most=MAX_NUM_BEAMS,
+    )
+    diversity_penalty: float = _option(
+        0.0,
+        float,
+        "Subtracted from a token's log-probability for each beam of an earlier group that takes "
+        "it at this step.",
+        least=0.0,
+        most=100.0,
+    )
+    repetition_penalty: float = _option(
+        1.0,
+        float,
+        "Above 1 makes tokens that have occurred unlikelier.",
+        least=0.0,
+        most=100.0,
+        above_least=True,
+    )
+    no_repeat_ngram_size: int = _option(
+        0,
+        int,
+        "No n-gram of this many tokens occurs twice; 0 is off.",
+        least=0,
+        most=MAX_MAX_LENGTH,
+    )
+    bad_words: tuple[str, ...] = _option(
+        (),
+        str,
+        "Words or phrases that are not generated.",
+        max_items=MAX_WORDS,
+        min_characters=1,
+        max_characters=MAX_WORD_CHARACTERS,
+        flag="--bad-word",
+    )
+    force_words: tuple[str, ...] = _option(
+        (),
+        str,
+        "Words or phrases that every caption contains; needs beam search.",
+        max_items=MAX_WORDS,
+        min_characters=1,
+        max_characters=MAX_WORD_CHARACTERS,
+        flag="--force-word",
+    )
+    prefix: str = _option(
+        "", str, "Text with which the caption begins.", max_characters=MAX_PREFIX_CHARACTERS
+    )
+    suppress_tokens: tuple[int, ...] = _option(
+        (),
+        int,
+        "Token ids that are not generated.",
+        least=0,
+        most=2**31 - 1,
+        max_items=MAX_SUPPRESSED_TOKENS,
+        flag="--suppress-token",
+    )
+    output_attentions: bool = _option(
+        False, bool, "Return each token's cross-attention over the image.", flag="--attention"
+    )
+    allow_partial: bool = _option(
+        False,
+        bool,
+        "When the deadline comes first, return the best so far instead of failing.",
+        flag="--allow-partial",
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be decoded, all fields at once."""
-        violations = _range_violations(self)
-        for pair in _contradictions(self):
-            # A field that is out of range contradicts others in no way worth telling.
-            if not violations.keys() & pair.keys():
-                violations |= pair
-        _raise_if_any(violations)
+        _raise_if_any(_violations(vars(self), given=()))
 
     @property
     def rows(self) -> int:
@@ -106,25 +299,173 @@ class DecodingOptions:
         """Whether the same image and options always give the same captions."""
         return not self.allow_partial and (not self.do_sample or self.seed is not None)
 
-    def with_given(self, given: Mapping[str, Any]) -> DecodingOptions:
+    def with_given(self, given: Mapping[str, object]) -> DecodingOptions:
         """These options with the caller's own in their places.
 
         Who asks for sampling does not mean the beams of a checkpoint's defaults.
 
         Args:
-            given: option name to value, holding only what the caller set.
+            given: option name to value as JSON has it; None is not set. Python's and numpy's own
+                integers, reals and sequences will do.
 
         Raises:
             InvalidOptionsError: if a name is unknown, the result is invalid, or the caller set an
                 option that another one makes meaningless.
         """
-        unknown = set(given) - {field.name for field in dataclasses.fields(self)}
-        _raise_if_any(dict.fromkeys(sorted(unknown), "is not an option"))
-        if given.get("do_sample"):
-            given = {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0} | dict(given)
-        options = dataclasses.replace(self, **given)
-        _raise_if_any(_meaningless(options, given))
-        return options
+        own = {name: value for name, value in given.items() if value is not None}
+        unknown = sorted(own.keys() - OPTIONS.keys())[:_SHOWN_UNKNOWN_NAMES]
+        known = {name: _plain(OPTIONS[name], own[name]) for name in own.keys() & OPTIONS.keys()}
+        values = dict(vars(self))
+        if known.get("do_sample") is True:
+            values |= {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0}
+        values |= known
+        _raise_if_any(
+            dict.fromkeys(map(_short, unknown), "is not an option")
+            | _violations(values, given=known.keys())
+        )
+        return DecodingOptions(**values)
+
+    def as_given(self) -> dict[str, object]:
+        """All options as plain JSON values; what is None is left out."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(self).items()
+            if value is not None
+        }
+
+    @classmethod
+    def from_given(cls, values: Mapping[str, object]) -> DecodingOptions:
+        """Options from what `as_given` gave, exactly; what is left out has its default.
+
+        Unlike `with_given`, an option that another one switches off may be there: a checkpoint may
+        have a temperature of its own for those who sample.
+
+        Raises:
+            InvalidOptionsError: if a name is unknown or the options are invalid.
+        """
+        unknown = sorted(values.keys() - OPTIONS.keys())
+        _raise_if_any(dict.fromkeys(map(_short, unknown), "is not an option"))
+        return cls(**{name: _plain(OPTIONS[name], value) for name, value in values.items()})
+
+
+OPTIONS: Mapping[str, Option] = {
+    field.name: field.metadata["option"] for field in dataclasses.fields(DecodingOptions)
+}
+"""Every option by name, in the order of DecodingOptions."""
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(DecodingOptions)}
+
+
+class NamedOptions(TypedDict, total=False):
+    """The decoding options as keyword arguments, meant as in DecodingOptions; None is not set."""
+
+    num_beams: int | None
+    max_length: int | None
+    min_length: int | None
+    length_penalty: float | None
+    early_stopping: EarlyStopping | None
+    num_return_sequences: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    num_beam_groups: int | None
+    diversity_penalty: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    bad_words: Sequence[str] | None
+    force_words: Sequence[str] | None
+    prefix: str | None
+    suppress_tokens: Sequence[int] | None
+    output_attentions: bool | None
+    allow_partial: bool | None
+
+
+def parse_options(text: str | bytes) -> dict[str, object]:
+    """Read what a caller set from a JSON object, for `DecodingOptions.with_given`.
+
+    Args:
+        text: such as {"num_beams": 4, "early_stopping": "never"}; bytes are UTF-8. null is not set.
+
+    Raises:
+        InvalidOptionsError: naming "options" if this is no JSON object or too long, or the names
+            that occur twice.
+    """
+    try:
+        encoded = text.encode() if isinstance(text, str) else text
+        if len(encoded) > MAX_OPTIONS_BYTES:
+            raise InvalidOptionsError({"options": f"must be at most {MAX_OPTIONS_BYTES} bytes"})
+        values = json.loads(encoded.decode(), object_pairs_hook=_object)
+    # RecursionError: lists within lists. ValueError: bad UTF-8 or JSON, or thousands of digits.
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InvalidOptionsError):
+            raise
+        raise InvalidOptionsError({"options": "must be a JSON object in UTF-8"}) from error
+    if not isinstance(values, dict):
+        raise InvalidOptionsError({"options": f"must be a JSON object, is {_type_name(values)}"})
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for name, value in pairs:
+        if name in values:
+            raise InvalidOptionsError({_short(name): "is given twice"})
+        values[name] = value
+    return values
+
+
+def _plain(option: Option, value: object) -> object:
+    """A value in the option's own type where it means the same, else as it is."""
+    if option.max_items is not None:
+        # Text is a sequence of letters, which nobody means.
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            return value
+        return tuple(_plain_one(option.kind, each) for each in value)
+    return _plain_one(option.kind, value)
+
+
+def _plain_one(kind: type, value: object) -> object:
+    if isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, numbers.Integral):
+        return int(value)
+    if kind is float and isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    return value
+
+
+_TYPE_NAMES: Mapping[type, str] = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def _type_name(value: object) -> str:
+    return _TYPE_NAMES.get(type(value), _short(type(value).__name__))
+
+
+def _short(text: str) -> str:
+    """What a caller wrote, short enough for an error and without half pairs of characters."""
+    shown = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+    return shown.encode(errors="backslashreplace").decode()
+
+
+def _shown_number(number: float) -> str:
+    # Python refuses to write an integer of thousands of digits.
+    if isinstance(number, int) and number.bit_length() > 64:
+        return "an integer beyond 64 bits"
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _raise_if_any(violations: Mapping[str, str]) -> None:
@@ -132,66 +473,47 @@ def _raise_if_any(violations: Mapping[str, str]) -> None:
         raise InvalidOptionsError(violations)
 
 
-# Name, least, most, whether the least itself is allowed.
-_RANGES: tuple[tuple[str, float, float, bool], ...] = (
-    ("num_beams", 1, MAX_NUM_BEAMS, True),
-    ("max_length", 2, MAX_MAX_LENGTH, True),
-    ("min_length", 0, MAX_MAX_LENGTH, True),
-    # Beyond this the length's power leaves float32 and says nothing about captions any more.
-    ("length_penalty", -10.0, 10.0, True),
-    ("num_return_sequences", 1, MAX_NUM_BEAMS, True),
-    ("temperature", 0.0, 100.0, False),
-    ("top_k", 0, 2**31 - 1, True),
-    ("top_p", 0.0, 1.0, False),
-    ("min_p", 0.0, 1.0, True),
-    ("seed", 0, MAX_SEED, True),
-    ("num_beam_groups", 1, MAX_NUM_BEAMS, True),
-    ("diversity_penalty", 0.0, 100.0, True),
-    ("repetition_penalty", 0.0, 100.0, False),
-    ("no_repeat_ngram_size", 0, MAX_MAX_LENGTH, True),
-)
-
-
-def _range_violations(options: DecodingOptions) -> dict[str, str]:
+def _violations(values: Mapping[str, Any], given: Collection[str]) -> dict[str, str]:
+    """What is wrong with options, field by field; `given` are those the caller set."""
     violations = {
-        name: f"must be {'' if closed else 'above '}{least:g} to {most:g}, is {value}"
-        for name, least, most, closed in _RANGES
-        if (value := getattr(options, name)) is not None
-        and not _is_within(value, least, most, closed=closed)
+        name: fault
+        for name, option in OPTIONS.items()
+        # Of the options only seed is None by default.
+        if not (name == "seed" and values[name] is None)
+        and (fault := option.fault(values[name])) is not None
     }
-    if options.early_stopping not in EARLY_STOPPING_VALUES:
-        violations["early_stopping"] = f"must be one of {', '.join(EARLY_STOPPING_VALUES)}"
-    violations.update(_text_violations(options))
-    suppressed = options.suppress_tokens
-    if len(suppressed) > MAX_SUPPRESSED_TOKENS or any(token < 0 for token in suppressed):
-        violations["suppress_tokens"] = f"must be at most {MAX_SUPPRESSED_TOKENS} token ids"
+    # The contradictions are sought among sound values: built beside __post_init__, which asks us.
+    options = object.__new__(DecodingOptions)
+    vars(options).update(values, **{name: _DEFAULTS[name] for name in violations})
+    faulty = set(violations)
+    for pair in _contradictions(options, given):
+        # A field that is at fault itself contradicts others in no way worth telling.
+        if not faulty & pair.keys():
+            violations |= pair
     return violations
 
 
-def _is_within(value: float, least: float, most: float, *, closed: bool) -> bool:
-    return math.isfinite(value) and least <= value <= most and (closed or value != least)
-
-
-def _text_violations(options: DecodingOptions) -> Iterator[tuple[str, str]]:
-    for name in ("bad_words", "force_words"):
-        words: tuple[str, ...] = getattr(options, name)
-        if len(words) > MAX_WORDS:
-            yield name, f"must be at most {MAX_WORDS} words, are {len(words)}"
-        if any(not word.strip() or len(word) > MAX_WORD_CHARACTERS for word in words):
-            yield name, f"each must have 1 to {MAX_WORD_CHARACTERS} characters"
-    if len(options.prefix) > MAX_PREFIX_CHARACTERS:
-        yield "prefix", f"must be at most {MAX_PREFIX_CHARACTERS} characters"
-
-
-def _contradictions(options: DecodingOptions) -> list[dict[str, str]]:
+def _contradictions(options: DecodingOptions, given: Collection[str]) -> Iterator[dict[str, str]]:
     """Groups of fields, each fine alone, that cannot be followed together."""
-    return [
-        _return_sequences(options),
-        _groups(options),
-        _forced(options),
-        _lengths(options),
-        _size(options),
-    ]
+    yield _return_sequences(options)
+    yield _groups(options)
+    yield _forced(options)
+    yield _lengths(options)
+    yield _size(options)
+    # What a caller sets must mean something; a checkpoint's defaults may wait for their use.
+    if not options.do_sample:
+        for name in _SAMPLING_ONLY:
+            if name in given:
+                yield {name: "needs do_sample", "do_sample": "must be true for sampling"}
+    if (
+        "diversity_penalty" in given
+        and options.num_beam_groups == 1
+        and options.diversity_penalty != 0.0
+    ):
+        yield {
+            "diversity_penalty": "needs num_beam_groups above 1",
+            "num_beam_groups": "must be above 1 for diversity_penalty",
+        }
 
 
 def _return_sequences(options: DecodingOptions) -> dict[str, str]:
@@ -243,7 +565,7 @@ def _forced(options: DecodingOptions) -> dict[str, str]:
         word.strip() for word in options.bad_words
     }
     if both:
-        named = ", ".join(sorted(both))
+        named = _short(", ".join(sorted(both)))
         return {"force_words": f"also in bad_words: {named}", "bad_words": "also in force_words"}
     return {}
 
@@ -264,16 +586,3 @@ def _size(options: DecodingOptions) -> dict[str, str]:
     name = "num_return_sequences" if options.do_sample else "num_beams"
     text = f"{name} x max_length must be at most {MAX_ROWS_TIMES_LENGTH}"
     return {name: text, "max_length": text}
-
-
-def _meaningless(options: DecodingOptions, given: Mapping[str, Any]) -> dict[str, str]:
-    """Options that the caller set although another one switches them off."""
-    violations: dict[str, str] = {}
-    if not options.do_sample:
-        for name in _SAMPLING_ONLY:
-            if name in given:
-                violations |= {name: "needs do_sample", "do_sample": "must be true for sampling"}
-    if options.num_beam_groups == 1 and given.get("diversity_penalty", 0.0) != 0.0:
-        violations["diversity_penalty"] = "needs num_beam_groups above 1"
-        violations["num_beam_groups"] = "must be above 1 for diversity_penalty"
-    return violations

@@ -283,7 +283,7 @@ def _default_options(generation: GenerationConfig, max_positions: int) -> Decodi
             raise UnsupportedCheckpointError(f"its generation defaults have {name}")
     early_stopping = getattr(generation, "early_stopping", None)
     if early_stopping is not None:
-        given["early_stopping"] = early_stopping_name(early_stopping)
+        given["early_stopping"] = early_stopping
     length = generation.max_length or DecodingOptions.max_length
     if generation.max_new_tokens is not None:
         length = generation.max_new_tokens + 1

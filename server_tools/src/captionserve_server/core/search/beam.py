@@ -26,7 +26,7 @@ class BeamLanes(Lanes):
 
     Attributes:
         completed: the best completed captions of each group, in the group's rows, best first.
-        stops_when_full: bool [lanes], early_stopping "true".
+        stops_when_full: bool [lanes], early_stopping True.
         hopes_for_longest: bool [lanes], early_stopping "never" where longer captions score better.
         diversity_penalty: float64 [lanes].
     """
@@ -82,7 +82,7 @@ class BeamSearch(Search):
         return BeamLanes(
             **vars(lane),
             completed=Hypotheses.none(1, options.rows, options.max_length),
-            stops_when_full=np.array([options.early_stopping == "true"], np.bool_),
+            stops_when_full=np.array([options.early_stopping is True], np.bool_),
             hopes_for_longest=np.array(
                 [options.early_stopping == "never" and options.length_penalty > 0], np.bool_
             ),
