@@ -49,7 +49,8 @@ class Message:
         """All inputs of the decoder; with `stream` it also tells words as they become certain."""
         inputs = list(self.image)
         if self.given:
-            text = json.dumps(self.given, allow_nan=False).encode()
+            # Not in ASCII, where a letter of many scripts would take six bytes of the decoder's limit.
+            text = json.dumps(self.given, allow_nan=False, ensure_ascii=False).encode()
             inputs.append(InputTensor(wire.OPTIONS, (1,), encode_strings([text])))
         if stream:
             inputs.append(InputTensor(wire.STREAM, (1,), b"\x01"))

@@ -117,9 +117,9 @@ class DecoderClient:
             raise ModelUnavailableError(_UNAVAILABLE) from error
         try:
             description = json.loads(answer.outputs[wire.DESCRIPTION.name].values[0])
-            defaults = DecodingOptions().with_given(description["defaults"])
+            defaults = DecodingOptions.from_given(description["defaults"])
             return Description(int(description["version"]), defaults)
-        except (ValueError, LookupError, TypeError, InvalidOptionsError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, InvalidOptionsError) as error:
             raise ModelFaultError(_UNREADABLE) from error
 
     async def caption(self, inputs: Iterable[InputTensor], time_limit: TimeLimit) -> Answer:
