@@ -91,11 +91,15 @@ def to_proto(options: GenerationOptions) -> caption_pb2.GenerationOptions:
 def _set(message: caption_pb2.GenerationOptions, name: str, value: object) -> None:
     if name == "early_stopping":
         value = _early_stopping(value)
+    field = message.DESCRIPTOR.fields_by_name[name]
     try:
-        if message.DESCRIPTOR.fields_by_name[name].is_repeated:
-            getattr(message, name).extend(_several(value))
-        else:
+        if field.message_type is None:
             setattr(message, name, value)
+        else:
+            values = getattr(message, name)
+            # An empty list is set too: it is not the checkpoint's default.
+            values.SetInParent()
+            values.values.extend(_several(value))
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{name} cannot be sent: {value}") from error
     except TypeError as error:

@@ -23,6 +23,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Resize:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResizeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Resize.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESIZE_UNSPECIFIED: _Resize.ValueType  # 0
+    """The checkpoint's way."""
+    RESIZE_CHECKPOINT: _Resize.ValueType  # 1
+    """The checkpoint's way, said outright."""
+    RESIZE_CENTER_CROP: _Resize.ValueType  # 2
+    """The shorter side is resized to fit, and the middle of the longer one kept."""
+    RESIZE_LETTERBOX: _Resize.ValueType  # 3
+    """The longer side is resized to fit, and the shorter one padded."""
+
+class Resize(_Resize, metaclass=_ResizeEnumTypeWrapper):
+    """Resize says how an image gets the size that the checkpoint reads."""
+
+RESIZE_UNSPECIFIED: Resize.ValueType  # 0
+"""The checkpoint's way."""
+RESIZE_CHECKPOINT: Resize.ValueType  # 1
+"""The checkpoint's way, said outright."""
+RESIZE_CENTER_CROP: Resize.ValueType  # 2
+"""The shorter side is resized to fit, and the middle of the longer one kept."""
+RESIZE_LETTERBOX: Resize.ValueType  # 3
+"""The longer side is resized to fit, and the shorter one padded."""
+Global___Resize: _TypeAlias = Resize  # noqa: Y015
+
 class _EarlyStopping:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -172,8 +200,14 @@ class CaptionRequest(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     BYPASS_CACHE_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
+    RESIZE_FIELD_NUMBER: _builtins.int
     bypass_cache: _builtins.bool
     """Compute the answer anew, whatever the server remembers."""
+    resize: Global___Resize.ValueType
+    """How the image gets the size that the checkpoint reads. This version refuses all but
+    RESIZE_UNSPECIFIED.
+    """
     @_builtins.property
     def image(self) -> Global___Image:
         """The image to describe. Required."""
@@ -182,20 +216,60 @@ class CaptionRequest(_message.Message):
     def options(self) -> Global___GenerationOptions:
         """How to decode; what is not set takes the checkpoint's own default."""
 
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Region]:
+        """Parts of the image to describe. This version refuses them."""
+
     def __init__(
         self,
         *,
         image: Global___Image | None = ...,
         options: Global___GenerationOptions | None = ...,
         bypass_cache: _builtins.bool = ...,
+        regions: _abc.Iterable[Global___Region] | None = ...,
+        resize: Global___Resize.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_cache", b"bypass_cache", "image", b"image", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_cache", b"bypass_cache", "image", b"image", "options", b"options", "regions", b"regions", "resize", b"resize"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CaptionRequest: _TypeAlias = CaptionRequest  # noqa: Y015
+
+@_typing.final
+class Region(_message.Message):
+    """Region is a rectangle in pixels of the upright image, as its EXIF orientation turns it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEFT_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    RIGHT_FIELD_NUMBER: _builtins.int
+    BOTTOM_FIELD_NUMBER: _builtins.int
+    left: _builtins.int
+    """First column."""
+    top: _builtins.int
+    """First row."""
+    right: _builtins.int
+    """The column after the last."""
+    bottom: _builtins.int
+    """The row after the last."""
+    def __init__(
+        self,
+        *,
+        left: _builtins.int = ...,
+        top: _builtins.int = ...,
+        right: _builtins.int = ...,
+        bottom: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bottom", b"bottom", "left", b"left", "right", b"right", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Region: _TypeAlias = Region  # noqa: Y015
 
 @_typing.final
 class Image(_message.Message):
@@ -204,22 +278,58 @@ class Image(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENCODED_FIELD_NUMBER: _builtins.int
+    PIXEL_VALUES_FIELD_NUMBER: _builtins.int
     encoded: _builtins.bytes
     """A whole JPEG, PNG, WebP, BMP, GIF (first frame) or binary PPM file."""
+    @_builtins.property
+    def pixel_values(self) -> Global___PixelValues:
+        """What the checkpoint's own image processor makes of it."""
+
     def __init__(
         self,
         *,
         encoded: _builtins.bytes = ...,
+        pixel_values: Global___PixelValues | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "encoded", b"encoded"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "encoded", b"encoded", "pixel_values", b"pixel_values"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "encoded", b"encoded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "encoded", b"encoded", "pixel_values", b"pixel_values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["encoded"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["encoded", "pixel_values"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
 Global___Image: _TypeAlias = Image  # noqa: Y015
+
+@_typing.final
+class PixelValues(_message.Message):
+    """PixelValues is a picture that has been resized and normalised."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    height: _builtins.int
+    """Rows; must be the checkpoint's."""
+    width: _builtins.int
+    """Columns; must be the checkpoint's."""
+    values: _builtins.bytes
+    """float32, little-endian, [3, height, width]: red, green, blue."""
+    def __init__(
+        self,
+        *,
+        height: _builtins.int = ...,
+        width: _builtins.int = ...,
+        values: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "values", b"values", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PixelValues: _TypeAlias = PixelValues  # noqa: Y015
 
 @_typing.final
 class GenerationOptions(_message.Message):
@@ -290,15 +400,15 @@ class GenerationOptions(_message.Message):
     allow_partial: _builtins.bool
     """When the deadline comes first, return the best so far instead of failing."""
     @_builtins.property
-    def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def bad_words(self) -> Global___StringList:
         """Words or phrases that are not generated."""
 
     @_builtins.property
-    def force_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+    def force_words(self) -> Global___StringList:
         """Words or phrases that every caption contains; needs num_beams above 1."""
 
     @_builtins.property
-    def suppress_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+    def suppress_tokens(self) -> Global___TokenIds:
         """Token ids that are not generated."""
 
     def __init__(
@@ -320,14 +430,14 @@ class GenerationOptions(_message.Message):
         diversity_penalty: _builtins.float | None = ...,
         repetition_penalty: _builtins.float | None = ...,
         no_repeat_ngram_size: _builtins.int | None = ...,
-        bad_words: _abc.Iterable[_builtins.str] | None = ...,
-        force_words: _abc.Iterable[_builtins.str] | None = ...,
+        bad_words: Global___StringList | None = ...,
+        force_words: Global___StringList | None = ...,
         prefix: _builtins.str | None = ...,
-        suppress_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        suppress_tokens: Global___TokenIds | None = ...,
         output_attentions: _builtins.bool | None = ...,
         allow_partial: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_min_length", b"_min_length", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "length_penalty", b"length_penalty", "max_length", b"max_length", "min_length", b"min_length", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_min_length", b"_min_length", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "min_length", b"min_length", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_min_length", b"_min_length", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "early_stopping", b"early_stopping", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "min_length", b"min_length", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -405,6 +515,54 @@ class GenerationOptions(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
 
 Global___GenerationOptions: _TypeAlias = GenerationOptions  # noqa: Y015
+
+@_typing.final
+class StringList(_message.Message):
+    """StringList is a list of texts; one that is set may be empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The texts."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StringList: _TypeAlias = StringList  # noqa: Y015
+
+@_typing.final
+class TokenIds(_message.Message):
+    """TokenIds is a list of token ids; one that is set may be empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ids."""
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class CaptionResponse(_message.Message):

@@ -161,7 +161,7 @@ class DecodingOptions:
         least=-10.0,
         most=10.0,
     )
-    early_stopping: EarlyStopping = _option(
+    early_stopping: EarlyStopping = _option(  # noqa: RUF009  # It is a dataclass field.
         False,
         bool,
         "True stops once num_beams captions are complete, false when better ones are unlikely, "

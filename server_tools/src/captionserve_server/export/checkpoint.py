@@ -29,7 +29,7 @@ from captionserve_server.core.captions import SpecialTokens
 from captionserve_server.core.confidence import Calibration
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.geometry import DecoderGeometry
-from captionserve_server.core.options import MAX_MAX_LENGTH, DecodingOptions, EarlyStopping
+from captionserve_server.core.options import MAX_MAX_LENGTH, DecodingOptions
 from captionserve_server.core.preprocessing import PreprocessorConfig, read_preprocessor_config
 
 SUPPORTED_ENCODERS = ("vit", "deit")
@@ -277,7 +277,6 @@ def _default_options(generation: GenerationConfig, max_positions: int) -> Decodi
         for name in _GENERATION_DEFAULTS
         if getattr(generation, name, None) is not None
     }
-    given["suppress_tokens"] = tuple(given.get("suppress_tokens", ()))
     for name in _UNSUPPORTED_GENERATION:
         if getattr(generation, name, None) is not None:
             raise UnsupportedCheckpointError(f"its generation defaults have {name}")
@@ -289,13 +288,6 @@ def _default_options(generation: GenerationConfig, max_positions: int) -> Decodi
         length = generation.max_new_tokens + 1
     given["max_length"] = min(length, max_positions, MAX_MAX_LENGTH)
     try:
-        return DecodingOptions(**given)
+        return DecodingOptions.from_given(given)
     except InvalidOptionsError as error:
         raise UnsupportedCheckpointError(f"its generation defaults: {error.message}") from error
-
-
-def early_stopping_name(value: bool | str) -> EarlyStopping:
-    """Transformers' early_stopping as ours is written."""
-    if value == "never":
-        return "never"
-    return "true" if value else "false"
