@@ -49,7 +49,7 @@ class Message:
         """All inputs of the decoder; with `stream` it also tells words as they become certain."""
         inputs = list(self.image)
         if self.given:
-            # Not in ASCII, where a letter of many scripts would take six bytes of the decoder's limit.
+            # Not in ASCII, where most scripts' letters take six bytes of what the decoder allows.
             text = json.dumps(self.given, allow_nan=False, ensure_ascii=False).encode()
             inputs.append(InputTensor(wire.OPTIONS, (1,), encode_strings([text])))
         if stream:
@@ -67,11 +67,11 @@ def decoder_message(request: caption_pb2.CaptionRequest) -> Message:
         InvalidRequestError: if resize is such a number.
     """
     image = [_image(request.image)]
-    if getattr(request, "regions", ()):
+    if request.regions:
         corners = [(box.left, box.top, box.right, box.bottom) for box in request.regions]
         raw = b"".join(struct.pack("<4i", *each) for each in corners)
         image.append(InputTensor(wire.REGIONS, (len(corners), 4), raw))
-    if getattr(request, "resize", 0):
+    if request.resize:
         if request.resize not in caption_pb2.Resize.values():
             raise InvalidRequestError("resize is not one of the API's")
         name = caption_pb2.Resize.Name(request.resize).removeprefix("RESIZE_").lower()
@@ -102,8 +102,6 @@ def _given_options(options: caption_pb2.GenerationOptions) -> dict[str, Any]:
         elif field.message_type is not None:
             # Lists are messages, so that an empty one can be told from none.
             value = list(value.values)
-        elif field.is_repeated:
-            value = list(value)
         given[field.name] = value
     return given
 
