@@ -1,9 +1,10 @@
-"""A small GRPCInferenceService: answers as the captioner does, waits, or fails as Triton fails."""
+"""A small GRPCInferenceService: answers as the decoder does, waits, or fails as Triton fails."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,9 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 WAIT_SECONDS = 20.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Answer = Callable[
-    [service_pb2.ModelInferRequest, Context], Awaitable[service_pb2.ModelInferResponse]
-]
+Outputs = Mapping[TensorSpec, "bytes | NDArray[np.generic]"]
 Stream = Callable[
     [service_pb2.ModelInferRequest, Context], AsyncIterator[service_pb2.ModelStreamInferResponse]
 ]
@@ -41,7 +40,6 @@ def good_outputs() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
         wire.TOKEN_TEXTS: np.array(
             [[b"a red", b" apple", b""], [b"un caf\xc3\xa9", b"", b""]], np.object_
         ),
-        wire.COMPUTED_FOR: encode_strings([b"another"]),
     }
 
 
@@ -59,18 +57,13 @@ def part_outputs(text: str, *token_ids: int) -> dict[TensorSpec, bytes | NDArray
     }
 
 
-def computed_for(request_id: str) -> dict[TensorSpec, bytes | NDArray[np.generic]]:
-    """The same, computed for a request of that id."""
-    return good_outputs() | {wire.COMPUTED_FOR: encode_strings([request_id.encode()])}
-
-
 def infer_response(
     outputs: Mapping[TensorSpec, bytes | NDArray[np.generic]],
     version: str = "3",
     request_id: str = "",
 ) -> service_pb2.ModelInferResponse:
     response = service_pb2.ModelInferResponse(
-        model_name="captioner", model_version=version, id=request_id
+        model_name="decoder", model_version=version, id=request_id
     )
     for spec, values in outputs.items():
         raw, shape = _raw(values)
@@ -98,35 +91,33 @@ def is_strings(raw: bytes) -> bool:
 
 # tritonclient's generated code has no types.
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Answers with `answer`; keeps the requests and tells when one arrives or is cancelled."""
+    """Answers with `stream`; keeps the requests and tells when one arrives or is cancelled.
+
+    Questions for the description are answered apart, as `version` with `defaults`, and counted.
+    """
 
     def __init__(self) -> None:
         self.address = ""
+        self.version = 3
+        self.defaults: dict[str, Any] = {}
+        self.described = 0
         self.requests: list[service_pb2.ModelInferRequest] = []
         self.seconds_left: list[float | None] = []
         self.arrived = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.may_answer = asyncio.Event()
-        self.answer: Answer = self.answer_well
         self.stream: Stream = self.stream_well
-
-    async def ModelInfer(  # noqa: N802
-        self, request: service_pb2.ModelInferRequest, context: Context
-    ) -> service_pb2.ModelInferResponse:
-        self.requests.append(request)
-        self.seconds_left.append(context.time_remaining())
-        self.arrived.set()
-        return await self.answer(request, context)
-
-    async def answer_well(
-        self, request: service_pb2.ModelInferRequest, context: Context
-    ) -> service_pb2.ModelInferResponse:
-        return infer_response(good_outputs(), request_id=request.id)
 
     async def ModelStreamInfer(  # noqa: N802
         self, requests: AsyncIterator[service_pb2.ModelInferRequest], context: Context
     ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
         async for request in requests:
+            if [tensor.name for tensor in request.inputs] == [wire.DESCRIBE.name]:
+                self.described += 1
+                text = json.dumps({"version": self.version, "defaults": self.defaults})
+                outputs = {wire.DESCRIPTION: encode_strings([text.encode()])}
+                yield self.response(outputs, request)
+                continue
             self.requests.append(request)
             self.seconds_left.append(context.time_remaining())
             self.arrived.set()
@@ -137,11 +128,19 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
                 self.cancelled.set()
                 raise
 
+    def response(
+        self, outputs: Outputs, request: service_pb2.ModelInferRequest
+    ) -> service_pb2.ModelStreamInferResponse:
+        return stream_response(outputs, request, str(self.version))
+
     async def stream_well(
         self, request: service_pb2.ModelInferRequest, context: Context
     ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
-        for outputs in (part_outputs("a red", 5), part_outputs(" apple", 6, 2), good_outputs()):
-            yield stream_response(outputs, request)
+        """The captions, and before them parts, where they are asked for."""
+        if wire.STREAM.name in [tensor.name for tensor in request.inputs]:
+            yield self.response(part_outputs("a red", 5), request)
+            yield self.response(part_outputs(" apple", 6, 2), request)
+        yield self.response(good_outputs(), request)
 
     async def stream_when_allowed(
         self, request: service_pb2.ModelInferRequest, context: Context
@@ -198,40 +197,35 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
 
         self.stream = stream
 
-    async def answer_when_allowed(
-        self, request: service_pb2.ModelInferRequest, context: Context
-    ) -> service_pb2.ModelInferResponse:
-        """Wait for `may_answer`; `cancelled` tells that the gateway gave up first."""
-        try:
-            await self.may_answer.wait()
-        except asyncio.CancelledError:
-            self.cancelled.set()
-            raise
-        return infer_response(good_outputs(), request_id=request.id)
-
     def fail(self, code: grpc.StatusCode, details: str) -> None:
-        async def answer(
-            request: service_pb2.ModelInferRequest, context: Context
-        ) -> service_pb2.ModelInferResponse:
-            await context.abort(code, details)
+        """A status, and no part."""
 
-        self.answer = answer
+        async def stream(
+            request: service_pb2.ModelInferRequest, context: Context
+        ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+            await context.abort(code, details)
+            yield service_pb2.ModelStreamInferResponse()
+
+        self.stream = stream
 
     def answer_with(self, response: service_pb2.ModelInferResponse) -> None:
-        async def answer(
-            request: service_pb2.ModelInferRequest, context: Context
-        ) -> service_pb2.ModelInferResponse:
-            return response
+        """This response and no more."""
 
-        self.answer = answer
+        async def stream(
+            request: service_pb2.ModelInferRequest, context: Context
+        ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+            yield service_pb2.ModelStreamInferResponse(infer_response=response)
+
+        self.stream = stream
 
 
 def stream_response(
     outputs: Mapping[TensorSpec, bytes | NDArray[np.generic]],
     request: service_pb2.ModelInferRequest,
+    version: str = "3",
 ) -> service_pb2.ModelStreamInferResponse:
     return service_pb2.ModelStreamInferResponse(
-        infer_response=infer_response(outputs, request_id=request.id)
+        infer_response=infer_response(outputs, version, request_id=request.id)
     )
 
 

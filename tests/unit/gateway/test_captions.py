@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
-from captionserve_server.gateway.kserve import encode_strings
+from captionserve_server.gateway.kserve import decode_strings, encode_strings
 from captionserve_server.triton import wire
 from captionserve_server.triton.wire import TensorSpec
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
-from tests.unit.gateway.fake_triton import good_outputs, infer_response
+from tests.unit.gateway.fake_triton import good_outputs, infer_response, with_attention
 from tests.unit.gateway.harness import IMAGE, gateway_setup, request_of
 
 
@@ -76,7 +78,6 @@ def test_captions_come_back_whole() -> None:
             ),
         ],
         model_version=3,
-        cached=True,
     )
     assert answer_to(good_outputs()) == expected
 
@@ -110,7 +111,6 @@ def test_a_caption_without_tokens_is_a_caption() -> None:
         wire.TOKEN_LOGPROBS: np.zeros((1, 0), "<f4"),
         wire.TOKEN_TEXTS: np.zeros((1, 0), np.object_),
         wire.ATTENTIONS: np.zeros((1, 0, 2, 3), "<f4"),
-        wire.COMPUTED_FOR: encode_strings([b"another"]),
     }
     (caption,) = answer_to(outputs).captions
     assert caption == caption_pb2.Caption(
@@ -123,34 +123,81 @@ def test_a_caption_without_tokens_is_a_caption() -> None:
 
 def test_an_image_alone_is_sent_alone() -> None:
     asked = ask(request_of())
-    assert asked.model_name == wire.CAPTIONER.name
+    assert asked.model_name == wire.DECODER.name
     encoded = struct.pack("<I", len(IMAGE)) + IMAGE
     assert raw_inputs(asked) == {"IMAGE": ("BYTES", [1], encoded)}
 
 
-def test_the_options_that_are_set_are_sent() -> None:
-    asked = ask(
-        request_of(
-            num_beams=4,
-            max_length=20,
-            length_penalty=0.0,
-            early_stopping=caption_pb2.EARLY_STOPPING_NEVER,
-            num_return_sequences=2,
-        )
-    )
-    sent = raw_inputs(asked)
-    del sent["IMAGE"]
-    assert sent == {
-        "NUM_BEAMS": ("INT32", [1], struct.pack("<i", 4)),
-        "MAX_LENGTH": ("INT32", [1], struct.pack("<i", 20)),
-        "LENGTH_PENALTY": ("FP64", [1], struct.pack("<d", 0.0)),
-        "EARLY_STOPPING": ("BYTES", [1], struct.pack("<I", 5) + b"never"),
-        "NUM_RETURN_SEQUENCES": ("INT32", [1], struct.pack("<i", 2)),
-    }
+def options_sent(**options: Any) -> Any:
+    """The JSON that the decoder is sent for options; None if it is sent none."""
+    sent = raw_inputs(ask(request_of(**options))).get("OPTIONS")
+    if sent is None:
+        return None
+    datatype, shape, raw = sent
+    assert (datatype, shape) == ("BYTES", [1])
+    (text,) = decode_strings(raw)
+    return json.loads(text)
 
 
-def test_an_unset_option_is_not_sent() -> None:
-    assert set(raw_inputs(ask(request_of(num_beams=-1)))) == {"IMAGE", "NUM_BEAMS"}
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"num_beams": 4, "length_penalty": 0.0}, {"num_beams": 4, "length_penalty": 0.0}),
+        ({"early_stopping": caption_pb2.EARLY_STOPPING_NEVER}, {"early_stopping": "never"}),
+        ({"early_stopping": caption_pb2.EARLY_STOPPING_TRUE}, {"early_stopping": True}),
+        ({"early_stopping": caption_pb2.EARLY_STOPPING_FALSE}, {"early_stopping": False}),
+        ({"do_sample": False}, {"do_sample": False}),
+        ({"do_sample": True, "seed": 2**62 + 1}, {"do_sample": True, "seed": 2**62 + 1}),
+        ({"prefix": ""}, {"prefix": ""}),
+        ({"bad_words": {"values": ["a cat", "caf\u00e9"]}}, {"bad_words": ["a cat", "caf\u00e9"]}),
+        ({"bad_words": {}}, {"bad_words": []}),
+        ({"suppress_tokens": {"values": [3, 1, 2]}}, {"suppress_tokens": [3, 1, 2]}),
+        ({}, None),
+    ],
+)
+def test_the_options_that_are_set_are_sent(given: dict[str, Any], expected: Any) -> None:
+    assert options_sent(**given) == expected
+
+
+def test_pixel_values_are_sent_as_they_are() -> None:
+    values = struct.pack("<6f", *range(6))
+    request = caption_pb2.CaptionRequest()
+    request.image.pixel_values.height, request.image.pixel_values.width = 1, 2
+    request.image.pixel_values.values = values
+    assert raw_inputs(ask(request)) == {"PIXEL_VALUES": ("FP32", [3, 1, 2], values)}
+
+
+def test_regions_and_resize_are_for_the_model_to_take_or_refuse() -> None:
+    request = request_of()
+    request.regions.add(left=1, top=2, right=3, bottom=4)
+    request.regions.add(left=5, top=6, right=7, bottom=8)
+    request.resize = caption_pb2.RESIZE_LETTERBOX
+    sent = raw_inputs(ask(request))
+    assert sent["REGIONS"] == ("INT32", [2, 4], struct.pack("<8i", *range(1, 9)))
+    assert sent["RESIZE"] == ("BYTES", [1], encode_strings([b"letterbox"]))
+
+
+def test_attention_is_cut_to_each_captions_tokens() -> None:
+    first, second = answer_to(with_attention()).captions
+    assert (first.attention.rows, first.attention.cols) == (1, 2)
+    assert list(first.attention.values) == (np.arange(6) / 16).tolist()
+    assert list(second.attention.values) == (np.arange(6, 8) / 16).tolist()
+
+
+def test_attention_that_was_not_asked_for_is_not_there() -> None:
+    assert not any(caption.HasField("attention") for caption in answer_to(good_outputs()).captions)
+
+
+def test_every_request_has_an_id_of_its_own() -> None:
+    async def run() -> list[service_pb2.ModelInferRequest]:
+        async with gateway_setup() as setup:
+            for number in range(3):
+                await setup.stub.Caption(request_of(bytes([number])), timeout=10)
+            return setup.triton.requests
+
+    ids = [request.id for request in asyncio.run(run())]
+    assert len(set(ids)) == 3
+    assert all(ids)
 
 
 def test_an_empty_image_is_for_the_model_to_refuse() -> None:
@@ -164,26 +211,6 @@ def test_a_large_image_passes() -> None:
             return len(setup.triton.requests[0].raw_input_contents[0])
 
     assert asyncio.run(run()) == 20_000_004
-
-
-@pytest.mark.parametrize(
-    ("timeout", "cap", "most"), [(10.0, 40.0, 10.0), (40.0, 10.0, 10.0), (None, 10.0, 10.0)]
-)
-def test_triton_is_told_the_time_that_is_left(
-    timeout: float | None, cap: float, most: float
-) -> None:
-    async def run() -> tuple[float | None, int]:
-        async with gateway_setup(deadline_cap_seconds=cap) as setup:
-            await setup.stub.Caption(request_of(), timeout=timeout)
-            (seconds_left,) = setup.triton.seconds_left
-            (asked,) = setup.triton.requests
-            return seconds_left, asked.parameters["timeout"].int64_param
-
-    seconds_left, microseconds = asyncio.run(run())
-    # gRPC rounds what it sends up.
-    assert seconds_left is not None
-    assert 0 < seconds_left <= most + 1
-    assert 0 < microseconds <= (most + 1) * 1e6
 
 
 def test_a_message_over_the_limit_is_grpcs_own_error() -> None:

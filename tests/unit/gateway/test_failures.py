@@ -76,16 +76,16 @@ def test_every_reason_is_used_once() -> None:
 
 
 @pytest.mark.parametrize("error", every_error(), ids=lambda error: error.reason)
-def test_the_captioners_own_errors_pass_through(error: errors.CaptionServeError) -> None:
-    failure = failing(lambda triton: triton.fail(grpc.StatusCode.INTERNAL, error.to_wire()))
+def test_the_decoders_own_errors_pass_through(error: errors.CaptionServeError) -> None:
+    failure = failing(lambda triton: triton.stream_error(wire.error_text(error)))
     assert failure.code() is CODES[type(error)]
     assert failure.details() == error.message
     assert reason_of(failure) == error.reason
 
 
 def test_option_violations_name_the_field() -> None:
-    wire = errors.InvalidOptionsError({"num_beams": "is bad", "max_length": "is worse"}).to_wire()
-    failure = failing(lambda triton: triton.fail(grpc.StatusCode.INVALID_ARGUMENT, wire))
+    error = errors.InvalidOptionsError({"num_beams": "is bad", "max_length": "is worse"})
+    failure = failing(lambda triton: triton.stream_error(wire.error_text(error)))
     assert violations_of(failure) == {
         "options.num_beams": "is bad",
         "options.max_length": "is worse",
@@ -93,8 +93,8 @@ def test_option_violations_name_the_field() -> None:
 
 
 def test_a_bad_image_names_the_image() -> None:
-    wire = errors.ImageCorruptError("the image is empty").to_wire()
-    failure = failing(lambda triton: triton.fail(grpc.StatusCode.INVALID_ARGUMENT, wire))
+    text = wire.error_text(errors.ImageCorruptError("the image is empty"))
+    failure = failing(lambda triton: triton.stream_error(text))
     assert violations_of(failure) == {"image": "the image is empty"}
 
 
@@ -117,7 +117,7 @@ def test_a_request_without_image_is_refused(
 def test_an_unnamed_early_stopping_is_refused() -> None:
     failure = failing(lambda triton: None, request_of(early_stopping=17))
     assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert violations_of(failure) == {"options.early_stopping": "must be one of false, true, never"}
+    assert violations_of(failure) == {"options.early_stopping": 'must be true, false or "never"'}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,11 @@ def test_overload_says_when_to_come_back() -> None:
     assert dict(failure.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
 
 
+def test_a_model_that_is_away_says_when_to_come_back() -> None:
+    failure = failing(lambda triton: triton.fail(grpc.StatusCode.UNAVAILABLE, "Socket closed"))
+    assert detail_of(failure, error_details_pb2.RetryInfo()).retry_delay.seconds == 1
+
+
 def test_no_triton_is_model_unavailable() -> None:
     async def run() -> Failure:
         # Port 1 is a system port where nothing listens.
@@ -175,9 +180,8 @@ def without(spec: wire.TensorSpec) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     "outputs",
     [
-        *(without(spec) for spec in wire.CAPTIONER.outputs if spec is not wire.ATTENTIONS),
+        *(without(spec) for spec in wire.CAPTIONS if spec not in (wire.TEXT, wire.ATTENTIONS)),
         good_outputs() | {wire.TOKEN_LOGPROBS: np.zeros((2, 1), "<f4")},
-        good_outputs() | {wire.COMPUTED_FOR: b""},
         good_outputs() | {wire.TOKEN_TEXTS: np.full((2, 2), b"", np.object_)},
         good_outputs() | {wire.DEGENERATE: np.zeros(1, "?")},
         good_outputs() | {wire.CONFIDENCE: np.zeros(2, "<f4")},
@@ -209,7 +213,7 @@ def test_a_version_that_is_no_number_is_a_model_fault() -> None:
 def test_no_captions_is_a_model_fault() -> None:
     outputs: dict[wire.TensorSpec, Any] = {
         spec: np.zeros((0,) * len(spec.dims), "<f8" if spec is wire.SCORE else "<i4")
-        for spec in wire.CAPTIONER.outputs
+        for spec in wire.CAPTIONS
     }
     failure = failing(lambda triton: triton.answer_with(infer_response(outputs)))
     assert reason_of(failure) == "MODEL_FAULT"
@@ -228,7 +232,7 @@ def test_an_unexpected_exception_shows_nothing_of_itself(
     def explode(request: caption_pb2.CaptionRequest) -> None:
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr(caption_service, "captioner_inputs", explode)
+    monkeypatch.setattr(caption_service, "decoder_message", explode)
     failure = failing(lambda triton: None)
     assert failure.code() is grpc.StatusCode.INTERNAL
     assert reason_of(failure) == "INTERNAL"
@@ -239,7 +243,7 @@ def test_an_unexpected_exception_shows_nothing_of_itself(
 def test_the_deadline_passes_in_triton() -> None:
     async def run() -> Failure:
         async with gateway_setup() as setup:
-            setup.triton.answer = setup.triton.answer_when_allowed
+            setup.triton.stream = setup.triton.stream_when_allowed
             failure = await failure_of(setup.stub, request_of(), timeout=0.5)
             await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
             return failure
@@ -250,7 +254,7 @@ def test_the_deadline_passes_in_triton() -> None:
 def test_the_cap_holds_without_a_deadline() -> None:
     async def run() -> Failure:
         async with gateway_setup(deadline_cap_seconds=0.2) as setup:
-            setup.triton.answer = setup.triton.answer_when_allowed
+            setup.triton.stream = setup.triton.stream_when_allowed
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await setup.stub.Caption(request_of())
             await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
@@ -264,7 +268,7 @@ def test_the_cap_holds_without_a_deadline() -> None:
 def test_cancelling_the_call_reaches_triton() -> None:
     async def run() -> None:
         async with gateway_setup() as setup:
-            setup.triton.answer = setup.triton.answer_when_allowed
+            setup.triton.stream = setup.triton.stream_when_allowed
             call = setup.stub.Caption(request_of(), timeout=60)
             await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
             call.cancel()
@@ -276,13 +280,13 @@ def test_cancelling_the_call_reaches_triton() -> None:
 def test_one_call_too_many_is_overload_and_room_comes_back() -> None:
     async def run() -> Failure:
         async with gateway_setup(max_concurrent_calls=1) as setup:
-            setup.triton.answer = setup.triton.answer_when_allowed
+            setup.triton.stream = setup.triton.stream_when_allowed
             first = setup.stub.Caption(request_of(), timeout=60)
             await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
             failure = await failure_of(setup.stub, request_of())
             setup.triton.may_answer.set()
             await first
-            await setup.stub.Caption(request_of(), timeout=60)
+            await setup.stub.Caption(request_of(b"another"), timeout=60)
             return failure
 
     failure = asyncio.run(run())

@@ -170,7 +170,7 @@ def test_calls_are_counted_by_code() -> None:
             await setup.stub.Caption(request_of(), timeout=10)
             setup.triton.fail(grpc.StatusCode.INTERNAL, "onnx runtime error")
             with pytest.raises(grpc.aio.AioRpcError):
-                await setup.stub.Caption(request_of(), timeout=10)
+                await setup.stub.Caption(request_of(b"another"), timeout=10)
             await health_of(setup, "")
             return await asyncio.to_thread(metrics_of, setup)
 
@@ -184,7 +184,7 @@ def test_calls_are_counted_by_code() -> None:
 def test_cancelled_calls_are_counted_and_calls_in_flight_shown() -> None:
     async def run() -> tuple[dict[str, float], dict[str, float]]:
         async with gateway_setup() as setup:
-            setup.triton.answer = setup.triton.answer_when_allowed
+            setup.triton.stream = setup.triton.stream_when_allowed
             call = setup.stub.Caption(request_of(), timeout=60)
             await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
             during = await asyncio.to_thread(metrics_of, setup)
@@ -201,7 +201,7 @@ def test_cancelled_calls_are_counted_and_calls_in_flight_shown() -> None:
 def test_stopping_lets_calls_in_flight_finish() -> None:
     async def run() -> str:
         async with gateway_setup() as setup:
-            setup.triton.answer = setup.triton.answer_when_allowed
+            setup.triton.stream = setup.triton.stream_when_allowed
             call = setup.stub.Caption(request_of(), timeout=60)
             await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
             stopping, _watch = await begin_to_stop(setup)
@@ -217,7 +217,7 @@ def test_stopping_lets_calls_in_flight_finish() -> None:
 def test_after_the_grace_period_calls_are_ended() -> None:
     async def run() -> grpc.StatusCode:
         async with gateway_setup(grace_seconds=0.2) as setup:
-            setup.triton.answer = setup.triton.answer_when_allowed
+            setup.triton.stream = setup.triton.stream_when_allowed
             call = setup.stub.Caption(request_of(), timeout=60)
             await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
             await setup.gateway.stop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -21,15 +21,11 @@ from tritonclient.grpc import service_pb2
 from tests.unit.gateway.fake_triton import (
     WAIT_SECONDS,
     FakeTriton,
-    computed_for,
     good_outputs,
-    infer_response,
     part_outputs,
-    stream_response,
     with_attention,
 )
 from tests.unit.gateway.harness import Setup, detail_of, gateway_setup, request_of
-from tests.unit.gateway.test_captions import raw_inputs
 from tests.unit.gateway.test_failures import (
     SECRET,
     Failure,
@@ -98,7 +94,8 @@ def test_parts_come_in_their_order_and_the_response_last() -> None:
     ]
     assert last.response.captions[0].text == "a red apple"
     (asked,) = triton.requests
-    assert asked.model_name == wire.CAPTIONER_STREAM.name
+    assert [tensor.name for tensor in asked.inputs] == ["IMAGE", "STREAM"]
+    assert asked.model_name == wire.DECODER.name
 
 
 def test_a_part_may_have_no_text_and_text_may_be_of_any_script() -> None:
@@ -121,7 +118,6 @@ def test_the_end_is_what_caption_would_have_returned() -> None:
     async def run() -> tuple[Responses, caption_pb2.CaptionResponse]:
         async with gateway_setup() as setup:
             setup.triton.stream_parts(part_outputs("a red", 5), with_attention())
-            setup.triton.answer_with(infer_response(with_attention()))
             found, _ = await responses_of(setup)
             return found, await setup.stub.Caption(request_of(), timeout=10)
 
@@ -130,52 +126,33 @@ def test_the_end_is_what_caption_would_have_returned() -> None:
     assert whole.captions[0].HasField("attention")
 
 
-@pytest.mark.parametrize("for_us", [True, False])
-def test_cached_is_what_was_computed_for_another_request(for_us: bool) -> None:
-    async def stream(
-        request: service_pb2.ModelInferRequest, context: object
-    ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
-        yield stream_response(computed_for(request.id if for_us else "another"), request)
-
-    async def run() -> bool:
+def test_streams_are_neither_remembered_nor_shared() -> None:
+    async def run() -> tuple[list[bool], int]:
         async with gateway_setup() as setup:
-            setup.triton.stream = stream
-            (last,), _ = await responses_of(setup)
-            return bool(last.response.cached)
-
-    assert asyncio.run(run()) != for_us
-
-
-def test_every_stream_has_an_id_of_its_own() -> None:
-    async def run() -> list[str]:
-        async with gateway_setup() as setup:
-            await responses_of(setup)
-            await responses_of(setup)
             await setup.stub.Caption(request_of(), timeout=10)
-            return [asked.id for asked in setup.triton.requests]
+            found = [(await responses_of(setup))[0][-1].response.cached for _ in range(2)]
+            return found, len(setup.triton.requests)
 
-    ids = asyncio.run(run())
-    assert all(ids)
-    assert len(set(ids)) == 3
+    assert asyncio.run(run()) == ([False, False], 3)
 
 
-@pytest.mark.parametrize("bypass", [False, True])
-def test_streams_need_no_nonce(bypass: bool) -> None:
-    async def run() -> set[str]:
+def test_invalid_options_are_refused_before_the_model_is_asked() -> None:
+    async def run() -> tuple[Failure | None, int]:
         async with gateway_setup() as setup:
-            request = stream_request(do_sample=True, allow_partial=True)
-            request.request.bypass_cache = bypass
-            await responses_of(setup, request)
-            return set(raw_inputs(setup.triton.requests[0]))
+            _, failure = await responses_of(setup, stream_request(num_beams=99))
+            return failure, len(setup.triton.requests)
 
-    assert asyncio.run(run()) == {"IMAGE", "DO_SAMPLE", "ALLOW_PARTIAL"}
+    failure, asked = asyncio.run(run())
+    assert failure is not None
+    assert set(violations_of(failure)) == {"options.num_beams"}
+    assert asked == 0
 
 
 @pytest.mark.parametrize("error", every_error(), ids=lambda error: error.reason)
-def test_the_captioners_own_errors_come_after_the_words_before_them(
+def test_the_decoders_own_errors_come_after_the_words_before_them(
     error: errors.CaptionServeError,
 ) -> None:
-    (part,), failure = failing_stream(lambda triton: triton.stream_error(error.to_wire()))
+    (part,), failure = failing_stream(lambda triton: triton.stream_error(wire.error_text(error)))
     assert part.part.text == "a red"
     assert failure.code() is CODES[type(error)]
     assert failure.details() == error.message
@@ -194,12 +171,12 @@ def test_the_captioners_own_errors_come_after_the_words_before_them(
         ),
         ("Stub process 'x' is not healthy.", grpc.StatusCode.UNAVAILABLE, "MODEL_UNAVAILABLE"),
         (
-            "Request for unknown model: 'captioner_stream' is not found",
+            "Request for unknown model: 'decoder' is not found",
             grpc.StatusCode.UNAVAILABLE,
             "MODEL_UNAVAILABLE",
         ),
         (
-            "Request for unknown model: 'captioner_stream' has no available versions",
+            "Request for unknown model: 'decoder' has no available versions",
             grpc.StatusCode.UNAVAILABLE,
             "MODEL_UNAVAILABLE",
         ),
@@ -257,7 +234,7 @@ def test_no_triton_is_model_unavailable() -> None:
         part_outputs("a", 5) | {wire.NEW_TEXT: b"\x05\x00\x00\x00cut"},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros((1, 1), "<i4")},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros(1, "<i8")},
-        *(without(spec) for spec in wire.CAPTIONER.outputs if spec is not wire.ATTENTIONS),
+        *(without(spec) for spec in wire.CAPTIONS if spec is not wire.ATTENTIONS),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_a_model_fault(outputs: dict[Any, Any]) -> None:
@@ -298,7 +275,7 @@ def test_an_unnamed_early_stopping_is_refused() -> None:
     assert set(violations_of(failure)) == {"options.early_stopping"}
 
 
-@pytest.mark.parametrize("function", ["captioner_inputs", "caption_part", "caption_response"])
+@pytest.mark.parametrize("function", ["decoder_message", "caption_part", "caption_response"])
 def test_an_unexpected_exception_shows_nothing_of_itself(
     function: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -418,7 +395,6 @@ def test_the_cap_holds_without_a_deadline() -> None:
 
 async def begin_call(setup: Setup, method: str) -> Any:
     """A call of the service that goes on until Triton may answer."""
-    setup.triton.answer = setup.triton.answer_when_allowed
     setup.triton.stream = setup.triton.stream_when_allowed
     request = stream_request() if method == "StreamCaption" else request_of()
     call = getattr(setup.stub, method)(request, timeout=60)

@@ -45,12 +45,12 @@ def serve(
             envvar="CAPTIONSERVE_TRITONSERVER",
         ),
     ] = None,
-    response_cache_megabytes: Annotated[
+    cache_megabytes: Annotated[
         int,
         typer.Option(
             help="Memory for answers that may be asked for again; 0 turns the cache off.",
             min=0,
-            envvar="CAPTIONSERVE_RESPONSE_CACHE_MEGABYTES",
+            envvar="CAPTIONSERVE_CACHE_MEGABYTES",
         ),
     ] = 64,
     threads: Annotated[
@@ -75,7 +75,7 @@ def serve(
         metrics_listen=metrics_listen,
         ready_file=ready_file,
         tritonserver=tritonserver,
-        response_cache_megabytes=response_cache_megabytes,
+        cache_megabytes=cache_megabytes,
         threads=threads,
         start_seconds=start_seconds,
         grace_seconds=grace_seconds,

@@ -15,14 +15,20 @@ from captionserve_server.core.errors import (
     ModelFaultError,
     OverloadedError,
 )
+from captionserve_server.gateway.cache import AnswerCache, SharedWork, answer_key
 from captionserve_server.gateway.conversion import (
+    Message,
     caption_part,
     caption_response,
-    captioner_inputs,
-    nonce,
-    nonce_if_needed,
+    decoder_message,
 )
-from captionserve_server.gateway.triton_client import CaptionerAnswer, TimeLimit, TritonClient
+from captionserve_server.gateway.decoder_client import (
+    Answer,
+    DecoderClient,
+    Description,
+    TimeLimit,
+)
+from captionserve_server.gateway.metrics import GatewayMetrics
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -32,25 +38,40 @@ _LEAST_MARGIN_SECONDS = 0.05
 _MOST_MARGIN_SECONDS = 0.5
 _LEAST_MODEL_SECONDS = 0.001
 
+_UNREADABLE = "the model gave an answer that cannot be read"
+
 SERVICE_NAME = caption_pb2.DESCRIPTOR.services_by_name["CaptionService"].full_name
 
 
 class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
-    """Answers caption calls from Triton; errors are raised, for the interceptor to map."""
+    """Answers caption calls from the decoder; errors are raised, for the interceptor to map."""
 
     def __init__(
-        self, triton: TritonClient, *, max_concurrent_calls: int, deadline_cap_seconds: float
+        self,
+        decoder: DecoderClient,
+        cache: AnswerCache,
+        metrics: GatewayMetrics,
+        *,
+        max_concurrent_calls: int,
+        deadline_cap_seconds: float,
     ) -> None:
-        """Serve from `triton`.
+        """Serve from `decoder`.
 
         Args:
-            triton: whom to ask.
+            decoder: whom to ask.
+            cache: where reproducible answers are kept.
+            metrics: told of answers that were not computed for their call.
             max_concurrent_calls: one call more is refused as OVERLOADED.
             deadline_cap_seconds: longest time a caption may take, whatever the caller's deadline.
         """
-        self._triton = triton
+        self._decoder = decoder
+        self._cache = cache
+        self._metrics = metrics
         self._max_concurrent_calls = max_concurrent_calls
         self._deadline_cap_seconds = deadline_cap_seconds
+        self._captions: SharedWork[caption_pb2.CaptionResponse] = SharedWork()
+        self._descriptions: SharedWork[Description] = SharedWork()
+        self._description: Description | None = None
         self._working = 0
         self._unfinished = 0
         self._idle = asyncio.Event()
@@ -60,35 +81,100 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
         """Wait until no call is in flight, the sending of its answer included."""
         await self._idle.wait()
 
+    def forget_description(self) -> None:
+        """Ask the decoder anew what it is, for it may be of another version now."""
+        self._description = None
+
     async def Caption(  # noqa: N802 - the name is the API's.
         self,
         request: caption_pb2.CaptionRequest,
         context: Context,
     ) -> caption_pb2.CaptionResponse:
-        """Describe one image."""
+        """Describe one image.
+
+        What would be the same the next time is remembered, and computed once for all who ask for it
+        meanwhile. With bypass_cache it is computed for this call alone, and remembered as well.
+        """
         self._begin(context)
         with self._admitted():
-            inputs = captioner_inputs(request) | nonce_if_needed(request)
-            answer = await self._triton.infer_captions(inputs, self._time_limit(request, context))
-            if not answer.outputs:
-                # Triton's response cache keeps failures too, as answers without outputs.
+            message = decoder_message(request)
+            description = await self._described(context)
+            options = description.defaults.with_given(message.given)
+            key = None
+            if options.reproducible:
+                key = await answer_key(message.image, options, description.version)
+            if key is None or request.bypass_cache:
                 limit = self._time_limit(request, context)
-                answer = await self._triton.infer_captions(inputs | nonce(), limit)
-            return _response(answer)
+                response, _ = await self._captions.run(
+                    object(), lambda: self._caption(message, limit, key), limit.call_seconds
+                )
+                return response
+            remembered = self._cache.get(key)
+            if remembered is not None:
+                self._metrics.cache_hits.inc()
+                remembered.cached = True
+                return remembered
+            # Others may join who have more time than this caller.
+            limit = TimeLimit(self._deadline_cap_seconds, self._deadline_cap_seconds)
+            response, joined = await self._captions.run(
+                key, lambda: self._caption(message, limit, key), self._seconds_left(context)
+            )
+            if not joined:
+                return response
+            self._metrics.cache_joined.inc()
+            own = caption_pb2.CaptionResponse()
+            own.CopyFrom(response)
+            own.cached = True
+            return own
 
     async def StreamCaption(  # noqa: N802 - the name is the API's.
         self,
         request: caption_pb2.StreamCaptionRequest,
         context: Context,
     ) -> AsyncIterator[caption_pb2.StreamCaptionResponse]:
-        """Describe one image, word by word."""
+        """Describe one image, word by word; neither remembered nor shared."""
         self._begin(context)
         with self._admitted():
-            inputs = captioner_inputs(request.request)
+            message = decoder_message(request.request)
+            description = await self._described(context)
+            description.defaults.with_given(message.given)
+            inputs = message.inputs(stream=True)
             time_limit = self._time_limit(request.request, context)
-            async with aclosing(self._triton.stream_captions(inputs, time_limit)) as answers:
+            async with aclosing(self._decoder.stream(inputs, time_limit)) as answers:
                 async for answer in answers:
-                    yield _stream_response(answer)
+                    if answer.is_final:
+                        response = self._response(answer)
+                        yield caption_pb2.StreamCaptionResponse(response=response)
+                    else:
+                        yield caption_pb2.StreamCaptionResponse(part=_part(answer))
+
+    async def _described(self, context: Context) -> Description:
+        """What the decoder is: remembered, or asked once for all who wait for it."""
+        if self._description is None:
+            self._description, _ = await self._descriptions.run(
+                "description", self._decoder.describe, self._seconds_left(context)
+            )
+        return self._description
+
+    async def _caption(
+        self, message: Message, time_limit: TimeLimit, key: bytes | None
+    ) -> caption_pb2.CaptionResponse:
+        """Have it captioned, and remember the answer where there is a key."""
+        described = self._description
+        answer = await self._decoder.caption(message.inputs(), time_limit)
+        response = self._response(answer)
+        # The key names the version that was described, which another may have replaced meanwhile.
+        if key is not None and described is not None and described.version == answer.model_version:
+            self._cache.put(key, response)
+        return response
+
+    def _response(self, answer: Answer) -> caption_pb2.CaptionResponse:
+        if self._description is not None and self._description.version != answer.model_version:
+            self.forget_description()
+        try:
+            return caption_response(answer.outputs, answer.model_version)
+        except (ValueError, LookupError) as error:
+            raise ModelFaultError(_UNREADABLE) from error
 
     def _begin(self, context: Context) -> None:
         self._unfinished += 1
@@ -129,19 +215,8 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
         return min(remaining, self._deadline_cap_seconds)
 
 
-def _response(answer: CaptionerAnswer) -> caption_pb2.CaptionResponse:
+def _part(answer: Answer) -> caption_pb2.CaptionPart:
     try:
-        return caption_response(
-            answer.outputs, model_version=answer.model_version, request_id=answer.request_id
-        )
-    except (ValueError, LookupError) as error:
-        raise ModelFaultError("the model gave an answer that cannot be read") from error
-
-
-def _stream_response(answer: CaptionerAnswer) -> caption_pb2.StreamCaptionResponse:
-    if answer.is_final:
-        return caption_pb2.StreamCaptionResponse(response=_response(answer))
-    try:
-        return caption_pb2.StreamCaptionResponse(part=caption_part(answer.outputs))
+        return caption_part(answer.outputs)
     except LookupError as error:
-        raise ModelFaultError("the model gave an answer that cannot be read") from error
+        raise ModelFaultError(_UNREADABLE) from error

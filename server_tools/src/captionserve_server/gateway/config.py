@@ -17,6 +17,8 @@ class GatewayConfig:
         max_concurrent_calls: captions in flight at once; one more is refused as OVERLOADED.
         max_streams_per_connection: calls at once on one connection; more wait at the caller.
         deadline_cap_seconds: longest time a caption may take, whatever the caller's deadline.
+        cache_megabytes: memory for answers that may be asked for again, in MiB; with 0 none is
+            remembered, and identical calls in flight are still computed once.
         connection_idle_seconds: a connection without calls is closed after this time.
         connection_age_seconds: a connection is replaced after this time, so that callers find new
             replicas; its calls may finish within deadline_cap_seconds.
@@ -30,6 +32,7 @@ class GatewayConfig:
     max_concurrent_calls: int = 256
     max_streams_per_connection: int = 256
     deadline_cap_seconds: float = 60.0
+    cache_megabytes: int = 64
     connection_idle_seconds: float = 300.0
     connection_age_seconds: float = 600.0
     grace_seconds: float = 30.0

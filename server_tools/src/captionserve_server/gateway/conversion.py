@@ -1,27 +1,27 @@
-"""Between the public API's messages and what the `captioner` models take and give."""
+"""Between the public API's messages and what the `decoder` model takes and gives."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from captionserve.v1 import caption_pb2
-from numpy.typing import NDArray
 
-from captionserve_server.core.errors import ImageMissingError, InvalidOptionsError
-from captionserve_server.core.options import EARLY_STOPPING_VALUES, MAX_SEED, EarlyStopping
-from captionserve_server.gateway.kserve import Element
+from captionserve_server.core.errors import (
+    ImageCorruptError,
+    ImageMissingError,
+    InvalidOptionsError,
+    InvalidRequestError,
+)
+from captionserve_server.gateway.kserve import InputTensor, Outputs, encode_strings
 from captionserve_server.triton import wire
-from captionserve_server.triton.wire import TensorSpec
 
-Inputs = dict[TensorSpec, Sequence[Element]]
-Outputs = Mapping[TensorSpec, NDArray[Any]]
-
-EARLY_STOPPING: Mapping[int, EarlyStopping] = {
-    caption_pb2.EARLY_STOPPING_FALSE: "false",
-    caption_pb2.EARLY_STOPPING_TRUE: "true",
+EARLY_STOPPING: Mapping[int, bool | str] = {
+    caption_pb2.EARLY_STOPPING_FALSE: False,
+    caption_pb2.EARLY_STOPPING_TRUE: True,
     caption_pb2.EARLY_STOPPING_NEVER: "never",
 }
 FINISH_REASONS: Mapping[str, caption_pb2.FinishReason.ValueType] = {
@@ -30,112 +30,138 @@ FINISH_REASONS: Mapping[str, caption_pb2.FinishReason.ValueType] = {
     "deadline": caption_pb2.FINISH_REASON_DEADLINE,
 }
 
+_FLOAT32_BYTES = 4
 
-def captioner_inputs(request: caption_pb2.CaptionRequest) -> Inputs:
-    """The captioner's inputs: the image, and the options that the caller set.
+
+@dataclass
+class Message:
+    """What a caller asks, as the decoder takes it.
+
+    Attributes:
+        image: the inputs that say what is captioned.
+        given: the options that the caller set, as plain JSON values.
+    """
+
+    image: list[InputTensor]
+    given: dict[str, Any]
+
+    def inputs(self, *, stream: bool = False) -> list[InputTensor]:
+        """All inputs of the decoder; with `stream` it also tells words as they become certain."""
+        inputs = list(self.image)
+        if self.given:
+            # Not in ASCII, where most scripts' letters take six bytes of what the decoder allows.
+            text = json.dumps(self.given, allow_nan=False, ensure_ascii=False).encode()
+            inputs.append(InputTensor(wire.OPTIONS, (1,), encode_strings([text])))
+        if stream:
+            inputs.append(InputTensor(wire.STREAM, (1,), b"\x01"))
+        return inputs
+
+
+def decoder_message(request: caption_pb2.CaptionRequest) -> Message:
+    """What the decoder is asked for a caller's request.
 
     Raises:
         ImageMissingError: if there is no image.
+        ImageCorruptError: if pixel values do not have the size that is announced.
         InvalidOptionsError: if early_stopping is a number that the API does not name.
+        InvalidRequestError: if resize is such a number.
     """
-    if request.image.WhichOneof("content") is None:
-        raise ImageMissingError("the request holds no image")
-    inputs: Inputs = {wire.IMAGE: [request.image.encoded]}
-    for field, value in request.options.ListFields():
-        if field.name == "early_stopping":
-            value = _early_stopping(value)
-        inputs[wire.OPTION_TENSORS[field.name]] = list(value) if field.is_repeated else [value]
-    return inputs
+    image = [_image(request.image)]
+    if request.regions:
+        corners = [(box.left, box.top, box.right, box.bottom) for box in request.regions]
+        raw = b"".join(struct.pack("<4i", *each) for each in corners)
+        image.append(InputTensor(wire.REGIONS, (len(corners), 4), raw))
+    if request.resize:
+        if request.resize not in caption_pb2.Resize.values():
+            raise InvalidRequestError("resize is not one of the API's")
+        name = caption_pb2.Resize.Name(request.resize).removeprefix("RESIZE_").lower()
+        image.append(InputTensor(wire.RESIZE, (1,), encode_strings([name.encode()])))
+    return Message(image, _given_options(request.options))
 
 
-def nonce_if_needed(request: caption_pb2.CaptionRequest) -> Inputs:
-    """What keeps an answer out of the response cache, where it must not come from there."""
-    options = request.options
-    seedless = options.do_sample and not options.HasField("seed")
-    return nonce() if request.bypass_cache or options.allow_partial or seedless else {}
+def _image(image: caption_pb2.Image) -> InputTensor:
+    content = image.WhichOneof("content")
+    if content == "encoded":
+        return InputTensor(wire.IMAGE, (1,), encode_strings([image.encoded]))
+    if content == "pixel_values":
+        pixels = image.pixel_values
+        height, width = pixels.height, pixels.width
+        if min(height, width) < 1 or len(pixels.values) != 3 * height * width * _FLOAT32_BYTES:
+            raise ImageCorruptError("the pixel values are not 3 x height x width float32 numbers")
+        return InputTensor(wire.PIXEL_VALUES, (3, height, width), pixels.values)
+    raise ImageMissingError("the request holds no image")
 
 
-def nonce() -> Inputs:
-    """What sets a request apart from all others, so that no cache answers it."""
-    return {wire.NONCE: [secrets.randbelow(MAX_SEED)]}
-
-
-def _early_stopping(value: int) -> EarlyStopping:
-    if value not in EARLY_STOPPING:
-        names = ", ".join(EARLY_STOPPING_VALUES)
-        raise InvalidOptionsError({"early_stopping": f"must be one of {names}"})
-    return EARLY_STOPPING[value]
+def _given_options(options: caption_pb2.GenerationOptions) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for field, value in options.ListFields():
+        if field.enum_type is not None:
+            if value not in EARLY_STOPPING:
+                raise InvalidOptionsError({field.name: 'must be true, false or "never"'})
+            value = EARLY_STOPPING[value]
+        elif field.message_type is not None:
+            # Lists are messages, so that an empty one can be told from none.
+            value = list(value.values)
+        given[field.name] = value
+    return given
 
 
 def caption_part(outputs: Outputs) -> caption_pb2.CaptionPart:
     """A part of a caption; LookupError where an output is missing."""
     return caption_pb2.CaptionPart(
-        text=outputs[wire.NEW_TEXT][0], token_ids=outputs[wire.NEW_TOKEN_IDS].tolist()
+        text=outputs[wire.NEW_TEXT.name].values[0],
+        token_ids=outputs[wire.NEW_TOKEN_IDS.name].values,
     )
 
 
-def caption_response(
-    outputs: Outputs, *, model_version: int, request_id: str
-) -> caption_pb2.CaptionResponse:
-    """The response for the captioner's outputs.
+def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.CaptionResponse:
+    """The response for the decoder's last outputs.
 
     Args:
         outputs: what the model gave.
         model_version: which one it was.
-        request_id: of the request; one that was computed for another was there already.
 
     Raises:
         ValueError: if the outputs do not belong together.
-        LookupError: if an output is missing or too short, or a finish reason is not one of ours.
+        LookupError: if an output is missing, or a finish reason is not one of ours.
     """
-    columns = [outputs[spec] for spec in _CAPTION_COLUMNS]
-    captions = [
-        _caption(dict(zip(_CAPTION_COLUMNS, row, strict=True)))
-        for row in zip(*columns, strict=True)
-    ]
-    if not captions:
-        raise ValueError("no captions")
-    _add_attention(captions, outputs)
-    return caption_pb2.CaptionResponse(
-        captions=captions,
-        model_version=model_version,
-        cached=outputs[wire.COMPUTED_FOR][0] != request_id,
-    )
-
-
-# One entry, or row, for each caption.
-_CAPTION_COLUMNS = (
-    wire.TEXT,
-    wire.SCORE,
-    wire.FINISH_REASON,
-    wire.CONFIDENCE,
-    wire.DEGENERATE,
-    wire.TOKEN_IDS,
-    wire.TOKEN_LOGPROBS,
-    wire.TOKEN_TEXTS,
-)
-
-
-def _caption(row: Mapping[TensorSpec, Any]) -> caption_pb2.Caption:
-    real = row[wire.TOKEN_IDS] != wire.PADDING_TOKEN_ID
-    return caption_pb2.Caption(
-        text=row[wire.TEXT],
-        score=float(row[wire.SCORE]),
-        token_ids=row[wire.TOKEN_IDS][real].tolist(),
-        token_logprobs=row[wire.TOKEN_LOGPROBS][real].tolist(),
-        token_texts=row[wire.TOKEN_TEXTS][real].tolist(),
-        finish_reason=FINISH_REASONS[row[wire.FINISH_REASON]],
-        confidence=float(row[wire.CONFIDENCE]),
-        degenerate=bool(row[wire.DEGENERATE]),
-    )
-
-
-def _add_attention(captions: Iterable[caption_pb2.Caption], outputs: Outputs) -> None:
-    if wire.ATTENTIONS not in outputs:
-        return
-    for caption, attention in zip(captions, outputs[wire.ATTENTIONS], strict=True):
-        grids: NDArray[np.float32] = attention[: len(caption.token_ids)]
-        if len(grids) < len(caption.token_ids):
+    columns = [outputs[spec.name].values for spec in _COLUMNS]
+    ids, logprobs, texts = (outputs[spec.name] for spec in _TOKEN_ROWS)
+    count, longest = ids.shape
+    if not count or not ids.shape == logprobs.shape == texts.shape:
+        raise ValueError("no captions, or tokens that do not belong together")
+    response = caption_pb2.CaptionResponse(model_version=model_version)
+    for row, (text, score, reason, confidence, degenerate) in enumerate(zip(*columns, strict=True)):
+        begin = row * longest
+        end = begin + longest
+        own = ids.values[begin:end]
+        length = own.index(wire.PADDING_TOKEN_ID) if wire.PADDING_TOKEN_ID in own else longest
+        response.captions.add(
+            text=text,
+            score=score,
+            token_ids=own[:length],
+            token_logprobs=logprobs.values[begin : begin + length],
+            token_texts=texts.values[begin : begin + length],
+            finish_reason=FINISH_REASONS[reason],
+            confidence=confidence,
+            degenerate=degenerate,
+        )
+    if len(response.captions) != count:
+        raise ValueError("captions and tokens do not belong together")
+    if wire.ATTENTIONS.name in outputs:
+        shape, values = outputs[wire.ATTENTIONS.name]
+        if shape[:2] != ids.shape:
             raise ValueError("attention is missing")
-        caption.attention.rows, caption.attention.cols = grids.shape[1:]
-        caption.attention.values.extend(grids.ravel().tolist())
+        rows, cols = shape[2:]
+        for row, caption in enumerate(response.captions):
+            begin = row * longest * rows * cols
+            end = begin + len(caption.token_ids) * rows * cols
+            caption.attention.rows, caption.attention.cols = rows, cols
+            caption.attention.values.extend(values[begin:end])
+    return response
+
+
+# One value for each caption.
+_COLUMNS = (wire.TEXT, wire.SCORE, wire.FINISH_REASON, wire.CONFIDENCE, wire.DEGENERATE)
+# One row for each caption, all of the length of the longest.
+_TOKEN_ROWS = (wire.TOKEN_IDS, wire.TOKEN_LOGPROBS, wire.TOKEN_TEXTS)

@@ -1,78 +1,99 @@
 """KServe v2 messages to and from plain values; pure, no I/O.
 
-Tensors travel as raw bytes: little-endian numbers, and strings each behind a 4-byte length.
+Tensors travel as raw bytes: little-endian numbers, and strings each behind a 4-byte length. They
+are read with struct: for the few dozen values of a caption, arrays would cost more than they give.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from captionserve_server.triton.wire import DataType, ModelSpec, TensorSpec
 
 _STRING_TYPE: DataType = "TYPE_STRING"
-_NUMPY_TYPES: dict[DataType, str] = {
+_STRUCT_TYPES: dict[DataType, str] = {
     "TYPE_BOOL": "?",
-    "TYPE_UINT8": "u1",
-    "TYPE_INT32": "<i4",
-    "TYPE_INT64": "<i8",
-    "TYPE_FP32": "<f4",
-    "TYPE_FP64": "<f8",
+    "TYPE_UINT8": "B",
+    "TYPE_INT32": "i",
+    "TYPE_INT64": "q",
+    "TYPE_FP32": "f",
+    "TYPE_FP64": "d",
 }
 _LENGTH = struct.Struct("<I")
 
-Element = bytes | str | int | float
-"""One value of a tensor; a bool is an int."""
+
+class InputTensor(NamedTuple):
+    """An input as it travels."""
+
+    spec: TensorSpec
+    shape: tuple[int, ...]
+    raw: bytes
+
+
+class Tensor(NamedTuple):
+    """An output: its shape, and its values in row-major order; strings are str."""
+
+    shape: tuple[int, ...]
+    values: Sequence[Any]
+
+
+Outputs = Mapping[str, Tensor]
+"""By name."""
 
 
 def infer_request(
     model: ModelSpec,
-    inputs: Mapping[TensorSpec, Sequence[Element]],
+    inputs: Iterable[InputTensor],
     *,
     request_id: str,
     timeout_microseconds: int,
 ) -> service_pb2.ModelInferRequest:
-    """A request of one-dimensional tensors.
+    """A request with these inputs.
 
     Args:
         model: whom to ask.
-        inputs: each input's elements.
-        request_id: names the request in Triton's logs and in what it answers.
+        inputs: those that are given.
+        request_id: names the request in Triton's logs.
         timeout_microseconds: the time left, for Triton's queues and the model itself.
     """
     request = service_pb2.ModelInferRequest(model_name=model.name, id=request_id)
     request.parameters["timeout"].int64_param = timeout_microseconds
-    for spec, elements in inputs.items():
-        datatype = kserve_type(spec.data_type)
-        request.inputs.add(name=spec.name, datatype=datatype, shape=[len(elements)])
-        request.raw_input_contents.append(_encode(spec.data_type, elements))
+    for spec, shape, raw in inputs:
+        request.inputs.add(name=spec.name, datatype=kserve_type(spec.data_type), shape=shape)
+        request.raw_input_contents.append(raw)
     return request
 
 
 def read_outputs(
-    response: service_pb2.ModelInferResponse, specs: Iterable[TensorSpec]
-) -> dict[TensorSpec, NDArray[Any]]:
-    """The outputs that there are, as arrays of the response's shapes; strings as str objects.
+    response: service_pb2.ModelInferResponse, specs: Mapping[str, TensorSpec]
+) -> dict[str, Tensor]:
+    """The outputs that there are and that have a spec.
+
+    Args:
+        response: the model's.
+        specs: the outputs that are known, by name.
 
     Raises:
         ValueError: if an output is not what its spec says.
     """
-    pairs = zip(response.outputs, response.raw_output_contents, strict=True)
-    found = {output.name: (output, raw) for output, raw in pairs}
-    arrays: dict[TensorSpec, NDArray[Any]] = {}
-    for spec in specs:
-        if spec.name not in found:
+    tensors: dict[str, Tensor] = {}
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        spec = specs.get(output.name)
+        if spec is None:
             continue
-        output, raw = found[spec.name]
-        if output.datatype != kserve_type(spec.data_type) or len(output.shape) != len(spec.dims):
-            raise ValueError(f"output {spec.name} is {output.datatype} {list(output.shape)}")
-        arrays[spec] = _decode(spec.data_type, raw).reshape(tuple(output.shape))
-    return arrays
+        shape = tuple(output.shape)
+        if output.datatype != kserve_type(spec.data_type) or len(shape) != len(spec.dims):
+            raise ValueError(f"output {spec.name} is {output.datatype} {list(shape)}")
+        values = _decode(spec.data_type, raw)
+        if len(values) != math.prod(shape):
+            raise ValueError(f"output {spec.name} has {len(values)} values for {list(shape)}")
+        tensors[spec.name] = Tensor(shape, values)
+    return tensors
 
 
 def kserve_type(data_type: DataType) -> str:
@@ -82,7 +103,7 @@ def kserve_type(data_type: DataType) -> str:
 
 def encode_strings(strings: Iterable[bytes]) -> bytes:
     """The raw bytes of a string tensor."""
-    return b"".join(_LENGTH.pack(len(string)) + string for string in strings)
+    return b"".join(part for string in strings for part in (_LENGTH.pack(len(string)), string))
 
 
 def decode_strings(raw: bytes) -> list[bytes]:
@@ -104,15 +125,11 @@ def decode_strings(raw: bytes) -> list[bytes]:
     return strings
 
 
-def _encode(data_type: DataType, elements: Sequence[Element]) -> bytes:
+def _decode(data_type: DataType, raw: bytes) -> Sequence[Any]:
     if data_type == _STRING_TYPE:
-        return encode_strings(
-            element if isinstance(element, bytes) else str(element).encode() for element in elements
-        )
-    return np.array(elements, dtype=_NUMPY_TYPES[data_type]).tobytes()
-
-
-def _decode(data_type: DataType, raw: bytes) -> NDArray[Any]:
-    if data_type == _STRING_TYPE:
-        return np.array([string.decode() for string in decode_strings(raw)], dtype=np.object_)
-    return np.frombuffer(raw, dtype=_NUMPY_TYPES[data_type])
+        return [string.decode() for string in decode_strings(raw)]
+    code = _STRUCT_TYPES[data_type]
+    count, rest = divmod(len(raw), struct.calcsize(f"<{code}"))
+    if rest:
+        raise ValueError("an element is cut off")
+    return struct.unpack(f"<{count}{code}", raw)

@@ -31,7 +31,14 @@ class CallRecord:
 
 
 class GatewayMetrics:
-    """Counts calls; each gateway has a registry of its own."""
+    """Counts calls; each gateway has a registry of its own.
+
+    Attributes:
+        registry: holds all of them.
+        cache_hits: answers that were remembered.
+        cache_joined: answers that were computed for another call.
+        cache_bytes: of the remembered answers.
+    """
 
     def __init__(self) -> None:
         """Begin at zero."""
@@ -50,6 +57,19 @@ class GatewayMetrics:
         )
         self._in_flight = Gauge(
             "captionserve_requests_in_flight", "Caption calls now.", registry=self.registry
+        )
+        self.cache_hits = Counter(
+            "captionserve_cache_hits",
+            "Caption calls answered from memory.",
+            registry=self.registry,
+        )
+        self.cache_joined = Counter(
+            "captionserve_cache_joined",
+            "Caption calls answered by the work for an identical call.",
+            registry=self.registry,
+        )
+        self.cache_bytes = Gauge(
+            "captionserve_cache_bytes", "Memory of remembered answers.", registry=self.registry
         )
 
     @contextmanager

@@ -9,11 +9,12 @@ from captionserve.v1 import caption_pb2_grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from captionserve_server.gateway.cache import AnswerCache
 from captionserve_server.gateway.caption_service import SERVICE_NAME, CaptionService
 from captionserve_server.gateway.config import GatewayConfig
+from captionserve_server.gateway.decoder_client import DecoderClient
 from captionserve_server.gateway.interceptors import ErrorInterceptor, MetricsInterceptor
 from captionserve_server.gateway.metrics import GatewayMetrics, MetricsServer
-from captionserve_server.gateway.triton_client import TritonClient
 
 # "" stands for the server as a whole.
 _HEALTH_NAMES = ("", SERVICE_NAME)
@@ -45,10 +46,14 @@ class Gateway:
         metrics = GatewayMetrics()
         self._metrics_server = MetricsServer(self._config.metrics_listen, metrics.registry)
         self.metrics_address = self._metrics_server.address
-        self._triton = TritonClient(self._config.triton_address)
+        self._decoder = DecoderClient(self._config.triton_address)
+        cache = AnswerCache(self._config.cache_megabytes * 2**20)
+        metrics.cache_bytes.set_function(lambda: cache.used_bytes)
         self._health = health.aio.HealthServicer()
         self._service = CaptionService(
-            self._triton,
+            self._decoder,
+            cache,
+            metrics,
             max_concurrent_calls=self._config.max_concurrent_calls,
             deadline_cap_seconds=self._config.deadline_cap_seconds,
         )
@@ -69,6 +74,14 @@ class Gateway:
         for name in _HEALTH_NAMES:
             await self._health.set(name, status)
 
+    def forget_description(self) -> None:
+        """Have the decoder asked anew what it is.
+
+        To be called when Triton has taken in another version; otherwise the first computed answer
+        of that version does it, and remembered ones of the old version are given until then.
+        """
+        self._service.forget_description()
+
     async def stop(self) -> None:
         """Report NOT_SERVING, refuse new calls, let those in flight finish, and close everything.
 
@@ -85,7 +98,7 @@ class Gateway:
         await self._close()
 
     async def _close(self) -> None:
-        await self._triton.close()
+        await self._decoder.close()
         await asyncio.to_thread(self._metrics_server.stop)
 
     def _build_server(self, metrics: GatewayMetrics) -> grpc.aio.Server:

@@ -77,7 +77,7 @@ def _details(error: errors.CaptionServeError) -> list[Message]:
         for field, description in violations.items():
             bad_request.field_violations.add(field=field, description=description)
         details.append(bad_request)
-    if isinstance(error, errors.OverloadedError):
+    if isinstance(error, (errors.OverloadedError, errors.ModelUnavailableError)):
         delay = Duration(seconds=RETRY_DELAY_SECONDS)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return details

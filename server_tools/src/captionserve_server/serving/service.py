@@ -13,8 +13,9 @@ from typing import Any
 
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.config import GatewayConfig
+from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
+from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.gateway.server import Gateway
-from captionserve_server.gateway.triton_client import TimeLimit, TritonClient
 from captionserve_server.runtime.model_repository import what_is_missing
 from captionserve_server.serving.installation import find_triton
 from captionserve_server.serving.ready import ReadyReport, ready_file
@@ -112,11 +113,10 @@ async def _triton(options: ServeOptions, stop: asyncio.Event) -> AsyncIterator[T
 
 async def _caption_once(triton: TritonProcess, timeout_seconds: float) -> None:
     """Prove with a real caption that Triton is ready; it says so before anything has decoded."""
-    client = TritonClient(triton.addresses.grpc)
+    client = DecoderClient(triton.addresses.grpc)
+    image = InputTensor(wire.IMAGE, (1,), encode_strings([_CANARY_IMAGE]))
     try:
-        await client.infer_captions(
-            {wire.IMAGE: [_CANARY_IMAGE]}, TimeLimit(timeout_seconds, timeout_seconds)
-        )
+        await client.caption([image], TimeLimit(timeout_seconds, timeout_seconds))
     except CaptionServeError as error:
         raise TritonStartError(f"the first caption failed: {error.message}") from error
     finally:
@@ -130,8 +130,8 @@ async def _gateway(options: ServeOptions, triton: TritonProcess) -> AsyncIterato
             listen=options.listen,
             metrics_listen=options.metrics_listen,
             triton_address=triton.addresses.grpc,
-            grace_seconds=options.grace_seconds,
             cache_megabytes=options.cache_megabytes,
+            grace_seconds=options.grace_seconds,
         )
     )
     await gateway.start()

@@ -1,30 +1,31 @@
-"""Asking Triton's `captioner` model, and telling its failures apart."""
+"""Asking Triton's `decoder` model, and telling its failures apart."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import grpc
-from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,
     DeadlineExceededError,
+    InvalidOptionsError,
     ModelFaultError,
     ModelUnavailableError,
     OverloadedError,
-    from_wire,
 )
-from captionserve_server.gateway.conversion import Inputs
-from captionserve_server.gateway.kserve import infer_request, read_outputs
+from captionserve_server.core.options import DecodingOptions
+from captionserve_server.gateway.kserve import InputTensor, Outputs, infer_request, read_outputs
 from captionserve_server.triton import wire
-from captionserve_server.triton.wire import ModelSpec, TensorSpec
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +50,12 @@ _DEAD_STUB_TEXT = "is not healthy"
 
 _UNAVAILABLE = "the model server cannot answer now"
 _FAULT = "the model server failed"
+_UNREADABLE = "the model gave an answer that cannot be read"
+
+# The decoder answers this from memory; only a Triton that hangs takes longer.
+_DESCRIBE_SECONDS = 10.0
+
+_OUTPUTS = {spec.name: spec for spec in wire.DECODER.outputs}
 
 
 @dataclass(frozen=True)
@@ -65,65 +72,92 @@ class TimeLimit:
 
 
 @dataclass(frozen=True)
-class CaptionerAnswer:
-    """One response of a captioner model.
+class Description:
+    """What a version of the decoder is.
 
     Attributes:
-        outputs: those that there are.
-        request_id: which request it answers.
-        model_version: which version answered.
+        version: which one it is.
+        defaults: the options of its checkpoint.
     """
 
-    outputs: dict[TensorSpec, NDArray[Any]]
-    request_id: str
+    version: int
+    defaults: DecodingOptions
+
+
+class Answer(NamedTuple):
+    """One response of the decoder: the outputs that there are, and which version gave them."""
+
+    outputs: Outputs
     model_version: int
 
     @property
     def is_final(self) -> bool:
-        """Whether it has the captions."""
-        return wire.TEXT in self.outputs
+        """Whether it is the last one: it has the captions, or the description."""
+        return wire.TEXT.name in self.outputs or wire.DESCRIPTION.name in self.outputs
 
 
-class TritonClient:
-    """A connection to one Triton."""
+class DecoderClient:
+    """A connection to one Triton. Each call is a stream of its own, which ends with the call."""
 
     def __init__(self, address: str) -> None:
         """Prepare a channel to host:port; it connects with the first call."""
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # Unique without asking the system for randomness in each call.
+        self._id_prefix = uuid.uuid4().hex[:16]
+        self._id_numbers = itertools.count()
 
-    async def infer_captions(self, inputs: Inputs, time_limit: TimeLimit) -> CaptionerAnswer:
-        """Caption one image; cancelling the task cancels the work in Triton.
+    async def describe(self) -> Description:
+        """Ask which version answers and what its defaults are; CaptionServeError on failure."""
+        inputs = [InputTensor(wire.DESCRIBE, (1,), b"\x01")]
+        try:
+            answer = await self.caption(inputs, TimeLimit(_DESCRIBE_SECONDS, _DESCRIBE_SECONDS))
+        except DeadlineExceededError as error:
+            # Not the caller's deadline: the decoder answers this one at once.
+            raise ModelUnavailableError(_UNAVAILABLE) from error
+        try:
+            description = json.loads(answer.outputs[wire.DESCRIPTION.name].values[0])
+            defaults = DecodingOptions.from_given(description["defaults"])
+            return Description(int(description["version"]), defaults)
+        except (ValueError, LookupError, TypeError, AttributeError, InvalidOptionsError) as error:
+            raise ModelFaultError(_UNREADABLE) from error
+
+    async def caption(self, inputs: Iterable[InputTensor], time_limit: TimeLimit) -> Answer:
+        """The final answer to one message; cancelling the task cancels the work in Triton.
 
         Args:
-            inputs: the captioner's inputs.
+            inputs: the decoder's inputs.
             time_limit: how long it may take.
 
         Raises:
             CaptionServeError: whatever went wrong.
         """
-        request = _request(wire.CAPTIONER, inputs, time_limit)
-        try:
-            response = await self._stub.ModelInfer(request, timeout=time_limit.call_seconds)
-        except grpc.aio.AioRpcError as error:
-            raise error_of_triton(error.code(), error.details() or "") from error
-        return _answer(wire.CAPTIONER, response)
+        async with aclosing(self.stream(inputs, time_limit)) as answers:
+            async for answer in answers:
+                if answer.is_final:
+                    return answer
+        raise AssertionError("a stream ends with its final answer, or an error")
 
-    async def stream_captions(
-        self, inputs: Inputs, time_limit: TimeLimit
-    ) -> AsyncGenerator[CaptionerAnswer, None]:
-        """Caption one image and yield what becomes known of it, at last the captions.
+    async def stream(
+        self, inputs: Iterable[InputTensor], time_limit: TimeLimit
+    ) -> AsyncGenerator[Answer, None]:
+        """The answers to one message as they come, the final one last.
 
         Closing the generator cancels the work in Triton. Arguments and errors are those of
-        `infer_captions`.
+        `caption`.
         """
-        request = _request(wire.CAPTIONER_STREAM, inputs, time_limit)
+        request = infer_request(
+            wire.DECODER,
+            inputs,
+            request_id=f"{self._id_prefix}-{next(self._id_numbers)}",
+            timeout_microseconds=int(time_limit.model_seconds * 1e6),
+        )
         call = self._stub.ModelStreamInfer(_once(request), timeout=time_limit.call_seconds)
         try:
             async for response in call:
                 if response.error_message:
                     raise error_of_triton(grpc.StatusCode.INTERNAL, response.error_message)
-                answer = _answer(wire.CAPTIONER_STREAM, response.infer_response)
+                answer = _answer(response.infer_response)
                 yield answer
                 if answer.is_final:
                     return
@@ -138,23 +172,11 @@ class TritonClient:
         await self._channel.close()
 
 
-def _request(
-    model: ModelSpec, inputs: Inputs, time_limit: TimeLimit
-) -> service_pb2.ModelInferRequest:
-    return infer_request(
-        model,
-        inputs,
-        request_id=uuid.uuid4().hex,
-        timeout_microseconds=int(time_limit.model_seconds * 1e6),
-    )
-
-
-def _answer(model: ModelSpec, response: service_pb2.ModelInferResponse) -> CaptionerAnswer:
+def _answer(response: service_pb2.ModelInferResponse) -> Answer:
     try:
-        outputs = read_outputs(response, model.outputs)
-        return CaptionerAnswer(outputs, response.id, int(response.model_version))
+        return Answer(read_outputs(response, _OUTPUTS), int(response.model_version))
     except ValueError as error:
-        raise ModelFaultError("the model gave an answer that cannot be read") from error
+        raise ModelFaultError(_UNREADABLE) from error
 
 
 async def _once(
@@ -170,7 +192,7 @@ def error_of_triton(code: grpc.StatusCode, details: str) -> CaptionServeError:
         code: the call's status code.
         details: Triton's text, which may be one of our own errors as JSON.
     """
-    own = from_wire(details)
+    own = wire.error_of_text(details)
     if own is not None:
         return own
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
