@@ -439,7 +439,7 @@ def _plain_one(kind: type, value: object) -> object:
             return float(value)
         except OverflowError:
             # An integer beyond all floats: out of every range.
-            return math.inf
+            return -math.inf if isinstance(value, int) and value < 0 else math.inf
     return value
 
 
