@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from captionserve_server.core.options import DecodingOptions, EarlyStopping
+from captionserve_server.core.options import DecodingOptions
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
@@ -36,9 +36,6 @@ from tests.reference_search import (
 
 # The models are tiny: a second thread only waits, and far longer when the cores are busy.
 torch.set_num_threads(1)
-
-EARLY_STOPPING: dict[EarlyStopping, bool | str] = {"false": False, "true": True, "never": "never"}
-"""Our values of early_stopping to those of generate() and of the client."""
 
 # Options that generate() takes as they are.
 _SHARED = (
@@ -187,7 +184,7 @@ class Reference:
     def _generate_options(self, options: DecodingOptions) -> dict[str, Any]:
         """The options as keyword arguments of generate(); nothing is left to the checkpoint."""
         given: dict[str, Any] = {name: getattr(options, name) for name in _SHARED}
-        given |= {"do_sample": False, "early_stopping": EARLY_STOPPING[options.early_stopping]}
+        given |= {"do_sample": False, "early_stopping": options.early_stopping}
         if options.bad_words:
             given["bad_words_ids"] = self._bad_words(options)
         if options.suppress_tokens:

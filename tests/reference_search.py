@@ -32,7 +32,7 @@ class Rules:
         beams: beams of the search, or of each of its groups.
         longest: most tokens generated.
         length_penalty: exponent of the length that divides the summed log-probability.
-        early_stopping: "false", "true" or "never".
+        early_stopping: False, True or "never".
     """
 
     given: Tokens
@@ -123,7 +123,7 @@ class Beams:
 
     def _wants_more(self) -> bool:
         rules = self._rules
-        if rules.early_stopping == "true":
+        if rules.early_stopping is True:
             return False
         hopes_for_longest = rules.early_stopping == "never" and rules.length_penalty > 0
         length = rules.longest if hopes_for_longest else len(self.running[0].tokens)

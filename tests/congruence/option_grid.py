@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from typing import Any
 
 from captionserve import GenerationOptions
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
-
-from tests.reference import EARLY_STOPPING
 
 MAX_LENGTH = 14
 IMAGES = 11
@@ -196,5 +195,12 @@ def client_options(options: DecodingOptions) -> GenerationOptions:
         for field in dataclasses.fields(options)
         if field.name not in NOT_IN_GRID
     }
-    given["early_stopping"] = EARLY_STOPPING[options.early_stopping]
     return GenerationOptions(**given)
+
+
+def as_json(options: DecodingOptions) -> str:
+    """As a caller of Triton writes them by hand: JSON, without what is the default."""
+    default = DecodingOptions().as_given()
+    return json.dumps(
+        {name: value for name, value in options.as_given().items() if value != default.get(name)}
+    )

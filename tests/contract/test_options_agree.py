@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from captionserve import FinishReason, GenerationOptions
 from captionserve._options import to_proto
 from captionserve._results import from_proto
 from captionserve.v1 import caption_pb2
-from captionserve_server.cli.decoding_options import _TABLE
 from captionserve_server.core import captions
-from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
-from captionserve_server.gateway.conversion import (
-    EARLY_STOPPING,
-    FINISH_REASONS,
-    captioner_inputs,
+from captionserve_server.core.options import (
+    EARLY_STOPPING_VALUES,
+    OPTIONS,
+    DecodingOptions,
+    NamedOptions,
 )
-from captionserve_server.triton import wire
+from captionserve_server.gateway.conversion import FINISH_REASONS
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 
 PROTO_FIELDS = caption_pb2.GenerationOptions.DESCRIPTOR.fields_by_name
 NAMES = set(PROTO_FIELDS)
-TRITON_TYPES = {
-    FieldDescriptor.TYPE_BOOL: "TYPE_BOOL",
-    FieldDescriptor.TYPE_INT32: "TYPE_INT32",
-    FieldDescriptor.TYPE_INT64: "TYPE_INT64",
-    FieldDescriptor.TYPE_DOUBLE: "TYPE_FP64",
-    FieldDescriptor.TYPE_STRING: "TYPE_STRING",
-    FieldDescriptor.TYPE_ENUM: "TYPE_STRING",
-}
+GENERATION_TYPES = get_type_hints(GenerationOptions)
+NAMED_TYPES = get_type_hints(NamedOptions)
 PYTHON_TYPES = {
     FieldDescriptor.TYPE_BOOL: bool,
     FieldDescriptor.TYPE_INT32: int,
     FieldDescriptor.TYPE_INT64: int,
     FieldDescriptor.TYPE_DOUBLE: float,
     FieldDescriptor.TYPE_STRING: str,
-    FieldDescriptor.TYPE_ENUM: str,
+    FieldDescriptor.TYPE_ENUM: bool,
 }
 # Each option with a value that is not its default.
 VALUES: dict[str, Any] = {
@@ -72,78 +65,52 @@ def enum_names(descriptor: EnumDescriptor, prefix: str) -> set[str]:
     return names - {"unspecified"}
 
 
-def request_of(options: GenerationOptions) -> caption_pb2.CaptionRequest:
-    return caption_pb2.CaptionRequest(
-        image=caption_pb2.Image(encoded=b"x"), options=to_proto(options)
-    )
-
-
 def test_every_place_has_the_same_options() -> None:
     assert {field.name for field in dataclasses.fields(GenerationOptions)} == NAMES
-    assert {field.name for field in dataclasses.fields(DecodingOptions)} == NAMES
-    assert set(wire.OPTION_TENSORS) == NAMES
-    assert set(_TABLE) == NAMES
+    assert set(OPTIONS) == NAMES
     assert set(VALUES) == NAMES
-    assert len(NAMES) == 22
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_each_option_has_a_tensor_of_its_own_type(name: str) -> None:
-    spec, field = wire.OPTION_TENSORS[name], PROTO_FIELDS[name]
-    assert spec.name == name.upper()
-    assert spec.data_type == TRITON_TYPES[field.type]
-    assert spec.dims == ((-1,) if field.is_repeated else (1,))
-    assert spec.optional
+def test_an_option_has_the_same_type_on_the_wire_and_in_the_core(name: str) -> None:
+    option, field = OPTIONS[name], PROTO_FIELDS[name]
+    element = field if field.message_type is None else field.message_type.fields_by_name["values"]
+    assert option.kind is PYTHON_TYPES[element.type]
+    assert (option.max_items is not None) is (field.message_type is not None)
+    # The largest number of the core can be sent.
+    if option.kind is int:
+        bits = 63 if element.type == FieldDescriptor.TYPE_INT64 else 31
+        assert option.most is not None
+        assert option.most < 2**bits
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_every_option_tells_unset_from_zero(name: str) -> None:
     field = PROTO_FIELDS[name]
-    # An enum has UNSPECIFIED for that, and an empty list is the same as none.
-    says_it_otherwise = field.is_repeated or field.enum_type is not None
-    assert field.has_presence is not says_it_otherwise
+    # An enum has UNSPECIFIED for that.
+    assert field.has_presence is (field.enum_type is None)
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_the_command_line_has_each_option_in_its_own_type(name: str) -> None:
-    field = PROTO_FIELDS[name]
-    element = PYTHON_TYPES[field.type]
-    assert _TABLE[name][0] == (list[element] if field.is_repeated else element)  # type: ignore[valid-type]  # Of a table.
+def test_the_client_annotates_each_option_with_the_cores_type(name: str) -> None:
+    assert name == "early_stopping" or GENERATION_TYPES[name] == NAMED_TYPES[name]
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_every_option_travels_from_the_client_to_the_captioner(name: str) -> None:
+def test_every_option_is_taken_by_the_client_and_by_the_core(name: str) -> None:
     value = VALUES[name]
-    inputs = captioner_inputs(request_of(GenerationOptions(**{name: value})))
-    assert value != getattr(DecodingOptions(), name)
-    expected = value if isinstance(value, list) else [value]
-    assert inputs == {wire.IMAGE: [b"x"], wire.OPTION_TENSORS[name]: expected}
-
-
-def test_all_options_travel_together() -> None:
-    inputs = captioner_inputs(request_of(GenerationOptions(**VALUES)))
-    arrived = {name: inputs[spec] for name, spec in wire.OPTION_TENSORS.items()}
-    assert arrived == {
-        name: value if isinstance(value, list) else [value] for name, value in VALUES.items()
-    }
-
-
-def test_options_that_are_not_set_do_not_travel() -> None:
-    assert captioner_inputs(request_of(GenerationOptions())) == {wire.IMAGE: [b"x"]}
+    assert to_proto(GenerationOptions(**{name: value})).ByteSize() > 0
+    assert OPTIONS[name].fault(tuple(value) if isinstance(value, list) else value) is None
+    assert value != DecodingOptions().as_given().get(name)
 
 
 def test_early_stopping_has_the_same_values_everywhere() -> None:
     descriptor = caption_pb2.EarlyStopping.DESCRIPTOR
-    assert enum_names(descriptor, "EARLY_STOPPING_") == set(EARLY_STOPPING_VALUES)
-    assert sorted(EARLY_STOPPING.values()) == sorted(EARLY_STOPPING_VALUES)
-    for value, name in EARLY_STOPPING.items():
-        assert descriptor.values_by_number[value].name == f"EARLY_STOPPING_{name.upper()}"
-
-
-@pytest.mark.parametrize(("value", "text"), [(False, "false"), (True, "true"), ("never", "never")])
-def test_early_stopping_means_the_same_at_both_ends(value: bool | str, text: str) -> None:
-    sent = to_proto(GenerationOptions(early_stopping=value))  # type: ignore[arg-type]  # Of a table.
-    assert EARLY_STOPPING[sent.early_stopping] == text
+    values = {str(value).lower() for value in EARLY_STOPPING_VALUES}
+    assert enum_names(descriptor, "EARLY_STOPPING_") == values
+    for value in EARLY_STOPPING_VALUES:
+        sent = to_proto(GenerationOptions(early_stopping=value)).early_stopping
+        assert descriptor.values_by_number[sent].name == f"EARLY_STOPPING_{value}".upper()
 
 
 def test_finish_reasons_are_the_same_everywhere() -> None:

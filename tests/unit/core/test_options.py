@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from captionserve_server.core.errors import InvalidOptionsError
-from captionserve_server.core.options import DecodingOptions
+from captionserve_server.core.options import (
+    MAX_OPTIONS_BYTES,
+    OPTIONS,
+    DecodingOptions,
+    NamedOptions,
+    parse_options,
+)
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(0, 20)
+    | st.floats()
+    | st.text(st.characters())
+    | st.sampled_from(["never", "dog"])
+)
+JSON_VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=6,
+)
+# Who else may be named beside the fields that were given.
+PARTNERS = {"num_beams", "max_length", "do_sample", "num_beam_groups", "diversity_penalty"}
 
 
 @pytest.mark.parametrize(
@@ -118,3 +145,122 @@ def test_sampling_settings_of_the_checkpoint_do_not_bind_who_does_not_sample() -
 )
 def test_what_is_reproducible(given: dict[str, Any], reproducible: bool) -> None:
     assert DecodingOptions().with_given(given).reproducible == reproducible
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("num_beams", "4", "must be an integer, is text"),
+        ("num_beams", 4.0, "must be an integer, is a number"),
+        ("num_beams", True, "must be an integer, is a boolean"),
+        ("num_beams", [4], "must be an integer, is a list"),
+        ("num_beams", 10**5000, "must be 1 to 16, is an integer beyond 64 bits"),
+        ("length_penalty", True, "must be a number, is a boolean"),
+        ("length_penalty", 10**400, "must be -10 to 10, is inf"),
+        ("length_penalty", math.nan, "must be -10 to 10, is nan"),
+        ("do_sample", 1, "must be true or false, is an integer"),
+        ("early_stopping", 1, 'must be true or false or "never", is an integer'),
+        ("early_stopping", "true", "must be true or false or \"never\", is 'true'"),
+        ("prefix", 7, "must be text, is an integer"),
+        ("prefix", "\ud800", "must be valid Unicode"),
+        ("bad_words", "dog", "must be a list, is text"),
+        ("bad_words", [1], "each must be text, is an integer"),
+        ("suppress_tokens", 3, "must be a list, is an integer"),
+        ("suppress_tokens", [True], "each must be an integer, is a boolean"),
+    ],
+    ids=range(17),  # An integer of thousands of digits has no text.
+)
+def test_a_wrong_type_is_said_in_words(name: str, value: object, text: str) -> None:
+    with pytest.raises(InvalidOptionsError) as caught:
+        DecodingOptions().with_given({name: value})
+    assert caught.value.field_violations == {name: text}
+
+
+def test_faults_of_every_kind_are_named_at_once() -> None:
+    wrong = {"num_beams": "4", "max_length": 1, "bad_words": 3, "prefiks": "a", "seed": 1}
+    with pytest.raises(InvalidOptionsError) as caught:
+        DecodingOptions().with_given(wrong)
+    assert set(caught.value.field_violations) == {*wrong, "do_sample"}
+
+
+@given(st.dictionaries(st.sampled_from(list(OPTIONS)), JSON_VALUES, max_size=5))
+@example({"num_beams": 0, "num_return_sequences": 2})
+def test_any_json_is_valid_or_refused_by_the_names_in_it(values: dict[str, object]) -> None:
+    named: set[str] = set()
+    text = ""
+    try:
+        options = DecodingOptions().with_given(parse_options(json.dumps(values)))
+    except InvalidOptionsError as error:
+        named, text = set(error.field_violations), error.message
+    if named:
+        assert named & values.keys()
+        assert named <= values.keys() | PARTNERS
+        assert len(text) < 200 * len(named)
+    else:
+        assert DecodingOptions.from_given(json.loads(json.dumps(options.as_given()))) == options
+
+
+def test_none_and_null_are_not_set() -> None:
+    assert DecodingOptions().with_given({"num_beams": None}) == DecodingOptions()
+    assert parse_options('{"num_beams": null, "bad_words": []}') == {"bad_words": []}
+
+
+def test_an_empty_list_is_set() -> None:
+    defaults = DecodingOptions(bad_words=("cat",))
+    assert defaults.with_given({"bad_words": []}).bad_words == ()
+    assert defaults.with_given({}).bad_words == ("cat",)
+
+
+def test_numbers_of_numpy_become_plain() -> None:
+    options = DecodingOptions().with_given(
+        {"num_beams": np.int64(3), "length_penalty": np.float32(0.5), "repetition_penalty": 2}
+    )
+    assert (options.num_beams, options.length_penalty, options.repetition_penalty) == (3, 0.5, 2.0)
+    assert type(options.num_beams) is int
+    assert type(options.length_penalty) is type(options.repetition_penalty) is float
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "4",
+        "null",
+        '"num_beams"',
+        b"\xff",
+        '{"num_beams": ' + "9" * 5000 + "}",
+        '{"bad_words": ' + "[" * 100_000,
+        "{" + " " * MAX_OPTIONS_BYTES + "}",
+        "\ud800",
+    ],
+    ids=range(11),
+)
+def test_what_is_no_json_object_is_refused_as_a_whole(text: str | bytes) -> None:
+    with pytest.raises(InvalidOptionsError) as caught:
+        parse_options(text)
+    assert set(caught.value.field_violations) == {"options"}
+
+
+def test_an_option_given_twice_is_refused() -> None:
+    with pytest.raises(InvalidOptionsError) as caught:
+        parse_options('{"num_beams": 1, "num_beams": 2}')
+    assert set(caught.value.field_violations) == {"num_beams"}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_what_is_no_finite_number_is_refused_by_its_field(number: str) -> None:
+    given = parse_options(f'{{"length_penalty": {number}}}')
+    with pytest.raises(InvalidOptionsError) as caught:
+        DecodingOptions().with_given(given)
+    assert set(caught.value.field_violations) == {"length_penalty"}
+
+
+def test_defaults_that_wait_for_sampling_survive_the_round_trip() -> None:
+    options = DecodingOptions(temperature=0.7, length_penalty=0.1, bad_words=("a cat",))
+    assert DecodingOptions.from_given(json.loads(json.dumps(options.as_given()))) == options
+
+
+def test_options_by_name_are_those_of_decoding() -> None:
+    assert list(NamedOptions.__annotations__) == list(OPTIONS)

@@ -21,7 +21,6 @@ from captionserve_server.export import repository as repository_module
 from captionserve_server.export import torchscript_export
 from captionserve_server.export.checkpoint import (
     UnsupportedCheckpointError,
-    early_stopping_name,
     load_checkpoint,
 )
 from captionserve_server.export.repository import OtherFormatError, export_checkpoint
@@ -209,11 +208,6 @@ def test_a_malformed_calibration_is_refused_by_name(checkpoint: Path, content: b
     (checkpoint / "confidence.json").write_bytes(content)
     with pytest.raises(UnsupportedCheckpointError, match=r"confidence\.json"):
         load_checkpoint(str(checkpoint))
-
-
-@pytest.mark.parametrize(("value", "name"), [(True, "true"), (False, "false"), ("never", "never")])
-def test_early_stopping_has_its_three_forms(value: bool | str, name: str) -> None:
-    assert early_stopping_name(value) == name
 
 
 def test_a_checkpoint_may_be_a_hub_id(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from captionserve import GenerationOptions
 from captionserve._images import encode_image
-from captionserve_server.core.errors import ImageTooManyPixelsError, InvalidOptionsError
-from captionserve_server.core.options import DecodingOptions
+from captionserve_server.core.errors import ImageTooManyPixelsError
 from captionserve_server.core.preprocessing import PreprocessorConfig, preprocess
 from captionserve_server.local.images import image_pixels
-from captionserve_server.local.options import NamedOptions, given_options
 from PIL import Image
 
-from tests.contract.test_options_agree import VALUES
 from tests.reference import picture
 
 CONFIG = PreprocessorConfig(height=24, width=20)
@@ -120,65 +115,3 @@ def test_what_is_no_image_is_refused_as_the_client_refuses_it(wrong: Any) -> Non
 def test_pictures_in_memory_have_the_files_limit() -> None:
     with pytest.raises(ImageTooManyPixelsError):
         image_pixels(Image.new("1", (10_000, 5_001)), CONFIG)
-
-
-def test_options_are_those_of_decoding() -> None:
-    names = {field.name for field in dataclasses.fields(DecodingOptions)}
-    assert set(NamedOptions.__annotations__) == names
-
-
-def test_options_that_are_not_set_are_left_to_the_checkpoint() -> None:
-    assert given_options(None, {}) == {}
-    assert given_options(GenerationOptions(), {"num_beams": None}) == {}
-
-
-def test_every_option_can_be_given_in_either_way() -> None:
-    expected = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in VALUES.items()
-    }
-    assert given_options(GenerationOptions(**VALUES), {}) == expected
-    assert given_options(None, VALUES) == expected
-
-
-def test_options_by_name_come_before_those_of_the_dataclass() -> None:
-    options = GenerationOptions(num_beams=4, max_length=9)
-    assert given_options(options, {"num_beams": 2}) == {"num_beams": 2, "max_length": 9}
-
-
-@pytest.mark.parametrize(("value", "text"), [(False, "false"), (True, "true"), ("never", "never")])
-def test_early_stopping_means_what_it_means_to_the_client(value: Any, text: str) -> None:
-    assert given_options(None, {"early_stopping": value}) == {"early_stopping": text}
-
-
-def test_numbers_of_numpy_become_plain() -> None:
-    given = given_options(
-        None, {"num_beams": np.int64(3), "top_p": np.float32(0.5), "temperature": 2}
-    )
-    assert given == {"num_beams": 3, "top_p": 0.5, "temperature": 2.0}
-    assert [type(value) for value in given.values()] == [int, float, float]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_beams", "4"),
-        ("num_beams", 4.0),
-        ("num_beams", True),
-        ("temperature", True),
-        ("do_sample", 1),
-        ("prefix", b"a"),
-        ("bad_words", "dog"),
-        ("bad_words", [1]),
-        ("suppress_tokens", 3),
-        ("suppress_tokens", ["dog"]),
-        ("early_stopping", 1),
-    ],
-)
-def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=rf"^{name} has the wrong type: {type(value).__name__}$"):
-        given_options(None, {name: value})
-
-
-def test_an_unknown_option_is_refused_by_name() -> None:
-    with pytest.raises(InvalidOptionsError, match="num_beamz: is not an option"):
-        DecodingOptions().with_given(given_options(None, {"num_beamz": 4}))

@@ -1,4 +1,4 @@
-"""The decoding options as command line options, one table for every command that decodes."""
+"""The decoding options as command line options, derived from what core/options.py says of each."""
 
 from __future__ import annotations
 
@@ -10,37 +10,9 @@ from typing import Annotated, Any
 import typer
 from captionserve import GenerationOptions
 
-_EARLY_STOPPING: Mapping[str, bool | str] = {"true": True, "false": False, "never": "never"}
+from captionserve_server.core.options import OPTIONS
 
-# Name in GenerationOptions: type on the command line, help, and the flag if it is another.
-_TABLE: dict[str, tuple[Any, str, str | None]] = {
-    "num_beams": (int, "Beams; 1 is greedy search.", None),
-    "max_length": (int, "Most tokens, the start token included.", None),
-    "min_length": (int, "Fewest tokens, the start token included.", None),
-    "length_penalty": (float, "Exponent of the length that divides the score.", None),
-    "early_stopping": (str, "When beam search stops: true, false or never.", None),
-    "num_return_sequences": (int, "Captions to return, best first.", None),
-    "do_sample": (bool, "Draw tokens.", None),
-    "temperature": (float, "Divides the logits before drawing.", None),
-    "top_k": (int, "Draw among so many of the likeliest tokens; 0 for all.", None),
-    "top_p": (float, "Draw among tokens that together have this probability.", None),
-    "min_p": (float, "Draw among tokens with this share of the likeliest one's.", None),
-    "seed": (int, "Of the draws.", None),
-    "num_beam_groups": (int, "Groups of beams that are kept apart.", None),
-    "diversity_penalty": (float, "How far groups are kept apart.", None),
-    "repetition_penalty": (float, "Above 1 makes tokens that occurred unlikelier.", None),
-    "no_repeat_ngram_size": (int, "No n-gram of this many tokens twice; 0 is off.", None),
-    "bad_words": (list[str], "Word that must not occur; may be repeated.", "--bad-word"),
-    "force_words": (list[str], "Word that must occur; may be repeated.", "--force-word"),
-    "prefix": (str, "Text with which captions begin.", None),
-    "suppress_tokens": (
-        list[int],
-        "Token id that must not occur; may be repeated.",
-        "--suppress-token",
-    ),
-    "output_attentions": (bool, "Put where each token looked into the JSON.", "--attention"),
-    "allow_partial": (bool, "At the deadline, give the best so far.", "--allow-partial"),
-}
+_EARLY_STOPPING: Mapping[str, bool | str] = {"true": True, "false": False, "never": "never"}
 
 
 def with_decoding_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -51,11 +23,11 @@ def with_decoding_options(command: Callable[..., None]) -> Callable[..., None]:
     """
     signature = inspect.signature(command, eval_str=True)
     own = [each for each in signature.parameters.values() if each.name != "options"]
-    parameters = [*own, *(_parameter(name) for name in _TABLE)]
+    parameters = [*own, *(_parameter(name) for name in OPTIONS)]
 
     @functools.wraps(command)
     def collected(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in _TABLE}
+        given = {name: arguments.pop(name) for name in OPTIONS}
         command(**arguments, options=_options(given))
 
     described: Any = collected
@@ -65,9 +37,16 @@ def with_decoding_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(name: str) -> inspect.Parameter:
-    kind, help_text, flag = _TABLE[name]
-    flags = [] if flag is None else [flag]
-    option = typer.Option(*flags, help=help_text, rich_help_panel="Decoding")
+    said = OPTIONS[name]
+    flags = [] if said.flag is None else [said.flag]
+    notes = [said.help, said.range() and f"Range: {said.range()}."]
+    if said.max_items is not None:
+        notes.append("May be repeated.")
+    option = typer.Option(*flags, help=" ".join(filter(None, notes)), rich_help_panel="Decoding")
+    # What is a word beside true and false is typed as text.
+    kind: Any = str if said.words else said.kind
+    if said.max_items is not None:
+        kind = list[kind]
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,

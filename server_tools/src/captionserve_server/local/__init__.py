@@ -3,11 +3,11 @@
 Needs onnxruntime, numpy, Pillow and tokenizers only.
 """
 
+from captionserve_server.core.options import NamedOptions
 from captionserve_server.core.results import FinishedCaption
 from captionserve_server.local.captioner import LocalCaptioner, LocalResult
 from captionserve_server.local.images import ImageInput
 from captionserve_server.local.model_folder import ModelFolderError
-from captionserve_server.local.options import NamedOptions
 
 __all__ = [
     "FinishedCaption",

@@ -21,12 +21,12 @@ from captionserve_server.core.captions import CaptionPlan
 from captionserve_server.core.engine.engine_thread import Captions, EngineThread
 from captionserve_server.core.engine.scheduler import CaptionEngine, EngineLimits
 from captionserve_server.core.errors import CaptionServeError, ModelFaultError
+from captionserve_server.core.options import NamedOptions
 from captionserve_server.core.results import FinishedCaption, Finisher
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import Float32Array, UInt8Array
 from captionserve_server.local.images import ImageInput, image_pixels
 from captionserve_server.local.model_folder import load_model
-from captionserve_server.local.options import NamedOptions, given_options
 from captionserve_server.runtime import graph_tensors
 from captionserve_server.runtime.graph_step_model import GraphStepModel
 from captionserve_server.runtime.onnx_graph import OnnxGraph
@@ -134,7 +134,7 @@ class LocalCaptioner:
         Raises:
             CaptionServeError: as the service would answer; see core/errors.py.
             OSError: if a file cannot be read.
-            TypeError: if the image or an option has the wrong type.
+            TypeError: if the image has the wrong type.
             ValueError: if an array or a PIL image has a wrong form.
         """
         plan = self._plan(options, named)
@@ -184,7 +184,7 @@ class LocalCaptioner:
 
         Raises:
             InvalidOptionsError: if the options are wrong, before any image is read.
-            TypeError: if an image or an option has the wrong type.
+            TypeError: if an image has the wrong type.
             ValueError: if an array or a PIL image has a wrong form.
         """
         return self._outcomes(images, self._plan(options, named))
@@ -207,7 +207,10 @@ class LocalCaptioner:
         self.close()
 
     def _plan(self, options: DataclassInstance | None, named: NamedOptions) -> CaptionPlan:
-        return self._model.bundle.plan(given_options(options, named), self._encode_text)
+        # Not asdict, which copies; what is None does not hide the dataclass's value.
+        given = {} if options is None else dict(vars(options))
+        given |= {name: value for name, value in named.items() if value is not None}
+        return self._model.bundle.plan(given, self._encode_text)
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False).ids

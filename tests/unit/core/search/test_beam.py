@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
-from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
+from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions, EarlyStopping
 from captionserve_server.core.search import Vocabulary, start_search
 from captionserve_server.core.words import WordTokens
 from hypothesis import given, settings
@@ -31,7 +31,7 @@ def test_every_lane_is_what_the_reference_finds(
     size: tuple[int, int],
     max_length: int,
     length_penalty: float,
-    early_stopping: str,
+    early_stopping: EarlyStopping,
     prefix: Tokens,
     image: int,
 ) -> None:
@@ -43,7 +43,7 @@ def test_every_lane_is_what_the_reference_finds(
         diversity_penalty=0.7 if groups > 1 else 0.0,
         max_length=max_length,
         length_penalty=length_penalty,
-        early_stopping=early_stopping,  # type: ignore[arg-type]
+        early_stopping=early_stopping,
     )
     found = Run(
         [CaptionPlan(options, WordTokens(prefix=prefix))] * LANES, image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from captionserve_server.core.captions import CaptionPlan
-from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
+from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions, EarlyStopping
 from captionserve_server.core.search.constrained import Requirement
 from captionserve_server.core.words import ForcedWord, WordTokens
 from hypothesis import given, settings
@@ -39,7 +39,7 @@ def test_every_lane_is_what_the_reference_finds(
     beams: int,
     max_length: int,
     length_penalty: float,
-    early_stopping: str,
+    early_stopping: EarlyStopping,
     image: int,
 ) -> None:
     options = DecodingOptions(
@@ -48,7 +48,7 @@ def test_every_lane_is_what_the_reference_finds(
         force_words=("stand-in",),
         max_length=max_length,
         length_penalty=length_penalty,
-        early_stopping=early_stopping,  # type: ignore[arg-type]
+        early_stopping=early_stopping,
     )
     plan = CaptionPlan(options, WordTokens(forced=forced))
     found = Run([plan] * LANES, image).finished_captions()

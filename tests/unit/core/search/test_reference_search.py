@@ -24,7 +24,7 @@ from tests.reference_search import (
 
 PLAIN_OPTIONS = [
     DecodingOptions(num_beams=2, max_length=14, num_return_sequences=2),
-    DecodingOptions(num_beams=3, max_length=14, early_stopping="true", length_penalty=0.5),
+    DecodingOptions(num_beams=3, max_length=14, early_stopping=True, length_penalty=0.5),
     DecodingOptions(num_beams=4, max_length=12, early_stopping="never", length_penalty=2.0),
     DecodingOptions(
         num_beams=3, max_length=14, min_length=8, repetition_penalty=1.3, num_return_sequences=3
@@ -38,7 +38,7 @@ PLAIN_OPTIONS = [
 ]
 
 END = 0
-LIKELY = Rules((9,), frozenset({END}), 1, 6, length_penalty=1.0, early_stopping="false")
+LIKELY = Rules((9,), frozenset({END}), 1, 6, length_penalty=1.0, early_stopping=False)
 
 
 def shares(*probabilities: float) -> Row:
@@ -158,7 +158,7 @@ def test_a_beam_that_would_rather_end_goes_on_until_its_constraints_are_met() ->
         }
         return [rows.get(sequence[1:], shares(0.91, 0.03, 0.03, 0.03)) for sequence in sequences]
 
-    rules = Rules((9,), frozenset({END}), 3, 3, length_penalty=1.0, early_stopping="false")
+    rules = Rules((9,), frozenset({END}), 3, 3, length_penalty=1.0, early_stopping=False)
     constraints = [Constraint(spaced=(token,), initial=None) for token in (2, 3)]
 
     completed = constrained_beam_search(likes_to_end_after_token_one, rules, constraints)
