@@ -27,16 +27,18 @@ test: setup  ## Every test, against a real Triton and a real gateway.
 lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy client/src server_tools/src tests proto
+	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_options.py
 	cd proto && ../$(BIN)/buf lint
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/python docs/generate_options.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: setup  ## Regenerate the gRPC code from proto/.
+generate: setup  ## Regenerate the gRPC code from proto/, and the table of options.
 	$(BIN)/python proto/generate.py
+	$(BIN)/python docs/generate_options.py
 
 evaluate: setup  ## Accuracy of the demo checkpoint on held-out scenes, through the whole stack.
 	$(BIN)/captionserve evaluate --checkpoint demo/checkpoint

@@ -74,18 +74,7 @@ class AsyncCaptionClient:
     ) -> CaptionResult:
         """Describe one image; cancelling the task cancels the work on the server.
 
-        Args:
-            image: a path, an encoded image as bytes, a binary file object, a PIL image or a uint8
-                array of shape (height, width, 3).
-            options: how to decode; None leaves everything to the server.
-            timeout: seconds the call may take, retries included; None takes the client's.
-            bypass_cache: have the answer computed anew, whatever the server remembers.
-
-        Raises:
-            CaptionError: if the call failed.
-            TypeError: if the image or an option has the wrong type.
-            ValueError: if the image, an option or the timeout cannot be sent.
-            OSError: if the image's file cannot be read.
+        Arguments and errors are those of `CaptionClient.caption`.
         """
         seconds = self._timeout_seconds if timeout is None else checked_timeout(timeout)
         # Reading a file and encoding a picture would hold the loop up.
@@ -105,18 +94,7 @@ class AsyncCaptionClient:
         The words of greedy search and sampling come one by one, those of beam search when all beams
         that are left share them. Closing the generator, which leaving a loop over it does unless
         somebody else holds it, ends the work on the server. Errors are raised from within the loop.
-
-        Args:
-            image: a path, an encoded image as bytes, a binary file object, a PIL image or a uint8
-                array of shape (height, width, 3).
-            options: how to decode; None leaves everything to the server.
-            timeout: seconds the call may take, retries included; None takes the client's.
-
-        Raises:
-            CaptionError: if the call failed.
-            TypeError: if the image or an option has the wrong type.
-            ValueError: if the image, an option or the timeout cannot be sent.
-            OSError: if the image's file cannot be read.
+        Arguments and errors are those of `CaptionClient.caption`.
         """
         seconds = self._timeout_seconds if timeout is None else checked_timeout(timeout)
         request = await asyncio.to_thread(build_stream_request, image, options)

@@ -71,8 +71,9 @@ class CaptionClient:
         """Describe one image.
 
         Args:
-            image: a path, an encoded image as bytes, a binary file object, a PIL image or a uint8
-                array of shape (height, width, 3).
+            image: a path, an encoded image as bytes, a binary file object, a PIL image, a uint8
+                array of shape (height, width, 3), or a float32 or float64 array or torch tensor of
+                shape (3, height, width) as the checkpoint's own image processor makes it.
             options: how to decode; None leaves everything to the server.
             timeout: seconds the call may take, retries included; None takes the client's.
             bypass_cache: have the answer computed anew, whatever the server remembers.
@@ -100,18 +101,7 @@ class CaptionClient:
         The words of greedy search and sampling come one by one, those of beam search when all beams
         that are left share them. Closing the generator, which leaving a loop over it does unless
         somebody else holds it, ends the work on the server. Errors are raised from within the loop.
-
-        Args:
-            image: a path, an encoded image as bytes, a binary file object, a PIL image or a uint8
-                array of shape (height, width, 3).
-            options: how to decode; None leaves everything to the server.
-            timeout: seconds the call may take, retries included; None takes the client's.
-
-        Raises:
-            CaptionError: if the call failed.
-            TypeError: if the image or an option has the wrong type.
-            ValueError: if the image, an option or the timeout cannot be sent.
-            OSError: if the image's file cannot be read.
+        Arguments and errors are those of `caption`.
         """
         seconds = self._timeout_seconds if timeout is None else checked_timeout(timeout)
         request = build_stream_request(image, options)

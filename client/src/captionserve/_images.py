@@ -1,7 +1,7 @@
-"""From whatever a caller has for an image to the bytes of an image file.
+"""From whatever a caller has for an image to the message that is sent.
 
 Nothing is decoded that need not be: files and bytes pass through untouched. Pixels are written
-without loss, as PPM (which needs no library) or PNG.
+without loss, as PPM (which needs no library) or PNG; pixel values go as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+
+from captionserve.v1 import caption_pb2
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,6 +37,18 @@ class Uint8Array(Protocol):
 
     def tobytes(self) -> bytes:
         """The elements in C order."""
+
+
+class FloatArray(Protocol):
+    """A 3 x height x width array of float32 or float64: a numpy array or a torch tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """3, height, width."""
+
+    @property
+    def dtype(self) -> object:
+        """The element type; its text is "float32", "torch.float32" or of 64 bits."""
 
 
 class PillowImage(Protocol):
@@ -64,8 +78,12 @@ ImageInput = (
     | BinaryReader
     | PillowImage
     | Uint8Array
+    | FloatArray
 )
-"""A path, an encoded image, a binary file object, a PIL image or a uint8 HxWx3 RGB array."""
+"""A path, an encoded image, a binary file object, a PIL image, a uint8 HxWx3 RGB array, or the
+float 3xHxW pixel values that the checkpoint's own image processor makes."""
+
+_FLOAT_DTYPES = frozenset({"float32", "float64", "torch.float32", "torch.float64", ">f4", ">f8"})
 
 # Modes that PNG stores as they are.
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B"})
@@ -73,6 +91,39 @@ _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B"})
 _CONVERT_FOR_PNG = {"PA": "RGBA", "RGBa": "RGBA", "I": "I;16"}
 # Modes that no accepted format stores losslessly; the server would itself convert them like this.
 _CONVERT_TO_RGB = frozenset({"CMYK", "YCbCr", "HSV", "LAB", "RGBX"})
+
+
+def image_message(image: ImageInput) -> caption_pb2.Image:
+    """Give an image the form in which it is sent.
+
+    An array of floats is sent as pixel values, for which numpy must be installed; all else as
+    `encode_image` gives it.
+
+    Raises:
+        TypeError: if the value is no image.
+        ValueError: if an array has a wrong form, or as `encode_image` says.
+        OSError: if a file cannot be read.
+    """
+    if _has(image, "shape", "dtype") and str(cast(FloatArray, image).dtype) in _FLOAT_DTYPES:
+        return caption_pb2.Image(pixel_values=_pixel_values(image))
+    return caption_pb2.Image(encoded=encode_image(image))
+
+
+def _pixel_values(image: object) -> caption_pb2.PixelValues:
+    # Who has such an array has numpy; who has none need not.
+    import numpy as np
+
+    array: Any = image
+    shape = tuple(array.shape)
+    if len(shape) != 3 or shape[0] != 3 or 0 in shape:
+        raise ValueError(
+            f"a float array must be pixel values of shape (3, height, width), is of shape {shape}"
+        )
+    if str(array.dtype).startswith("torch."):
+        # A tensor that lies on a GPU, or that gradients flow through, is no array yet.
+        array = array.detach().cpu()
+    values = np.asarray(array, dtype="<f4")
+    return caption_pb2.PixelValues(height=shape[1], width=shape[2], values=values.tobytes())
 
 
 def encode_image(image: ImageInput) -> bytes:

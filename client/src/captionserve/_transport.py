@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from captionserve._images import ImageInput, encode_image
+from captionserve._images import ImageInput, image_message
 from captionserve._options import GenerationOptions, to_proto
 from captionserve.v1 import caption_pb2
 
@@ -66,9 +66,9 @@ def checked_timeout(seconds: float) -> float:
 def build_request(
     image: ImageInput, options: GenerationOptions | None, *, bypass_cache: bool = False
 ) -> caption_pb2.CaptionRequest:
-    """Read and encode the image and put the options beside it; raises as `encode_image` does."""
+    """Read and encode the image and put the options beside it; raises as `image_message` does."""
     return caption_pb2.CaptionRequest(
-        image=caption_pb2.Image(encoded=encode_image(image)),
+        image=image_message(image),
         options=None if options is None else to_proto(options),
         bypass_cache=bypass_cache,
     )

@@ -159,7 +159,9 @@ def test_options_are_sent(server: Server, caption: Caption, images: list[str]) -
     assert caption(images[0], *arguments).exit_code == ExitCode.OK
     assert caption(images[0], *arguments, "--stream").exit_code == ExitCode.OK
     assert caption(images[0], *arguments, "--bypass-cache").exit_code == ExitCode.OK
-    expected = caption_pb2.GenerationOptions(num_beams=4, bad_words=["cat"])
+    expected = caption_pb2.GenerationOptions(
+        num_beams=4, bad_words=caption_pb2.StringList(values=["cat"])
+    )
     assert [request.options for request in servicer.requests] == [expected] * 3
     assert [request.bypass_cache for request in servicer.requests] == [False, False, True]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from captionserve._images import encode_image
+from captionserve._images import encode_image, image_message
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -170,3 +170,35 @@ def test_an_image_without_pixels_is_refused() -> None:
 def test_a_missing_file_is_reported_as_python_does(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         encode_image(tmp_path / "missing.jpg")
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", ">f4"])
+def test_floats_are_sent_as_pixel_values(dtype: str) -> None:
+    values = np.random.default_rng(7).normal(size=(3, 5, 4)).astype(dtype)
+    message = image_message(values)
+    assert message.WhichOneof("content") == "pixel_values"
+    sent = message.pixel_values
+    assert (sent.height, sent.width) == (5, 4)
+    received = np.frombuffer(sent.values, "<f4").reshape(3, 5, 4)
+    assert np.array_equal(received, values.astype("<f4"))
+
+
+def test_a_tensor_with_gradients_is_sent_as_its_values() -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.arange(24.0).reshape(3, 2, 4).transpose(1, 2).requires_grad_()
+    sent = image_message(tensor).pixel_values
+    assert (sent.height, sent.width) == (4, 2)
+    assert np.array_equal(
+        np.frombuffer(sent.values, "<f4").reshape(3, 4, 2), tensor.detach().numpy()
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (3, 5), (1, 3, 5, 4), (3, 0, 4)])
+def test_floats_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\(3, height, width\)"):
+        image_message(np.zeros(shape, np.float32))
+
+
+def test_other_images_are_sent_as_files() -> None:
+    assert image_message(FILE).encoded == FILE
+    assert image_message(random_pixels(5, 4, 3)).encoded.startswith(b"P6")

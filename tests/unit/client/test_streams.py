@@ -82,7 +82,9 @@ def test_image_and_options_are_sent(server: Server, collect: Collect) -> None:
     collect(target)
     collect(target, options=GenerationOptions(num_beams=4, bad_words=["cat"]))
     image = caption_pb2.Image(encoded=IMAGE)
-    options = caption_pb2.GenerationOptions(num_beams=4, bad_words=["cat"])
+    options = caption_pb2.GenerationOptions(
+        num_beams=4, bad_words=caption_pb2.StringList(values=["cat"])
+    )
     assert servicer.requests == [
         caption_pb2.CaptionRequest(image=image),
         caption_pb2.CaptionRequest(image=image, options=options),

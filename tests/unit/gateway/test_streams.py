@@ -354,6 +354,7 @@ def test_a_caller_that_leaves_ends_the_stream_at_triton_and_is_counted(stream: s
             await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
             samples = await metrics_when_idle(setup)
             # There is room again.
+            setup.triton.stream = setup.triton.stream_well
             await setup.stub.Caption(request_of(), timeout=10)
             return samples
 

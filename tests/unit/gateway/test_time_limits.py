@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import pytest
 from captionserve.v1 import caption_pb2
 from captionserve_server.core.errors import DeadlineExceededError
+from captionserve_server.core.options import DecodingOptions
+from captionserve_server.gateway.cache import AnswerCache
 from captionserve_server.gateway.caption_service import CaptionService
-from captionserve_server.gateway.conversion import Inputs
-from captionserve_server.gateway.kserve import read_outputs
-from captionserve_server.gateway.triton_client import CaptionerAnswer, TimeLimit
+from captionserve_server.gateway.decoder_client import Answer, Description, TimeLimit
+from captionserve_server.gateway.kserve import InputTensor, read_outputs
+from captionserve_server.gateway.metrics import GatewayMetrics
 from captionserve_server.triton import wire
 
 from tests.unit.gateway.fake_triton import good_outputs, infer_response
@@ -49,30 +51,39 @@ class Call:
         """Nobody waits for the end."""
 
 
-class RecordingTriton:
+class RecordingDecoder:
     """Answers well, and keeps the time limits that it was given."""
 
     def __init__(self) -> None:
         self.limits: list[TimeLimit] = []
 
-    async def infer_captions(self, inputs: Inputs, time_limit: TimeLimit) -> CaptionerAnswer:
-        self.limits.append(time_limit)
-        outputs = read_outputs(infer_response(good_outputs()), wire.CAPTIONER.outputs)
-        return CaptionerAnswer(outputs, request_id="", model_version=3)
+    async def describe(self) -> Description:
+        return Description(3, DecodingOptions())
 
-    async def stream_captions(
-        self, inputs: Inputs, time_limit: TimeLimit
-    ) -> AsyncIterator[CaptionerAnswer]:
-        yield await self.infer_captions(inputs, time_limit)
+    async def caption(self, inputs: Iterable[InputTensor], time_limit: TimeLimit) -> Answer:
+        self.limits.append(time_limit)
+        specs = {spec.name: spec for spec in wire.CAPTIONS}
+        return Answer(read_outputs(infer_response(good_outputs()), specs), model_version=3)
+
+    async def stream(
+        self, inputs: Iterable[InputTensor], time_limit: TimeLimit
+    ) -> AsyncIterator[Answer]:
+        yield await self.caption(inputs, time_limit)
 
 
 def limits_of(method: str, seconds_left: float | None, **options: Any) -> list[TimeLimit]:
-    """What Triton is given for a call with so much time left."""
-    triton: Any = RecordingTriton()
+    """What the decoder is given for a call with so much time left."""
+    decoder: Any = RecordingDecoder()
     context: Any = Call(seconds_left)
 
     async def run() -> None:
-        service = CaptionService(triton, max_concurrent_calls=1, deadline_cap_seconds=CAP_SECONDS)
+        service = CaptionService(
+            decoder,
+            AnswerCache(0),
+            GatewayMetrics(),
+            max_concurrent_calls=1,
+            deadline_cap_seconds=CAP_SECONDS,
+        )
         if method == "Caption":
             await service.Caption(request_of(**options), context)
             return
@@ -81,7 +92,7 @@ def limits_of(method: str, seconds_left: float | None, **options: Any) -> list[T
             pass
 
     asyncio.run(run())
-    limits: list[TimeLimit] = triton.limits
+    limits: list[TimeLimit] = decoder.limits
     return limits
 
 
@@ -92,8 +103,14 @@ def limits_of(method: str, seconds_left: float | None, **options: Any) -> list[T
 def test_the_model_has_the_calls_whole_time(
     method: str, seconds_left: float | None, expected: float
 ) -> None:
-    limits = limits_of(method, seconds_left, allow_partial=False)
+    # Sampling without a seed: work that is shared has the cap instead.
+    limits = limits_of(method, seconds_left, do_sample=True)
     assert limits == [TimeLimit(call_seconds=expected, model_seconds=expected)]
+
+
+@pytest.mark.parametrize("seconds_left", [None, 100.0, 10.0, 0.5])
+def test_work_that_others_may_join_has_the_time_of_the_cap(seconds_left: float | None) -> None:
+    assert limits_of("Caption", seconds_left) == [TimeLimit(CAP_SECONDS, CAP_SECONDS)]
 
 
 @pytest.mark.parametrize("method", ["Caption", "StreamCaption"])
@@ -102,7 +119,7 @@ def test_a_partial_caption_is_asked_for_before_the_end(
     method: str, seconds_left: float | None, expected: float
 ) -> None:
     (limit,) = limits_of(method, seconds_left, allow_partial=True)
-    (whole,) = limits_of(method, seconds_left)
+    (whole,) = limits_of(method, seconds_left, do_sample=True)
     assert limit.model_seconds == pytest.approx(expected)
     assert limit.call_seconds == whole.call_seconds
 

@@ -315,7 +315,7 @@ class DecodingOptions:
         own = {name: value for name, value in given.items() if value is not None}
         unknown = sorted(own.keys() - OPTIONS.keys())[:_SHOWN_UNKNOWN_NAMES]
         known = {name: _plain(OPTIONS[name], own[name]) for name in own.keys() & OPTIONS.keys()}
-        values = dict(vars(self))
+        values: dict[str, Any] = dict(vars(self))
         if known.get("do_sample") is True:
             values |= {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0}
         values |= known
@@ -345,7 +345,10 @@ class DecodingOptions:
         """
         unknown = sorted(values.keys() - OPTIONS.keys())
         _raise_if_any(dict.fromkeys(map(_short, unknown), "is not an option"))
-        return cls(**{name: _plain(OPTIONS[name], value) for name, value in values.items()})
+        plain: dict[str, Any] = {
+            name: _plain(OPTIONS[name], value) for name, value in values.items()
+        }
+        return cls(**plain)
 
 
 OPTIONS: Mapping[str, Option] = {
@@ -435,7 +438,8 @@ def _plain_one(kind: type, value: object) -> object:
         try:
             return float(value)
         except OverflowError:
-            return math.inf if value > 0 else -math.inf
+            # An integer beyond all floats: out of every range.
+            return -math.inf if isinstance(value, int) and value < 0 else math.inf
     return value
 
 
