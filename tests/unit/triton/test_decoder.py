@@ -146,7 +146,9 @@ def test_pixel_values_of_the_processor_give_the_caption_of_the_file(setup: Setup
 
     config = setup.model._preprocessor
     pixels = preprocess(IMAGE, config).astype(np.float32)
-    mean, std = (np.array(of, np.float32)[:, None, None] for of in (config.image_mean, config.image_std))
+    mean, std = (
+        np.array(of, np.float32)[:, None, None] for of in (config.image_mean, config.image_std)
+    )
     values = (pixels * np.float32(config.rescale_factor) - mean) / std
     request = request_of(PIXEL_VALUES=values.astype(np.float32), OPTIONS=SHORT)
     setup.model.execute([request])

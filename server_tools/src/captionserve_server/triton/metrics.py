@@ -42,7 +42,7 @@ class DecoderMetrics:
         graphs = step_model.graphs
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "slots": ("Captions that can be decoded at once.", lambda: slots),
-            "running_captions": ("Captions being decoded.", lambda: scheduler.running),
+            "slots_used": ("Captions being decoded.", lambda: scheduler.running),
             "waiting_captions": ("Captions without a slot.", lambda: scheduler.waiting),
             "kv_cache_bytes": (
                 "Memory of the keys and values in use.",

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption, SpecialTokens
 from captionserve_server.core.engine.scheduler import (
-    Scheduler,
-    Request,
-    SchedulerLimits,
     Outcome,
+    Request,
+    Scheduler,
+    SchedulerLimits,
 )
 from captionserve_server.core.errors import InvalidOptionsError, ModelFaultError
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions

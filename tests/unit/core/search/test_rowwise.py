@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
-from captionserve_server.core.engine.scheduler import Scheduler, Request, SchedulerLimits
+from captionserve_server.core.engine.scheduler import Request, Scheduler, SchedulerLimits
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.search.rowwise import warped_shares
