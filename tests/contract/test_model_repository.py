@@ -13,8 +13,9 @@ from captionserve_server.core.search.selection import top_tokens
 from captionserve_server.export.repository import static_repository
 from captionserve_server.runtime import graph_tensors
 from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.graph import NamedGraph
 from captionserve_server.runtime.graph_format import GraphFormat
-from captionserve_server.runtime.open_graph import NamedGraph, find_graph, open_graph
+from captionserve_server.runtime.open_graph import find_graph, open_graph
 from captionserve_server.triton import wire
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2

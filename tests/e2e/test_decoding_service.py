@@ -147,6 +147,7 @@ def test_sampling_is_cached_with_a_seed_only(
 
 def test_the_same_straight_at_triton(demo: ReadyReport) -> None:
     (image,) = pictures(DEMO, 1)
+    written = b'{"num_beams": 3, "early_stopping": "never"}'
     inputs = [
         tensor(wire.IMAGE, np.array([png(image)], np.object_)),
         tensor(

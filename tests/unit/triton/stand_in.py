@@ -11,7 +11,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +91,7 @@ class Sender:
 class InferenceRequest:
     """A request to a model of ours, or by one of ours to another model."""
 
-    models: dict[str, Callable[[InferenceRequest], Iterable[InferenceResponse]]] = {}
+    models: ClassVar[dict[str, Callable[[InferenceRequest], Iterable[InferenceResponse]]]] = {}
     """What answers for other models, by name."""
 
     def __init__(
@@ -130,7 +130,7 @@ class MetricFamily:
 
     COUNTER, GAUGE = "counter", "gauge"
     fails = False
-    values: dict[str, float] = {}
+    values: ClassVar[dict[str, float]] = {}
 
     def __init__(self, name: str, description: str, kind: str) -> None:
         self.name = name
@@ -155,7 +155,7 @@ class MetricFamily:
 class Logger:
     """Keeps what is logged."""
 
-    lines: list[str] = []
+    lines: ClassVar[list[str]] = []
 
     @classmethod
     def log_error(cls, text: str) -> None:

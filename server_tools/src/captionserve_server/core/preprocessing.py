@@ -178,8 +178,8 @@ def preprocess(encoded: bytes, config: PreprocessorConfig) -> Pixels:
 def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) -> Pixels:
     """The encoder's pixels of an image that the checkpoint's own image processor has prepared.
 
-    The processor computes (pixel * rescale_factor - image_mean) / image_std, for whole pixels of 0 to
-    255; this finds them again, exactly.
+    The processor computes (pixel * rescale_factor - image_mean) / image_std, for whole pixels of 0
+    to 255; this finds them again, exactly.
 
     Args:
         values: float32 [3, height, width].
@@ -189,8 +189,8 @@ def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) ->
         uint8 [3, height, width].
 
     Raises:
-        InvalidRequestError: if the size is another than the processor's, or the values are none that
-            it makes.
+        InvalidRequestError: if the size is another than the processor's, or the values are none
+            that it makes.
     """
     if values.ndim != 3 or values.shape[0] != 3 or values.shape[1:] != config.output_size():
         raise InvalidRequestError(

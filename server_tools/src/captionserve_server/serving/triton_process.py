@@ -105,7 +105,7 @@ class TritonProcess:
                 await asyncio.sleep(_POLL_SECONDS)
 
     async def wait_ended(self) -> str:
-        """Wait until Triton has ended, or the process of one of its models, which it does not notice.
+        """Wait until Triton has ended, or a process of its models, which it does not notice.
 
         Returns:
             which it was, and the last lines of Triton's log.

@@ -1,7 +1,7 @@
 """What the decoder does, among Triton's metrics.
 
-Setting a metric sends Triton's process a message and waits for its answer, a third of a millisecond.
-So figures are counted here and shown at a pace.
+Setting a metric sends Triton's process a message and waits for its answer, a third of a
+millisecond. So figures are counted here and shown at a pace.
 """
 
 from __future__ import annotations
