@@ -150,9 +150,7 @@ def test_the_same_straight_at_triton(demo: ReadyReport) -> None:
     written = b'{"num_beams": 3, "early_stopping": "never"}'
     inputs = [
         tensor(wire.IMAGE, np.array([png(image)], np.object_)),
-        tensor(
-            wire.OPTIONS, np.array([b'{"num_beams": 3, "early_stopping": "never"}'], np.object_)
-        ),
+        tensor(wire.OPTIONS, np.array([written], np.object_)),
     ]
     options = GenerationOptions(num_beams=3, early_stopping="never")
     with CaptionClient(demo.grpc, timeout=WAIT_SECONDS) as client:

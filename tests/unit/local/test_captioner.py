@@ -271,7 +271,7 @@ def test_a_model_that_fails_does_not_stay_broken(
 def test_an_older_export_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "decoder_step").mkdir()
     with pytest.raises(
-        ModelFolderError, match="older export .*decoder_step.*export the checkpoint"
+        ModelFolderError, match=r"older export .*decoder_step.*export the checkpoint"
     ):
         LocalCaptioner(tmp_path)
 
