@@ -179,7 +179,7 @@ def test_cache_and_coalescing_can_be_turned_off(
     )
     image = picture(1)
     with (
-        launched_service(repository, "--response-cache-megabytes", "0") as running,
+        launched_service(repository, "--cache-megabytes", "0") as running,
         CaptionClient(running.grpc, timeout=WAIT_SECONDS) as client,
         ThreadPoolExecutor(4) as pool,
     ):
