@@ -154,11 +154,17 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
 
     async def _described(self, context: Context) -> Description:
         """What the decoder is: remembered, or asked once for all who wait for it."""
-        if self._description is None:
-            self._description, _ = await self._descriptions.run(
-                "description", self._decoder.describe, self._seconds_left(context)
-            )
-        return self._description
+
+        async def describe() -> Description:
+            # Kept by the work itself: whoever comes before its first waiter wakes finds it.
+            self._description = await self._decoder.describe()
+            return self._description
+
+        if self._description is not None:
+            return self._description
+        seconds = self._seconds_left(context)
+        description, _ = await self._descriptions.run("description", describe, seconds)
+        return description
 
     async def _caption(
         self, message: Message, time_limit: TimeLimit, key: bytes | None, version: int
