@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
+from captionserve_server.gateway.conversion import EARLY_STOPPING
 from captionserve_server.gateway.kserve import decode_strings, encode_strings
 from captionserve_server.triton import wire
 from captionserve_server.triton.wire import TensorSpec
@@ -157,6 +158,11 @@ def options_sent(**options: Any) -> Any:
 )
 def test_the_options_that_are_set_are_sent(given: dict[str, Any], expected: Any) -> None:
     assert options_sent(**given) == expected
+
+
+def test_every_value_of_early_stopping_has_its_json() -> None:
+    named = set(caption_pb2.EarlyStopping.values()) - {caption_pb2.EARLY_STOPPING_UNSPECIFIED}
+    assert set(EARLY_STOPPING) == named
 
 
 def test_pixel_values_are_sent_as_they_are() -> None:

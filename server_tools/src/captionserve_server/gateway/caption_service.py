@@ -100,13 +100,15 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
             message = decoder_message(request)
             description = await self._described(context)
             options = description.defaults.with_given(message.given)
-            key = None
+            key, version = None, description.version
             if options.reproducible:
-                key = await answer_key(message.image, options, description.version)
+                key = await answer_key(message.image, options, version)
             if key is None or request.bypass_cache:
                 limit = self._time_limit(request, context)
                 response, _ = await self._captions.run(
-                    object(), lambda: self._caption(message, limit, key), limit.call_seconds
+                    object(),
+                    lambda: self._caption(message, limit, key, version),
+                    limit.call_seconds,
                 )
                 return response
             remembered = self._cache.get(key)
@@ -117,7 +119,9 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
             # Others may join who have more time than this caller.
             limit = TimeLimit(self._deadline_cap_seconds, self._deadline_cap_seconds)
             response, joined = await self._captions.run(
-                key, lambda: self._caption(message, limit, key), self._seconds_left(context)
+                key,
+                lambda: self._caption(message, limit, key, version),
+                self._seconds_left(context),
             )
             if not joined:
                 return response
@@ -150,21 +154,26 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
 
     async def _described(self, context: Context) -> Description:
         """What the decoder is: remembered, or asked once for all who wait for it."""
-        if self._description is None:
-            self._description, _ = await self._descriptions.run(
-                "description", self._decoder.describe, self._seconds_left(context)
-            )
-        return self._description
+
+        async def describe() -> Description:
+            # Kept by the work itself: whoever comes before its first waiter wakes finds it.
+            self._description = await self._decoder.describe()
+            return self._description
+
+        if self._description is not None:
+            return self._description
+        seconds = self._seconds_left(context)
+        description, _ = await self._descriptions.run("description", describe, seconds)
+        return description
 
     async def _caption(
-        self, message: Message, time_limit: TimeLimit, key: bytes | None
+        self, message: Message, time_limit: TimeLimit, key: bytes | None, version: int
     ) -> caption_pb2.CaptionResponse:
-        """Have it captioned, and remember the answer where there is a key."""
-        described = self._description
+        """Have it captioned, and remember the answer where there is a key, made for `version`."""
         answer = await self._decoder.caption(message.inputs(), time_limit)
         response = self._response(answer)
-        # The key names the version that was described, which another may have replaced meanwhile.
-        if key is not None and described is not None and described.version == answer.model_version:
+        # Another version may have taken over since the key was made.
+        if key is not None and answer.model_version == version:
             self._cache.put(key, response)
         return response
 
