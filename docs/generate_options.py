@@ -16,8 +16,8 @@ PAGE = Path(__file__).resolve().parent / "options.md"
 _HEAD = """# Decoding options
 
 Names, meanings and defaults are those of transformers' GenerationConfig; a checkpoint's own
-defaults come before these. Types are JSON's, as the tensor OPTIONS has them. `make generate` writes
-this page.
+defaults come before these. Types are JSON's, as the tensor OPTIONS has them. `make generate`
+writes this page.
 
 | option | type | range | default | what it does |
 |---|---|---|---|---|
@@ -33,11 +33,12 @@ def page() -> str:
 
 def _row(field: dataclasses.Field[object]) -> tuple[str, ...]:
     option = OPTIONS[field.name]
-    kind, limits = option.wanted(), [option.range()]
+    kind = option.wanted().removeprefix("an ").removeprefix("a ")
+    limits = [option.range()]
     if option.max_characters is not None:
         limits.append(f"at most {option.max_characters} characters")
     if option.max_items is not None:
-        kind = f"list of {kind}"
+        kind = f"list of {kind}s"
         limits.insert(0, f"at most {option.max_items}")
     default = "any" if field.default is None else f"`{json.dumps(field.default)}`"
     return f"`{field.name}`", kind, ", ".join(filter(None, limits)), default, option.help

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -102,6 +105,14 @@ def test_every_option_is_taken_by_the_client_and_by_the_core(name: str) -> None:
     assert to_proto(GenerationOptions(**{name: value})).ByteSize() > 0
     assert OPTIONS[name].fault(tuple(value) if isinstance(value, list) else value) is None
     assert value != DecodingOptions().as_given().get(name)
+
+
+def test_the_table_of_options_is_up_to_date() -> None:
+    script = Path(__file__).resolve().parents[2] / "docs" / "generate_options.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_early_stopping_has_the_same_values_everywhere() -> None:

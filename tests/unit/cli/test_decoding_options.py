@@ -16,6 +16,8 @@ from captionserve.v1 import caption_pb2
 from captionserve_server.cli.console import ExitCode
 from captionserve_server.cli.decoding_options import with_decoding_options
 from captionserve_server.cli.main import app as whole_app
+from captionserve_server.core.options import OPTIONS
+from typer.core import TyperOption
 from typer.testing import CliRunner
 
 from tests.unit.client.caption_server import (
@@ -85,6 +87,24 @@ def parsed(*arguments: str) -> GenerationOptions:
 
 def test_every_option_can_be_typed() -> None:
     assert set(TYPED) == {field.name for field in dataclasses.fields(GenerationOptions)}
+
+
+def test_help_says_what_the_core_says_of_each_option() -> None:
+    app = typer.Typer()
+
+    @app.command()
+    @with_decoding_options
+    def command(*, options: GenerationOptions) -> None:
+        """Nothing."""
+
+    helps = {
+        each.name: str(each.help)
+        for each in typer.main.get_command(app).params
+        if isinstance(each, TyperOption)
+    }
+    for name, option in OPTIONS.items():
+        assert helps[name].startswith(option.help)
+        assert option.range() in helps[name]
 
 
 def test_options_that_are_not_typed_are_unset() -> None:

@@ -17,7 +17,7 @@ from captionserve_server.core.options import (
     NamedOptions,
     parse_options,
 )
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 SCALARS = (
@@ -184,6 +184,7 @@ def test_faults_of_every_kind_are_named_at_once() -> None:
 
 
 @given(st.dictionaries(st.sampled_from(list(OPTIONS)), JSON_VALUES, max_size=5))
+@settings(deadline=None)  # A busy machine is no fault.
 @example({"num_beams": 0, "num_return_sequences": 2})
 def test_any_json_is_valid_or_refused_by_the_names_in_it(values: dict[str, object]) -> None:
     named: set[str] = set()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from captionserve import GenerationOptions
 from captionserve_server.core.engine.engine_thread import Caller, EngineThread
 from captionserve_server.core.engine.scheduler import SchedulerLimits
 from captionserve_server.core.errors import (
@@ -199,6 +200,19 @@ def test_wrong_options_are_refused_before_any_image_is_read(captioner: LocalCapt
     with pytest.raises(InvalidOptionsError) as refused:
         captioner.caption_each(images(), num_beams=99, min_length=-1)
     assert set(refused.value.field_violations) == {"num_beams", "min_length"}
+
+
+def test_wrong_types_are_refused_by_name_as_the_service_does(captioner: LocalCaptioner) -> None:
+    wrong: Any = {"num_beams": "4", "bad_words": "dog", "num_beamz": 4}
+    with pytest.raises(InvalidOptionsError) as refused:
+        captioner.caption(PICTURES[0], **wrong)
+    assert set(refused.value.field_violations) == set(wrong)
+
+
+def test_options_by_name_come_before_those_of_the_dataclass(captioner: LocalCaptioner) -> None:
+    options = GenerationOptions(num_beams=3, num_return_sequences=3)
+    result = captioner.caption(PICTURES[0], options, num_return_sequences=2, num_beams=None)
+    assert len(result.captions) == 2
 
 
 def test_images_are_read_when_their_turn_comes(captioner: LocalCaptioner) -> None:

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -210,8 +210,9 @@ class LocalCaptioner:
         self.close()
 
     def _plan(self, options: DataclassInstance | None, named: NamedOptions) -> CaptionPlan:
-        # Not asdict, which copies; what is None does not hide the dataclass's value.
-        given = {} if options is None else dict(vars(options))
+        own = () if options is None else fields(options)
+        given: dict[str, object] = {each.name: getattr(options, each.name) for each in own}
+        # What is None is not set, and hides no value of the dataclass.
         given |= {name: value for name, value in named.items() if value is not None}
         return self._model.bundle.plan(given, self._encode_text)
 
