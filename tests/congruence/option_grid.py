@@ -199,8 +199,7 @@ def client_options(options: DecodingOptions) -> GenerationOptions:
 
 
 def as_json(options: DecodingOptions) -> str:
-    """As a caller of Triton writes them by hand: JSON, without what is the default."""
-    default = DecodingOptions().as_given()
+    """The same as a caller of Triton writes them, in JSON."""
     return json.dumps(
-        {name: value for name, value in options.as_given().items() if value != default.get(name)}
+        {name: value for name, value in vars(client_options(options)).items() if value is not None}
     )

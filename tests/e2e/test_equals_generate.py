@@ -8,18 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from captionserve import CaptionClient, CaptionResult
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.runtime.graph_format import GraphFormat
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
+from captionserve_server.triton import wire
 from PIL import Image
+from tritonclient.grpc import InferenceServerClient, InferInput
 
 from tests.checkpoints import RANDOM_CHECKPOINTS
 from tests.conftest import CHECKPOINT_NAMES, DEMO, Repositories
-from tests.congruence.option_grid import IMAGES, OPTION_GRID, client_options
-from tests.pictures import pictures
+from tests.congruence.option_grid import IMAGES, OPTION_GRID, as_json, client_options
+from tests.pictures import pictures, png
 from tests.reference import ReferenceCaption, reference
 
 IN_FLIGHT = 64
@@ -54,20 +57,31 @@ def grid_requests(name: str) -> list[Request]:
     ]
 
 
-def caption_all(target: str, requests: list[Request], *, in_flight: int) -> list[CaptionResult]:
-    """All requests, so many at a time; answers in their order, none from the response cache."""
+def caption_all(
+    target: str, requests: list[Request], *, in_flight: int, streams: bool = False
+) -> list[CaptionResult]:
+    """All requests, so many at a time; answers in their order, none from the cache.
+
+    Args:
+        target: the service.
+        requests: what is asked.
+        in_flight: how many at a time.
+        streams: whether every third is asked for as a stream.
+    """
+
+    def answer(number: int) -> CaptionResult:
+        image, options = requests[number][0], client_options(requests[number][1])
+        if not streams or number % 3:
+            return client.caption(image, options, bypass_cache=True)
+        *_, last = client.caption_stream(image, options)
+        assert last.result is not None
+        return last.result
+
     with (
         CaptionClient(target, timeout=TIMEOUT_SECONDS) as client,
         ThreadPoolExecutor(in_flight) as pool,
     ):
-        return list(
-            pool.map(
-                lambda request: client.caption(
-                    request[0], client_options(request[1]), bypass_cache=True
-                ),
-                requests,
-            )
-        )
+        return list(pool.map(answer, range(len(requests))))
 
 
 def token_ids(result: CaptionResult) -> list[tuple[int, ...]]:
@@ -106,13 +120,34 @@ def test_captions_do_not_depend_on_their_company(
     alone = list(zip(grid_requests(name), one_by_one(name), strict=True))
     random.Random(1).shuffle(alone)
 
-    together = caption_all(
-        service(name).grpc, [request for request, _ in alone], in_flight=IN_FLIGHT
-    )
+    requests = [request for request, _ in alone]
+    together = caption_all(service(name).grpc, requests, in_flight=IN_FLIGHT, streams=True)
 
     for ((image, options), one), result in zip(alone, together, strict=True):
         assert token_ids(result) == token_ids(one), options
         assert_close(result, truth.captions(image, options), options)
+
+
+@pytest.mark.parametrize("name", CHECKPOINT_NAMES)
+def test_tritons_own_client_gets_the_same_with_options_in_json(
+    name: str, service: Callable[[str], ReadyReport], one_by_one: OneByOne
+) -> None:
+    with (
+        InferenceServerClient(service(name).triton_grpc) as triton,
+        ThreadPoolExecutor(IN_FLIGHT) as pool,
+    ):
+
+        def tokens(request: Request) -> list[tuple[int, ...]]:
+            inputs = []
+            for spec, value in ((wire.IMAGE, png(request[0])), (wire.OPTIONS, as_json(request[1]))):
+                tensor = InferInput(spec.name, [1], "BYTES")
+                tensor.set_data_from_numpy(np.array([value], np.object_))
+                inputs.append(tensor)
+            rows = triton.infer(wire.CAPTIONER.name, inputs).as_numpy("TOKEN_IDS")
+            return [tuple(row[row != wire.PADDING_TOKEN_ID].tolist()) for row in rows]
+
+        found = list(pool.map(tokens, grid_requests(name)))
+    assert found == [token_ids(result) for result in one_by_one(name)]
 
 
 def test_torchscript_serves_the_same_captions(

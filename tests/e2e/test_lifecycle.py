@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from captionserve import CaptionClient
+from captionserve_server.runtime.model_repository import MODELS
 from captionserve_server.serving.launch import launched_service
 
 from tests.conftest import DEMO_FOLDER
@@ -129,9 +130,10 @@ def test_triton_ends_with_a_killed_gateway(model_repository: Callable[[str], Pat
 
 
 def test_a_repository_that_does_not_load_is_an_error_in_words(tmp_path: Path) -> None:
-    broken = tmp_path / "repository" / "captioner"
-    broken.mkdir(parents=True)
-    (broken / "config.pbtxt").write_text('backend: "no such backend"\n')
+    for model in MODELS:
+        broken = tmp_path / "repository" / model
+        broken.mkdir(parents=True)
+        (broken / "config.pbtxt").write_text('backend: "no such backend"\n')
     process = subprocess.run(
         [
             *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
@@ -145,6 +147,22 @@ def test_a_repository_that_does_not_load_is_an_error_in_words(tmp_path: Path) ->
     assert process.returncode == 4
     assert "error: Triton ended while starting" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_an_older_export_is_refused_by_name_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "decoder_step").mkdir()
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
+            *("--model-repository", str(tmp_path), "--listen", "127.0.0.1:0"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    assert process.returncode == 4
+    assert "older export (it holds decoder_step): export the checkpoint again" in process.stderr
 
 
 def test_a_missing_tritonserver_is_an_error_in_words(

@@ -1,4 +1,4 @@
-"""Triton killed under a running service: the service ends, says so, and leaves nothing behind."""
+"""Triton or a process of its models killed: the service ends, says so, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 from captionserve import CaptionClient
 
 from tests.reference import picture
@@ -17,8 +18,9 @@ from tests.reference import picture
 WAIT_SECONDS = 60.0
 
 
+@pytest.mark.parametrize("victim", ["Triton", "a model's process"])
 def test_the_service_ends_with_its_triton(
-    model_repository: Callable[[str], Path], tmp_path: Path
+    victim: str, model_repository: Callable[[str], Path], tmp_path: Path
 ) -> None:
     before = shared_memory()
     ready_file = tmp_path / "ready.json"
@@ -42,13 +44,15 @@ def test_the_service_ends_with_its_triton(
         with CaptionClient(report["grpc"]) as client:
             assert client.caption(picture(1)).captions
 
-        psutil.Process(report["pids"]["triton"]).kill()
+        triton = psutil.Process(report["pids"]["triton"])
+        killed = triton if victim == "Triton" else triton.children()[0]
+        killed.kill()
 
         _, errors = process.communicate(timeout=WAIT_SECONDS)
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "error: Triton ended by itself" in errors
+    assert f"error: {victim} ended by itself" in errors
     assert "Traceback" not in errors
     assert not ready_file.exists()
     _, left = psutil.wait_procs(family, WAIT_SECONDS)
