@@ -15,8 +15,9 @@ from captionserve_server.core.options import OPTIONS, DecodingOptions
 PAGE = Path(__file__).resolve().parent / "options.md"
 _HEAD = """# Decoding options
 
-Names, meanings and defaults are those of transformers' GenerationConfig; a checkpoint's own defaults come before these. Types
-are JSON's, as the tensor OPTIONS has them. `make generate` writes this page.
+Names, meanings and defaults are those of transformers' GenerationConfig; a checkpoint's own
+defaults come before these. Types are JSON's, as the tensor OPTIONS has them. `make generate` writes
+this page.
 
 | option | type | range | default | what it does |
 |---|---|---|---|---|

@@ -11,10 +11,10 @@ import pytest
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.engine.scheduler import (
-    CaptionEngine,
-    CaptionTask,
-    EngineLimits,
     Outcome,
+    Request,
+    Scheduler,
+    SchedulerLimits,
 )
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.preprocessing import PreprocessorConfig, to_pixels
@@ -23,9 +23,11 @@ from captionserve_server.core.step_model import Float32Array, UInt8Array
 from captionserve_server.core.words import word_tokens
 from captionserve_server.runtime import graph_tensors
 from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.decoder_graphs import open_decoder
+from captionserve_server.runtime.graph import Graph
 from captionserve_server.runtime.graph_format import GraphFormat
-from captionserve_server.runtime.graph_step_model import DecoderGraphs, GraphStepModel
-from captionserve_server.runtime.open_graph import NamedGraph, find_graph, open_graph
+from captionserve_server.runtime.graph_step_model import GraphStepModel
+from captionserve_server.runtime.open_graph import find_graph, open_graph
 from captionserve_server.triton import wire
 from PIL import Image
 from tokenizers import Tokenizer
@@ -44,16 +46,15 @@ class InProcess:
 
     def __init__(self, repository: Path) -> None:
         """Load the graphs of version 1."""
-        decoder = repository / wire.DECODER_STEP.name / "1"
+        decoder = repository / wire.DECODER.name / "1"
         encoder = repository / wire.VISION_ENCODER.name / "1"
         self.bundle = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text())
-        settings = repository / wire.PREPROCESS.name / "1" / files.PREPROCESSOR_FILE
+        settings = repository / wire.DECODER.name / "1" / files.PREPROCESSOR_FILE
         self._preprocessor = PreprocessorConfig.from_json(json.loads(settings.read_text()))
         self._encoder = _opened(encoder, files.ENCODER_GRAPH_FILE)
-        names = (files.PREFILL_GRAPH_FILE, files.STEP_GRAPH_FILE, files.TOP_GRAPH_FILE)
-        graphs = DecoderGraphs(*(_opened(decoder, name) for name in names))
+        graphs = open_decoder(decoder, threads=1)
         self._step_model = GraphStepModel(graphs, self.bundle.geometry, capacity=6)
-        tokenizer = repository / wire.CAPTIONER.name / "1" / files.TOKENIZER_FILE
+        tokenizer = repository / wire.DECODER.name / "1" / files.TOKENIZER_FILE
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
 
     def encode(self, pixels: UInt8Array) -> Float32Array:
@@ -66,11 +67,11 @@ class InProcess:
     ) -> list[list[DecodedCaption]]:
         """Decode all requests together."""
         vocabulary = Vocabulary(self.bundle.special, self.bundle.geometry.vocabulary_size)
-        limits = EngineLimits(max_rows=24)
-        engine = CaptionEngine(self, self._step_model, vocabulary, limits)
+        limits = SchedulerLimits(slots=6, max_rows=24)
+        engine = Scheduler(self, self._step_model, vocabulary, limits)
         for key, (image, options) in enumerate(requests):
             plan = CaptionPlan(options, word_tokens(options, self._encode))
-            engine.submit(CaptionTask(key, to_pixels(image, self._preprocessor), plan))
+            engine.submit(Request(key, to_pixels(image, self._preprocessor), plan))
         finished: dict[Hashable, Outcome] = {}
         while not engine.idle:
             finished |= engine.step()
@@ -82,7 +83,7 @@ class InProcess:
         return ids
 
 
-def _opened(folder: Path, name: str) -> NamedGraph:
+def _opened(folder: Path, name: str) -> Graph:
     return open_graph(find_graph(folder, name), threads=1)
 
 

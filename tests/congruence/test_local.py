@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from captionserve import GenerationOptions
+from captionserve_server.core.engine.scheduler import SchedulerLimits
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.local import LocalCaptioner, LocalResult
 
@@ -20,7 +21,7 @@ from tests.reference import picture, reference
 
 # The engine is tested with a third of them, the full stack with nearly all.
 EVERY = 27
-SLOTS = 3
+LIMITS = SchedulerLimits(slots=3)
 PICTURES = [picture(seed) for seed in range(IMAGES)]
 
 # From all tokens, so that draws of another seed are others.
@@ -52,7 +53,7 @@ def captioner(model_repository: Callable[[str], Path]) -> Iterator[Callable[[str
 
         def load(name: str) -> LocalCaptioner:
             if name not in loaded:
-                made = LocalCaptioner(model_repository(name), threads=1, slots=SLOTS)
+                made = LocalCaptioner(model_repository(name), threads=1, limits=LIMITS)
                 loaded[name] = stack.enter_context(made)
             return loaded[name]
 

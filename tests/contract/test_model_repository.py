@@ -13,8 +13,9 @@ from captionserve_server.core.search.selection import top_tokens
 from captionserve_server.export.repository import static_repository
 from captionserve_server.runtime import graph_tensors
 from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.graph import NamedGraph
 from captionserve_server.runtime.graph_format import GraphFormat
-from captionserve_server.runtime.open_graph import NamedGraph, find_graph, open_graph
+from captionserve_server.runtime.open_graph import find_graph, open_graph
 from captionserve_server.triton import wire
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -98,7 +99,7 @@ def test_triton_tells_the_encoders_tensors_apart_without_their_names() -> None:
 def test_the_exported_encoder_has_the_types_of_the_table(
     name: str, model_repository: Callable[[str], Path]
 ) -> None:
-    decoder = model_repository(name) / wire.DECODER_STEP.name / "1"
+    decoder = model_repository(name) / wire.DECODER.name / "1"
     geometry = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry
     encoder = model_repository(name) / wire.VISION_ENCODER.name / "1" / files.ENCODER_GRAPH_FILE
     session = onnxruntime.InferenceSession(str(encoder))
@@ -116,7 +117,7 @@ def test_exported_graphs_have_the_tensors_of_the_tables(
     name: str, graph_format: GraphFormat, model_repository: Repositories
 ) -> None:
     repository = model_repository(name, graph_format)
-    decoder = repository / wire.DECODER_STEP.name / "1"
+    decoder = repository / wire.DECODER.name / "1"
     layers = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry.layers
 
     encoder = opened(repository / wire.VISION_ENCODER.name / "1", files.ENCODER_GRAPH_FILE)
@@ -142,7 +143,7 @@ def opened(folder: Path, name: str) -> NamedGraph:
 def test_the_top_graph_finds_what_sorting_finds(
     name: str, graph_format: GraphFormat, model_repository: Repositories
 ) -> None:
-    decoder = model_repository(name, graph_format) / wire.DECODER_STEP.name / "1"
+    decoder = model_repository(name, graph_format) / wire.DECODER.name / "1"
     vocabulary = Bundle.from_json((decoder / files.BUNDLE_FILE).read_text()).geometry
     top = opened(decoder, files.TOP_GRAPH_FILE)
     shape = (5, vocabulary.vocabulary_size)

@@ -90,10 +90,10 @@ def test_kserve_clients_talk_to_triton_directly(service: Service) -> None:
     triton = tritonclient.grpc.InferenceServerClient(service(DEMO).triton_grpc)
     encoded = tritonclient.grpc.InferInput(wire.IMAGE.name, [1], "BYTES")
     encoded.set_data_from_numpy(np.array([image.read_bytes()], dtype=np.object_))
-    beams = tritonclient.grpc.InferInput(wire.OPTION_TENSORS["num_beams"].name, [1], "INT32")
-    beams.set_data_from_numpy(np.array([2], dtype=np.int32))
+    options = tritonclient.grpc.InferInput(wire.OPTIONS.name, [1], "BYTES")
+    options.set_data_from_numpy(np.array([b'{"num_beams": 2}'], dtype=np.object_))
 
-    answer = triton.infer(wire.CAPTIONER.name, [encoded, beams])
+    answer = triton.infer(wire.CAPTIONER.name, [encoded, options])
 
     assert answer.as_numpy(wire.TEXT.name)[0].decode() == expected.text
     assert answer.as_numpy(wire.SCORE.name)[0] == pytest.approx(expected.captions[0].score)

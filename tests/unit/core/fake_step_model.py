@@ -12,7 +12,6 @@ import functools
 import numpy as np
 from captionserve_server.core.search.selection import select, top_tokens
 from captionserve_server.core.step_model import (
-    NO_SLOT,
     Float32Array,
     Int64Array,
     StepAnswer,
@@ -54,19 +53,18 @@ class FakeStepModel:
         self.histories: dict[int, tuple[float, list[tuple[int, ...]]]] = {}
         self.most_rows = 0
         self.steps = 0
-        self.offered = 0
         self.prefills: list[int] = []
         self._next_slot = 100
 
     def prefill(self, states: Float32Array) -> Int64Array:
-        """Slots for as many images as fit; an image is its first state's number."""
-        self.offered += len(states)
+        """A slot for each image, which is its first state's number; IndexError without room."""
+        if len(self.histories) + len(states) > self.capacity:
+            raise IndexError("there is no room")
         self.prefills.append(len(states))
-        slots = np.full(len(states), NO_SLOT, np.int64)
-        for image in range(min(len(states), self.capacity - len(self.histories))):
-            slots[image] = self._next_slot
-            self.histories[self._next_slot] = (float(states[image, 0, 0]), [()])
-            self._next_slot += 1
+        slots = self._next_slot + np.arange(len(states))
+        self._next_slot += len(states)
+        for slot, image in zip(slots.tolist(), states[:, 0, 0].tolist(), strict=True):
+            self.histories[slot] = (image, [()])
         return slots
 
     def step(self, batch: StepBatch) -> StepAnswer:
@@ -97,7 +95,8 @@ class FakeStepModel:
         return StepAnswer(found, tokens, probes, self._attention(batch))
 
     def free(self, slots: Int64Array) -> None:
-        """Forget; freeing what is not held is an error."""
+        """Forget; freeing what is not held is an error, and frees nothing."""
+        assert all(slot in self.histories for slot in slots.tolist())
         for slot in slots.tolist():
             del self.histories[slot]
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from captionserve_server.core.engine.engine_thread import Audience, EngineThread
+from captionserve_server.core.engine.engine_thread import Caller, EngineThread
+from captionserve_server.core.engine.scheduler import SchedulerLimits
 from captionserve_server.core.errors import (
     ImageCorruptError,
     InvalidOptionsError,
@@ -35,13 +36,13 @@ from tests.reference import picture
 
 NAME = "projected"
 FILES = [
-    "captioner/1/bundle.json",
-    "captioner/1/tokenizer.json",
-    "preprocess/1/preprocessor.json",
+    "decoder/1/bundle.json",
+    "decoder/1/tokenizer.json",
+    "decoder/1/preprocessor.json",
     "vision_encoder/1/model.onnx",
-    "decoder_step/1/prefill.onnx",
-    "decoder_step/1/step.onnx",
-    "decoder_step/1/top.onnx",
+    "decoder/1/prefill.onnx",
+    "decoder/1/step.onnx",
+    "decoder/1/top.onnx",
 ]
 NOT_NEEDED = ("torch", "transformers", "onnx", "grpc", "google", "tritonclient", "pytriton")
 PICTURES = [picture(seed) for seed in range(6)]
@@ -49,7 +50,7 @@ PICTURES = [picture(seed) for seed in range(6)]
 
 @pytest.fixture
 def captioner(model_repository: Callable[[str], Path]) -> Iterator[LocalCaptioner]:
-    with LocalCaptioner(model_repository(NAME), threads=1, slots=2) as made:
+    with LocalCaptioner(model_repository(NAME), threads=1, limits=SchedulerLimits(slots=2)) as made:
         yield made
 
 
@@ -100,7 +101,7 @@ def test_a_damaged_file_is_named(name: str, repository: Path) -> None:
 
 def test_a_folder_that_is_no_repository_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ModelFolderError, match="has no version of captioner"):
+        with pytest.raises(ModelFolderError, match="no model repository"):
             LocalCaptioner(folder)
 
 
@@ -113,7 +114,7 @@ def test_the_newest_version_is_taken_unless_one_is_chosen(repository: Path) -> N
         assert newest.caption(PICTURES[0]).model_version == 10
     with LocalCaptioner(repository, version=2, threads=1) as chosen:
         assert chosen.model_version == 2
-    with pytest.raises(ModelFolderError, match=r"has no captioner/3/bundle\.json"):
+    with pytest.raises(ModelFolderError, match=r"has no decoder/3/bundle\.json"):
         LocalCaptioner(repository, version=3)
 
 
@@ -143,7 +144,7 @@ def test_captions_are_the_same_with_any_number_of_threads(
         assert texts(several.caption_all(PICTURES)) == texts(captioner.caption_all(PICTURES))
 
 
-@pytest.mark.parametrize("wrong", [{"threads": -1}, {"slots": 0}])
+@pytest.mark.parametrize("wrong", [{"threads": -1}, {"limits": SchedulerLimits(slots=0)}])
 def test_numbers_that_mean_nothing_are_refused(
     wrong: dict[str, Any], model_repository: Callable[[str], Path]
 ) -> None:
@@ -222,20 +223,20 @@ def test_images_are_read_when_their_turn_comes(captioner: LocalCaptioner) -> Non
 def test_who_looks_at_no_more_results_is_not_captioned_for(
     captioner: LocalCaptioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    audiences: list[Audience] = []
+    callers: list[Caller] = []
     submit = EngineThread.submit
 
-    def recorded(self: EngineThread, pixels: Any, plan: Any, audience: Audience) -> Any:
-        audiences.append(audience)
-        return submit(self, pixels, plan, audience)
+    def recorded(self: EngineThread, pixels: Any, plan: Any, caller: Caller) -> Any:
+        callers.append(caller)
+        return submit(self, pixels, plan, caller)
 
     monkeypatch.setattr(EngineThread, "submit", recorded)
     captions = captioner.caption_each(PICTURES)
     assert isinstance(captions, Iterator)
     next(captions)
-    assert not all(audience.has_gone for audience in audiences)
+    assert not all(caller.has_gone for caller in callers)
     captions.close()  # type: ignore[attr-defined]  # A generator.
-    assert all(audience.has_gone for audience in audiences)
+    assert all(caller.has_gone for caller in callers)
 
 
 class FaultyOnce:
@@ -265,6 +266,14 @@ def test_a_model_that_fails_does_not_stay_broken(
     assert once.failed
     assert "secret" not in fault.value.message
     assert captioner.caption(PICTURES[0]) == expected
+
+
+def test_an_older_export_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "decoder_step").mkdir()
+    with pytest.raises(
+        ModelFolderError, match=r"older export .*decoder_step.*export the checkpoint"
+    ):
+        LocalCaptioner(tmp_path)
 
 
 def test_closing_ends_its_thread(model_repository: Callable[[str], Path]) -> None:

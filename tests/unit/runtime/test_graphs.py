@@ -22,9 +22,11 @@ from captionserve_server.export.sources import (
 )
 from captionserve_server.runtime import graph_tensors
 from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.decoder_graphs import open_decoder
+from captionserve_server.runtime.graph import Array, NamedGraph
 from captionserve_server.runtime.graph_format import GraphFormat
-from captionserve_server.runtime.graph_step_model import Array, DecoderGraphs, GraphStepModel
-from captionserve_server.runtime.open_graph import NamedGraph, find_graph, open_graph
+from captionserve_server.runtime.graph_step_model import GraphStepModel
+from captionserve_server.runtime.open_graph import find_graph, open_graph
 from captionserve_server.runtime.torchscript_graph import TorchScriptGraph
 from captionserve_server.triton import wire
 from torch import Tensor
@@ -75,7 +77,7 @@ def test_encoder_and_prefill_take_any_number_of_images(
 
     encoder = opened(repository, wire.VISION_ENCODER, files.ENCODER_GRAPH_FILE)
     assert_equal(encoder.run({graph_tensors.PIXELS: pixels.numpy()}), (states,))
-    prefill = opened(repository, wire.DECODER_STEP, files.PREFILL_GRAPH_FILE)
+    prefill = opened(repository, wire.DECODER, files.PREFILL_GRAPH_FILE)
     assert_equal(prefill.run({graph_tensors.ENCODER_STATES: states.numpy()}), cross)
 
 
@@ -88,7 +90,7 @@ def test_a_step_takes_any_number_of_captions_rows_and_entries(
     with torch.inference_mode():
         expected = step_module(checkpoint)(*example)
 
-    step = opened(repository, wire.DECODER_STEP, files.STEP_GRAPH_FILE)
+    step = opened(repository, wire.DECODER, files.STEP_GRAPH_FILE)
     parts = [part if isinstance(part, list) else [part] for part in example]
     arrays = [tensor.numpy() for part in parts for tensor in part]
     assert_equal(step.run(dict(zip(step.input_names, arrays, strict=True))), expected)
@@ -98,12 +100,7 @@ def test_numbers_that_are_none_stay_in_their_caption(
     repository: Path, checkpoint: Checkpoint
 ) -> None:
     geometry = checkpoint.bundle.geometry
-    graphs = DecoderGraphs(
-        *(
-            opened(repository, wire.DECODER_STEP, name)
-            for name in (files.PREFILL_GRAPH_FILE, files.STEP_GRAPH_FILE, files.TOP_GRAPH_FILE)
-        )
-    )
+    graphs = open_decoder(repository / files.DECODER / "1")
     shape = (1, geometry.image_tokens, geometry.encoder_width)
     sound = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     step_model = GraphStepModel(graphs, geometry, capacity=3)
@@ -125,7 +122,7 @@ def test_numbers_that_are_none_stay_in_their_caption(
 
 @pytest.mark.parametrize(("rows", "candidates"), [(1, 1), (2, 16), (9, 40)])
 def test_any_number_of_the_best_can_be_found(rows: int, candidates: int, repository: Path) -> None:
-    top = opened(repository, wire.DECODER_STEP, files.TOP_GRAPH_FILE)
+    top = opened(repository, wire.DECODER, files.TOP_GRAPH_FILE)
     logits = np.random.default_rng(0).normal(size=(rows, 301)).astype(np.float32)
     inputs = {graph_tensors.LOGITS: logits, graph_tensors.CANDIDATE_RANKS: np.arange(candidates)}
     best, tokens = top.run(inputs)
@@ -135,7 +132,7 @@ def test_any_number_of_the_best_can_be_found(rows: int, candidates: int, reposit
 
 
 def test_outputs_are_written_where_they_are_wanted(repository: Path) -> None:
-    top = opened(repository, wire.DECODER_STEP, files.TOP_GRAPH_FILE)
+    top = opened(repository, wire.DECODER, files.TOP_GRAPH_FILE)
     logits = np.random.default_rng(0).normal(size=(3, 301)).astype(np.float32)
     inputs = {graph_tensors.LOGITS: logits, graph_tensors.CANDIDATE_RANKS: np.arange(4)}
     wanted = np.zeros((3, 4), np.float32)
@@ -153,14 +150,14 @@ def test_inputs_may_be_read_only_and_views(model_repository: Repositories) -> No
     ranks = np.arange(4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        top = opened(repository, wire.DECODER_STEP, files.TOP_GRAPH_FILE)
+        top = opened(repository, wire.DECODER, files.TOP_GRAPH_FILE)
         best, _ = top.run({graph_tensors.LOGITS: store[::2], graph_tensors.CANDIDATE_RANKS: ranks})
     np.testing.assert_array_equal(best, -np.sort(-store[::2], axis=1)[:, :4])
 
 
 def test_threads_are_set_for_the_process(model_repository: Repositories) -> None:
     path = find_graph(
-        model_repository(NAME, GraphFormat.TORCHSCRIPT) / wire.DECODER_STEP.name / "1",
+        model_repository(NAME, GraphFormat.TORCHSCRIPT) / wire.DECODER.name / "1",
         files.TOP_GRAPH_FILE,
     )
     before = torch.get_num_threads()

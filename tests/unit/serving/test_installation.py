@@ -21,7 +21,6 @@ def installation(tmp_path: Path) -> TritonInstallation:
     return TritonInstallation(
         binary=root / "bin" / "tritonserver",
         backends=root / "backends",
-        caches=root / "caches",
         python_stub=stub,
         library_folders=(),
     )

@@ -17,7 +17,7 @@ from captionserve_server.cli.export import export, make_checkpoint
 from captionserve_server.cli.serve import serve
 from captionserve_server.serving.installation import TritonNotFoundError
 from captionserve_server.serving.launch import LaunchError
-from captionserve_server.serving.service import TritonEndedError
+from captionserve_server.serving.service import NoModelRepositoryError, TritonEndedError
 from captionserve_server.serving.triton_process import TritonStartError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ for command in (export, serve, caption, evaluate, calibrate, make_checkpoint, de
 _EXIT_CODES: dict[type[Exception], ExitCode] = {
     TritonNotFoundError: ExitCode.NOT_STARTED,
     TritonStartError: ExitCode.NOT_STARTED,
+    NoModelRepositoryError: ExitCode.NOT_STARTED,
     LaunchError: ExitCode.NOT_STARTED,
     TritonEndedError: ExitCode.FAILED,
     CaptionError: ExitCode.CALL_FAILED,

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from captionserve_server.core.errors import (
     ImageCorruptError,
     ImageTooManyPixelsError,
+    InvalidRequestError,
     UnsupportedImageFormatError,
 )
 
@@ -31,6 +32,8 @@ _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"P4", b"P5
 # Decoding holds 3 to 4 bytes per pixel; 50 megapixels, a large phone's photo, is 200 MB.
 MAX_PIXELS = 50_000_000
 _UINT16_TO_UINT8 = 255.0 / 65535.0
+# How far float32 may lie from the whole pixel that it stands for; half precision does, too.
+_NEAR_A_PIXEL = 0.1
 
 Pixels = NDArray[np.uint8]
 
@@ -170,6 +173,44 @@ def preprocess(encoded: bytes, config: PreprocessorConfig) -> Pixels:
         ImageTooManyPixelsError: decided from the header, before anything is decoded.
     """
     return to_pixels(decode_image(encoded), config)
+
+
+def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) -> Pixels:
+    """The encoder's pixels of an image that the checkpoint's own image processor has prepared.
+
+    The processor computes (pixel * rescale_factor - image_mean) / image_std, for whole pixels of 0
+    to 255; this finds them again, exactly.
+
+    Args:
+        values: float32 [3, height, width].
+        config: the checkpoint's image processor.
+
+    Returns:
+        uint8 [3, height, width].
+
+    Raises:
+        InvalidRequestError: if the size is another than the processor's, or the values are none
+            that it makes.
+    """
+    if values.ndim != 3 or values.shape[0] != 3 or values.shape[1:] != config.output_size():
+        raise InvalidRequestError(
+            f"pixel values must have the shape {(3, *(config.output_size() or ()))}, "
+            f"have {values.shape}"
+        )
+    pixels = values.astype(np.float64)
+    if config.do_normalize:
+        std, mean = np.array(config.image_std), np.array(config.image_mean)
+        pixels = pixels * std[:, None, None] + mean[:, None, None]
+    if config.do_rescale:
+        pixels = pixels / config.rescale_factor
+    whole = np.rint(pixels)
+    # NaN is near to nothing and within no range.
+    near = (np.abs(pixels - whole) <= _NEAR_A_PIXEL) & (whole >= 0) & (whole <= 255)
+    if not near.all():
+        raise InvalidRequestError(
+            "the pixel values are not what the checkpoint's image processor makes of an image"
+        )
+    return whole.astype(np.uint8)
 
 
 def decode_image(encoded: bytes) -> Image.Image:

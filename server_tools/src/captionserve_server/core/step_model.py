@@ -1,7 +1,7 @@
 """What captioning needs from a model: the protocols ImageEncoder and StepModel.
 
-The decoding code knows nothing else of the model, so the same code decodes in Triton, in a process of
-one's own, and on a fake in tests.
+The decoding code knows nothing else of the model, so the same code decodes in Triton, in a process
+of one's own, and on a fake in tests.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class ImageEncoder(Protocol):
 class StepModel(Protocol):
     """A decoder that keeps the keys and values of each caption in a slot of its own.
 
-    `prefill` and `free` are done whole or not at all: one that raises has taken or given back nothing.
-    After a `step` that raised, the captions in it can only be freed.
+    `prefill` and `free` are done whole or not at all: one that raises has taken or given back
+    nothing. After a `step` that raised, the captions in it can only be freed.
     """
 
     def prefill(self, states: Float32Array) -> Int64Array:

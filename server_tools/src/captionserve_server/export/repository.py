@@ -19,7 +19,6 @@ from captionserve_server.export.quantise import quantise_decoder, quantise_encod
 from captionserve_server.export.verify import Verification, verify_export
 from captionserve_server.runtime import model_repository as files
 from captionserve_server.runtime.graph_format import GraphFormat
-from captionserve_server.triton import wire
 
 Progress = Callable[[str], None]
 """Called with what begins now."""
@@ -127,7 +126,7 @@ def export_checkpoint(
         FileExistsError: if the version is there already.
         OtherFormatError: if the versions that are there have another format.
     """
-    if (output / wire.CAPTIONER.name / str(version)).exists():
+    if (output / files.DECODER / str(version)).exists():
         raise FileExistsError(f"version {version} is in the model repository already")
     if precision is not Precision.FP32 and graph_format is not GraphFormat.ONNX:
         raise UnsupportedFormatError(f"{graph_format.value} is written in fp32 only")
@@ -160,7 +159,7 @@ def static_repository() -> Path:
 
 def _refuse_other_format(repository: Path, graph_format: GraphFormat) -> None:
     """All versions of a model share its config.pbtxt, which names one backend and one file."""
-    config = repository / wire.VISION_ENCODER.name / "config.pbtxt"
+    config = repository / files.VISION_ENCODER / "config.pbtxt"
     if not config.exists():
         return
     text = config.read_text()
@@ -186,15 +185,15 @@ def _export_graphs(
     """Write the graphs; the path of each by its file name in ONNX."""
     exporter = _EXPORTERS[graph_format]
     jobs = (
-        (exporter.export_encoder, wire.VISION_ENCODER, files.ENCODER_GRAPH_FILE),
-        (exporter.export_prefill, wire.DECODER_STEP, files.PREFILL_GRAPH_FILE),
-        (exporter.export_step, wire.DECODER_STEP, files.STEP_GRAPH_FILE),
-        (exporter.export_top, wire.DECODER_STEP, files.TOP_GRAPH_FILE),
+        (exporter.export_encoder, files.VISION_ENCODER, files.ENCODER_GRAPH_FILE),
+        (exporter.export_prefill, files.DECODER, files.PREFILL_GRAPH_FILE),
+        (exporter.export_step, files.DECODER, files.STEP_GRAPH_FILE),
+        (exporter.export_top, files.DECODER, files.TOP_GRAPH_FILE),
     )
     graphs: dict[str, Path] = {}
     for export, model, name in jobs:
         path = _version_folder(staging, model, version) / graph_format.file(name)
-        progress(f"exporting {path.name} of {model.name}")
+        progress(f"exporting {path.name} of {model}")
         export(checkpoint, path)
         graphs[name] = path
     return graphs
@@ -212,21 +211,15 @@ def _quantised(
 
 
 def _write_settings(checkpoint: Checkpoint, staging: Path, version: int) -> None:
-    for model in (wire.CAPTIONER, wire.CAPTIONER_STREAM):
-        folder = _version_folder(staging, model, version)
-        (folder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
-        checkpoint.tokenizer.backend_tokenizer.save(
-            str(folder / files.TOKENIZER_FILE), pretty=False
-        )
-    decoder = _version_folder(staging, wire.DECODER_STEP, version)
-    (decoder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
-    preprocess = _version_folder(staging, wire.PREPROCESS, version)
+    folder = _version_folder(staging, files.DECODER, version)
+    (folder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
+    checkpoint.tokenizer.backend_tokenizer.save(str(folder / files.TOKENIZER_FILE), pretty=False)
     settings = json.dumps(dataclasses.asdict(checkpoint.preprocessor), indent=2)
-    (preprocess / files.PREPROCESSOR_FILE).write_text(settings + "\n")
+    (folder / files.PREPROCESSOR_FILE).write_text(settings + "\n")
 
 
-def _version_folder(repository: Path, model: wire.ModelSpec, version: int) -> Path:
-    folder = repository / model.name / str(version)
+def _version_folder(repository: Path, model: str, version: int) -> Path:
+    folder = repository / model / str(version)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -235,15 +228,15 @@ def _publish(
     checkpoint: Checkpoint, staging: Path, output: Path, version: int, graph_format: GraphFormat
 ) -> None:
     static = static_repository()
-    for model in wire.MODELS:
-        source, target = staging / model.name / str(version), output / model.name
-        code = static / model.name / "1" / "model.py"
+    for model in files.MODELS:
+        source, target = _version_folder(staging, model, version), output / model
+        code = static / model / "1" / "model.py"
         if code.exists():
             shutil.copyfile(code, source / code.name)
         target.mkdir(exist_ok=True)
         source.rename(target / str(version))
-        config = (static / model.name / "config.pbtxt").read_text()
-        if model is wire.VISION_ENCODER:
+        config = (static / model / "config.pbtxt").read_text()
+        if model == files.VISION_ENCODER:
             config = _in_format(config, graph_format)
         (target / "config.pbtxt").write_text(_with_image_size(config, checkpoint.image_size))
 

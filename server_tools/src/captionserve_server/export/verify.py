@@ -15,18 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captionserve_server.core.bundle import (
-    ENCODER_GRAPH_FILE,
-    PREFILL_GRAPH_FILE,
-    STEP_GRAPH_FILE,
-    TOP_GRAPH_FILE,
-)
 from captionserve_server.core.step_model import Int64Array, RowRequests, StepBatch
 from captionserve_server.export.checkpoint import Checkpoint
 from captionserve_server.export.precision import Precision
 from captionserve_server.export.sources import encoder_module
 from captionserve_server.runtime import graph_tensors as names
-from captionserve_server.runtime.graph_step_model import DecoderGraphs, GraphStepModel
+from captionserve_server.runtime.decoder_graphs import open_decoder
+from captionserve_server.runtime.graph_step_model import GraphStepModel
+from captionserve_server.runtime.model_repository import ENCODER_GRAPH_FILE, STEP_GRAPH_FILE
 from captionserve_server.runtime.open_graph import open_graph
 
 LOGPROB_TOLERANCES = {Precision.FP32: 1e-4, Precision.INT8: 1.0, Precision.INT4: 3.0}
@@ -101,11 +97,7 @@ def _decoder_error(
     """Decode random tokens along branching rows; compare every step's log-probabilities."""
     geometry = checkpoint.bundle.geometry
     steps = min(_STEPS, geometry.max_positions)
-    decoder = DecoderGraphs(
-        open_graph(graphs[PREFILL_GRAPH_FILE]),
-        open_graph(graphs[STEP_GRAPH_FILE]),
-        open_graph(graphs[TOP_GRAPH_FILE]),
-    )
+    decoder = open_decoder(graphs[STEP_GRAPH_FILE].parent)
     step_model = GraphStepModel(decoder, geometry, capacity=_IMAGES)
     slots = step_model.prefill(states.numpy())
     rows_of = [1 if step == 0 else _ROWS for step in range(steps)]

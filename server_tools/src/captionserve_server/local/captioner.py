@@ -17,10 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from captionserve_server.core.captions import CaptionPlan
-from captionserve_server.core.engine.engine_thread import Captions, EngineThread
-from captionserve_server.core.engine.scheduler import CaptionEngine, EngineLimits
-from captionserve_server.core.errors import CaptionServeError, ModelFaultError
+from captionserve_server.core.captions import CaptionPlan, DecodedCaption
+from captionserve_server.core.engine.engine_thread import EngineThread
+from captionserve_server.core.engine.scheduler import Outcome as EngineOutcome
+from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
+from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.core.options import NamedOptions
 from captionserve_server.core.results import FinishedCaption, Finisher
 from captionserve_server.core.search import Vocabulary
@@ -37,11 +38,12 @@ if TYPE_CHECKING:
 
 # With nlpconnect's shapes a slot in use takes 14 MB and an entry 72 KB, so that captions together
 # stay below 200 MB.
-DEFAULT_SLOTS = 8
-DEFAULT_LIMITS = EngineLimits(max_rows=32, max_entries=1024, max_admissions=2)
+DEFAULT_LIMITS = SchedulerLimits(slots=8, max_rows=32, max_entries=1024, max_admissions=2)
 # Images prepared and not yet handed out, for each slot: enough that none is empty while a caption
 # takes longer than those behind it.
 _IMAGES_AHEAD = 2
+# A step of a large model may take a second or two.
+_CLOSE_SECONDS = 30.0
 
 _logger = logging.getLogger(__name__)
 
@@ -81,8 +83,7 @@ class LocalCaptioner:
         *,
         version: int | None = None,
         threads: int = 0,
-        slots: int = DEFAULT_SLOTS,
-        limits: EngineLimits = DEFAULT_LIMITS,
+        limits: SchedulerLimits = DEFAULT_LIMITS,
     ) -> None:
         """Load a model.
 
@@ -90,26 +91,28 @@ class LocalCaptioner:
             bundle_dir: a model repository, as `captionserve export` writes it.
             version: which of its versions; None for the newest.
             threads: of ONNX Runtime; 0 is one per core.
-            slots: most captions that are decoded together; each takes memory when first used.
-            limits: what those may take besides.
+            limits: what captions that are decoded together may take; each slot takes memory when
+                it is first used.
 
         Raises:
             ModelFolderError: if something in the folder is missing or damaged; names it.
-            ValueError: if threads is below 0, or slots below 1.
+            ValueError: if threads is below 0, or there is no slot.
         """
-        if threads < 0 or slots < 1:
-            raise ValueError(f"threads must be 0 or more, slots 1 or more; are {threads}, {slots}")
+        if threads < 0 or limits.slots < 1:
+            raise ValueError(
+                f"threads must be 0 or more, slots 1 or more; are {threads}, {limits.slots}"
+            )
         model = load_model(Path(bundle_dir), version=version, threads=threads)
         self._model = model
-        self._images_ahead = _IMAGES_AHEAD * slots
+        self._images_ahead = _IMAGES_AHEAD * limits.slots
         self._finisher = Finisher(model.bundle, model.tokenizer.decode)
-        engine = CaptionEngine(
+        scheduler = Scheduler(
             _Encoder(model.encoder),
-            GraphStepModel(model.decoder, model.bundle.geometry, slots),
+            GraphStepModel(model.decoder, model.bundle.geometry, limits.slots),
             Vocabulary(model.bundle.special, model.bundle.geometry.vocabulary_size),
             limits,
         )
-        self._engine = EngineThread(engine, _logger.error)
+        self._engine = EngineThread(scheduler, _logger.error)
 
     @property
     def model_version(self) -> int:
@@ -191,7 +194,7 @@ class LocalCaptioner:
 
     def close(self) -> None:
         """End the engine's thread; captions under way, and later ones, fail."""
-        self._engine.close()
+        self._engine.close(_CLOSE_SECONDS)
 
     def __enter__(self) -> Self:
         """Use it until the end of the block."""
@@ -221,7 +224,7 @@ class LocalCaptioner:
         begun = _Begun()
         try:
             pixels = image_pixels(image, self._model.preprocessor)
-            begun.captions = self._engine.submit(pixels, plan, begun)
+            self._engine.submit(pixels, plan, begun)
         except (CaptionServeError, OSError) as error:
             begun.captions.set_exception(error)
         return begun
@@ -230,10 +233,6 @@ class LocalCaptioner:
         """Wait for the captions; raises what `caption` raises."""
         try:
             captions = begun.captions.result()
-        except (CaptionServeError, OSError):
-            raise
-        except Exception as error:  # The runtime's own; the engine's thread has logged it.
-            raise ModelFaultError("the model failed") from error
         finally:
             begun.has_gone = True
         finished = tuple(self._finisher.finished(caption, plan) for caption in captions)
@@ -261,7 +260,7 @@ class LocalCaptioner:
 
 @dataclass
 class _Begun:
-    """An image that is being captioned, and whoever waits for it: the engine's Audience.
+    """An image that is being captioned, and whoever waits for it: the engine's Caller.
 
     Attributes:
         captions: what will come of it.
@@ -269,12 +268,19 @@ class _Begun:
         deadline: never.
     """
 
-    captions: Future[Captions] = field(default_factory=Future)
+    captions: Future[list[DecodedCaption]] = field(default_factory=Future)
     has_gone: bool = False
     deadline: float = math.inf
 
     def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
         """Nobody listens before the end."""
+
+    def end(self, outcome: EngineOutcome) -> None:
+        """Hand the captions over, or why there are none."""
+        if isinstance(outcome, CaptionServeError):
+            self.captions.set_exception(outcome)
+        else:
+            self.captions.set_result(outcome)
 
 
 class _Encoder:
@@ -285,9 +291,6 @@ class _Encoder:
 
     def encode(self, pixels: UInt8Array) -> Float32Array:
         """uint8 [images, 3, height, width] to float32 [images, image tokens, encoder width]."""
-        try:
-            (states,) = self._graph.run({graph_tensors.PIXELS: pixels})
-        except Exception as error:  # ONNX Runtime's own kinds.
-            _logger.error("the encoder failed: %s", error)
-            raise ModelFaultError("the encoder failed") from error
+        states: Float32Array
+        (states,) = self._graph.run({graph_tensors.PIXELS: pixels})
         return states

@@ -13,9 +13,8 @@ from tokenizers import Tokenizer
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.preprocessing import PreprocessorConfig
 from captionserve_server.runtime import model_repository as files
-from captionserve_server.runtime.graph_step_model import DecoderGraphs
+from captionserve_server.runtime.decoder_graphs import DecoderGraphs, TimedGraph
 from captionserve_server.runtime.onnx_graph import OnnxGraph
-from captionserve_server.triton import wire
 
 
 class ModelFolderError(OSError):
@@ -55,25 +54,23 @@ def load_model(folder: Path, *, version: int | None, threads: int) -> LoadedMode
         ModelFolderError: if something is missing or damaged.
     """
     found = _VersionFiles(folder, _newest_version(folder) if version is None else version)
-    captioner, decoder = wire.CAPTIONER.name, wire.DECODER_STEP.name
     # Small files first: what is wrong shows before anything large is read.
-    with found.reading(captioner, files.BUNDLE_FILE) as path:
+    with found.reading(files.DECODER, files.BUNDLE_FILE) as path:
         bundle = Bundle.from_json(path.read_text())
-    with found.reading(captioner, files.TOKENIZER_FILE) as path:
+    with found.reading(files.DECODER, files.TOKENIZER_FILE) as path:
         tokenizer = Tokenizer.from_file(str(path))
-    with found.reading(wire.PREPROCESS.name, files.PREPROCESSOR_FILE) as path:
+    with found.reading(files.DECODER, files.PREPROCESSOR_FILE) as path:
         preprocessor = PreprocessorConfig.from_json(json.loads(path.read_text()))
+    encoder = found.graph(files.VISION_ENCODER, files.ENCODER_GRAPH_FILE, threads)
+    names = (files.PREFILL_GRAPH_FILE, files.STEP_GRAPH_FILE, files.TOP_GRAPH_FILE)
+    graphs = [found.graph(files.DECODER, name, threads) for name in names]
     return LoadedModel(
         version=found.version,
         bundle=bundle,
         tokenizer=tokenizer,
         preprocessor=preprocessor,
-        encoder=found.graph(wire.VISION_ENCODER.name, files.ENCODER_GRAPH_FILE, threads),
-        decoder=DecoderGraphs(
-            prefill=found.graph(decoder, files.PREFILL_GRAPH_FILE, threads),
-            step=found.graph(decoder, files.STEP_GRAPH_FILE, threads),
-            top=found.graph(decoder, files.TOP_GRAPH_FILE, threads),
-        ),
+        encoder=encoder,
+        decoder=DecoderGraphs(*(TimedGraph(graph) for graph in graphs)),
     )
 
 
@@ -106,11 +103,9 @@ class _VersionFiles:
 
 
 def _newest_version(folder: Path) -> int:
-    captioner = folder / wire.CAPTIONER.name
-    versions = [int(path.name) for path in captioner.glob("*/") if path.name.isdecimal()]
+    versions = [
+        int(path.name) for path in (folder / files.DECODER).glob("*/") if path.name.isdecimal()
+    ]
     if not versions:
-        raise ModelFolderError(
-            f"{folder} has no version of {wire.CAPTIONER.name}; "
-            "a folder that `captionserve export` wrote is wanted"
-        )
+        raise ModelFolderError(f"{folder}: {files.what_is_missing(folder)}")
     return max(versions)

@@ -10,9 +10,9 @@ from captionserve_server.core.engine.kv_cache import KVCache
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.search.selection import select
 from captionserve_server.core.step_model import (
-    RowRequests,
     Float32Array,
     Int64Array,
+    RowRequests,
     StepAnswer,
     StepBatch,
 )

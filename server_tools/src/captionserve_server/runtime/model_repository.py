@@ -11,6 +11,8 @@ read it.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 DECODER = "decoder"
 VISION_ENCODER = "vision_encoder"
 CAPTIONER = "captioner"
@@ -25,3 +27,23 @@ ENCODER_GRAPH_FILE = "model.onnx"
 PREFILL_GRAPH_FILE = "prefill.onnx"
 STEP_GRAPH_FILE = "step.onnx"
 TOP_GRAPH_FILE = "top.onnx"
+
+# Models that exports before the decoder had everything in one process wrote.
+_MODELS_OF_OLDER_EXPORTS = ("decoder_step", "preprocess")
+
+
+def what_is_missing(folder: Path) -> str:
+    """Why a folder is no model repository that can be served, and what to do; "" when it is one."""
+    older = [name for name in _MODELS_OF_OLDER_EXPORTS if (folder / name).is_dir()]
+    if older:
+        return (
+            f"this model repository was written by an older export (it holds "
+            f"{' and '.join(older)}): export the checkpoint again, into a new folder"
+        )
+    missing = [name for name in MODELS if not (folder / name / "config.pbtxt").is_file()]
+    if not missing:
+        return ""
+    return (
+        f"this is no model repository (it lacks {', '.join(missing)}): "
+        "a folder that `captionserve export` wrote is wanted"
+    )

@@ -39,14 +39,12 @@ class TritonInstallation:
     Attributes:
         binary: the tritonserver executable.
         backends: folder that holds a folder per backend.
-        caches: folder that holds a folder per kind of response cache.
         python_stub: Python backend stub for the running Python version.
         library_folders: folders for LD_LIBRARY_PATH, in order.
     """
 
     binary: Path
     backends: Path
-    caches: Path
     python_stub: Path
     library_folders: tuple[Path, ...]
 
@@ -81,7 +79,7 @@ def _installed(binary: Path) -> TritonInstallation:
     if not stub.is_file():
         raise TritonNotFoundError(f"{binary} has no Python backend beside it")
     root = binary.parent.parent
-    return TritonInstallation(binary, backends, root / "caches", stub, (root / "lib",))
+    return TritonInstallation(binary, backends, stub, (root / "lib",))
 
 
 def _embedded() -> TritonInstallation:
@@ -100,7 +98,6 @@ def _embedded() -> TritonInstallation:
     return TritonInstallation(
         binary=root / "bin" / "tritonserver",
         backends=root / "backends",
-        caches=root / "caches",
         python_stub=stub,
         library_folders=(package.parent / "nvidia_pytriton.libs", *_python_library_folders()),
     )

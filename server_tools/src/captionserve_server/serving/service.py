@@ -16,6 +16,7 @@ from captionserve_server.gateway.config import GatewayConfig
 from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
 from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.gateway.server import Gateway
+from captionserve_server.runtime.model_repository import what_is_missing
 from captionserve_server.serving.installation import find_triton
 from captionserve_server.serving.ready import ReadyReport, ready_file
 from captionserve_server.serving.triton_process import TritonProcess, TritonStartError
@@ -26,7 +27,11 @@ _CANARY_IMAGE = b"P6 1 1 255\n\0\0\0"
 
 
 class TritonEndedError(RuntimeError):
-    """Triton ended while it was serving."""
+    """Triton, or one of its models' processes, ended while it was serving; its last lines."""
+
+
+class NoModelRepositoryError(RuntimeError):
+    """What is to be served is no model repository that this version can serve; says what to do."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,14 @@ async def serve(options: ServeOptions, on_ready: Callable[[ReadyReport], None]) 
         on_ready: told once that captions can be answered.
 
     Raises:
+        NoModelRepositoryError: if the model repository is none, or an older export's.
         TritonNotFoundError: if there is no tritonserver.
         TritonStartError: if it does not become ready.
         TritonEndedError: if it ends by itself later.
     """
+    wrong = what_is_missing(options.model_repository)
+    if wrong:
+        raise NoModelRepositoryError(wrong)
     stop = _stop_on_signals()
     async with _triton(options, stop) as triton:
         if stop.is_set():
@@ -133,9 +142,15 @@ async def _gateway(options: ServeOptions, triton: TritonProcess) -> AsyncIterato
 
 
 async def _until_stopped(stop: asyncio.Event, triton: TritonProcess) -> None:
-    await _first(stop.wait(), triton.wait_ended())
-    if not stop.is_set():
-        raise TritonEndedError("Triton ended by itself")
+    ended = asyncio.create_task(triton.wait_ended())
+    try:
+        await asyncio.wait(
+            [ended, asyncio.ensure_future(stop.wait())], return_when=asyncio.FIRST_COMPLETED
+        )
+        if not stop.is_set():
+            raise TritonEndedError(await ended)
+    finally:
+        ended.cancel()
 
 
 async def _first(*coroutines: Coroutine[Any, Any, object]) -> None:

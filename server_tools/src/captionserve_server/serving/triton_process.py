@@ -52,7 +52,6 @@ class TritonProcess:
         installation: TritonInstallation,
         repository: Path,
         *,
-        response_cache_bytes: int = 0,
         threads: int = 0,
         exit_seconds: int = 30,
     ) -> None:
@@ -61,7 +60,6 @@ class TritonProcess:
         Args:
             installation: what to run.
             repository: the model repository.
-            response_cache_bytes: size of the response cache; 0 for none.
             threads: of one run of a graph; 0 follows from the cores there are.
             exit_seconds: how long Triton may take to end its models before it is killed.
         """
@@ -74,11 +72,8 @@ class TritonProcess:
         assemble_backends(installation, backends)
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
-        cache = _cache_arguments(installation, response_cache_bytes)
         environment = _environment(installation) | {THREADS_VARIABLE: str(threads)}
-        self._process = self._start(
-            installation.binary, repository, backends, ports, cache, environment
-        )
+        self._process = self._start(installation.binary, repository, backends, ports, environment)
 
     @property
     def pid(self) -> int:
@@ -109,9 +104,28 @@ class TritonProcess:
                     )
                 await asyncio.sleep(_POLL_SECONDS)
 
-    async def wait_ended(self) -> int:
-        """Wait until the process has ended; its exit code."""
-        return await asyncio.to_thread(self._process.wait)
+    async def wait_ended(self) -> str:
+        """Wait until Triton has ended, or a process of its models, which it does not notice.
+
+        Returns:
+            which it was, and the last lines of Triton's log.
+        """
+        processes = {self.pid: "Triton", **dict.fromkeys(_children(self.pid), "a model's process")}
+        ended: asyncio.Queue[str] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as watched:
+            for pid, name in processes.items():
+                try:
+                    descriptor = os.pidfd_open(pid)
+                except ProcessLookupError:
+                    return self._ended(name)
+                watched.callback(os.close, descriptor)
+                loop.add_reader(descriptor, ended.put_nowait, name)
+                watched.callback(loop.remove_reader, descriptor)
+            return self._ended(await ended.get())
+
+    def _ended(self, name: str) -> str:
+        return f"{name} ended by itself\n{self._log_tail()}"
 
     def stop(self) -> None:
         """End the server and remove whatever it leaves behind."""
@@ -134,7 +148,6 @@ class TritonProcess:
         repository: Path,
         backends: Path,
         ports: list[int],
-        cache: list[str],
         environment: Mapping[str, str],
     ) -> subprocess.Popen[bytes]:
         command = [
@@ -149,7 +162,6 @@ class TritonProcess:
             f"--grpc-port={ports[0]}",
             f"--http-port={ports[1]}",
             f"--metrics-port={ports[2]}",
-            *cache,
         ]
         with self._log_path.open("wb") as log:
             return subprocess.Popen(
@@ -168,10 +180,10 @@ class TritonProcess:
         return "\n".join(errors[-_LOG_TAIL_LINES:])
 
 
-def _cache_arguments(installation: TritonInstallation, size_bytes: int) -> list[str]:
-    if not size_bytes:
-        return []
-    return [f"--cache-config=local,size={size_bytes}", f"--cache-directory={installation.caches}"]
+def _children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    tasks = Path("/proc", str(pid), "task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 async def _is_ready(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> bool:

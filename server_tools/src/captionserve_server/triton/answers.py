@@ -45,7 +45,7 @@ class Answering:
         return self._unanswered
 
     def enter(self) -> None:
-        """Accept a request, which `send_last` will answer; OverloadedError when there is no room."""
+        """Accept a request, which `send_last` will answer; OverloadedError without room."""
         with self._lock:
             if self._unanswered >= self._max_requests:
                 raise OverloadedError("too many requests are waiting")

@@ -47,6 +47,11 @@ class Caller:
                 self.has_gone = bool(self._sender.is_cancelled())
             return not (self._answered or self.has_gone)
 
+    @property
+    def answered(self) -> bool:
+        """Whether the last response was sent, or was tried to be."""
+        return self._answered
+
     def send(self, part: Response) -> None:
         """Send one of several responses."""
         self._sender.send(part)

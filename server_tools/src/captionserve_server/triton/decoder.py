@@ -2,8 +2,8 @@
 
     execute         accepts: reads the message, checks the options, makes room
     image threads   decode and resize the files
-    engine          one thread: has newcomers encoded by `vision_encoder` and decodes everybody, step
-                    by step, with the prefill and step graphs and the KV cache of this process
+    engine          one thread: has newcomers encoded by `vision_encoder` and decodes everybody,
+                    step by step, with the graphs and the KV cache of this process
     answering       one thread: makes and sends the answers, in their order
 
 Streams and plain calls are rows of the same batch. When a thread ends by a bug, everybody who waits
@@ -13,7 +13,6 @@ is told, and the process ends, so that it can be started anew.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import Float32Array, UInt8Array
 from captionserve_server.runtime import model_repository as files
 from captionserve_server.runtime.cores import available_cores
-from captionserve_server.runtime.decoder_graphs import open_decoder, warm_up
+from captionserve_server.runtime.decoder_graphs import open_decoder
 from captionserve_server.runtime.graph_step_model import GraphStepModel
 from captionserve_server.triton import wire
 from captionserve_server.triton.answers import Answering, Captioning
@@ -53,6 +52,7 @@ from captionserve_server.triton.pb import (
     ModelArguments,
     Request,
     call_model,
+    die,
     error_response,
     log_error,
     read,
@@ -86,7 +86,6 @@ class TritonPythonModel:
             threads=arguments.threads("intra_op_thread_count"),
             spinning=bool(arguments.number("spinning")),
         )
-        warm_up(graphs, self._bundle.geometry)
         limits = SchedulerLimits(
             slots=arguments.number("slots"),
             max_rows=arguments.number("max_rows"),
@@ -94,6 +93,7 @@ class TritonPythonModel:
             max_admissions=arguments.number("max_admissions"),
         )
         step_model = GraphStepModel(graphs, self._bundle.geometry, limits.slots)
+        step_model.warm_up()
         vocabulary = Vocabulary(self._bundle.special, self._bundle.geometry.vocabulary_size)
         scheduler = Scheduler(_Encoder(self._version), step_model, vocabulary, limits)
         self._metrics = DecoderMetrics(self._version, limits.slots, scheduler, step_model)
@@ -107,7 +107,7 @@ class TritonPythonModel:
         self._engine = EngineThread(
             scheduler, log_error, after_step=self._metrics.count_step, on_death=self._die
         )
-        threads = arguments.number("image_threads") or available_cores()
+        threads = arguments.threads("image_threads") or available_cores()
         self._images = WorkerPool("image", threads, self._die)
 
     def execute(self, requests: list[Request]) -> None:
@@ -183,11 +183,10 @@ class TritonPythonModel:
 
     def _die(self, error: BaseException) -> None:
         """End the process, because a thread has ended that should not have."""
-        log_error(f"the decoder ends: {type(error).__name__}: {error}")
         self._ending = True
         self._engine.close(_LAST_ANSWERS_SECONDS)
         self._answering.close(_LAST_ANSWERS_SECONDS)
-        os._exit(1)
+        die(error)
 
 
 class _Encoder:

@@ -7,6 +7,7 @@ Triton cannot tell the decoder, and tells it itself.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from captionserve_server.core.engine.worker import WorkerPool
-from captionserve_server.core.errors import DeadlineExceededError, OverloadedError
+from captionserve_server.core.errors import DeadlineExceededError, ModelFaultError
 from captionserve_server.triton import wire
 from captionserve_server.triton.callers import Caller, CallerWatch
 from captionserve_server.triton.pb import (
@@ -25,7 +26,6 @@ from captionserve_server.triton.pb import (
     call_decoupled,
     die,
     error_response,
-    log_error,
     read,
     text_array,
 )
@@ -36,15 +36,22 @@ Tensors = dict[wire.TensorSpec, Array]
 
 
 class Front(ABC):
-    """A model that asks `decoder` of its own version; subclasses say what of it they pass on."""
+    """A model that asks `decoder` of its own version; subclasses say what of it they pass on.
+
+    Attributes:
+        streams: whether words are wanted as they become certain.
+    """
+
+    streams: bool
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the threads."""
         arguments = ModelArguments(args)
         self._version = arguments.version
-        self._max_requests = arguments.number("max_requests")
-        # Threads wait for the decoder and do nothing else.
-        self._asking = WorkerPool("asking", self._max_requests, die)
+        # How the decoder knows the requests that are in its hands.
+        self._names: dict[Caller, str] = {}
+        # Threads wait for the decoder and do nothing else; requests beyond them wait in the queue.
+        self._asking = WorkerPool("asking", arguments.number("requests_at_once"), die)
         self._watch = CallerWatch(die, self._give_up)
 
     def execute(self, requests: list[Request]) -> None:
@@ -71,11 +78,40 @@ class Front(ABC):
             for spec in wire.MESSAGE
             if (array := read(request, spec)) is not None
         }
-        if self._asking.busy >= self._max_requests:
-            raise OverloadedError("too many requests are waiting")
         self._watch.add(caller)
         self._asking.submit(
-            lambda: self._pass_on(caller, self._ask(inputs, caller)),
-            lambda error: self._fail(caller, error),
+            lambda: self._serve(caller, inputs),
+            lambda error: caller.finish(error_response(error)),
         )
-'''
+
+    def _serve(self, caller: Caller, inputs: Tensors) -> None:
+        self._pass_on(caller, self._ask(inputs, caller))
+        if not caller.answered:
+            raise ModelFaultError("the decoder ended without an answer")
+
+    def _ask(self, inputs: Tensors, caller: Caller) -> Iterator[Tensors]:
+        """What the decoder says of a request, response by response; the last has the captions."""
+        left = caller.deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceededError("the deadline passed before the caption was begun")
+        name = self._names[caller] = uuid.uuid4().hex
+        try:
+            yield from call_decoupled(
+                wire.DECODER,
+                self._version,
+                {**inputs, wire.STREAM: np.array([self.streams])},
+                (*wire.PART, *wire.CAPTIONS),
+                request_id=name,
+                timeout_microseconds=0 if math.isinf(left) else int(left * 1e6),
+            )
+        finally:
+            del self._names[caller]
+
+    def _give_up(self, caller: Caller) -> None:
+        """Tell the decoder that a caller has gone."""
+        name = self._names.get(caller)
+        if name is not None:
+            for _ in call_decoupled(
+                wire.DECODER, self._version, {wire.CANCEL: text_array(name)}, wire.CAPTIONS
+            ):
+                pass

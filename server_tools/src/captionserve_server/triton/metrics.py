@@ -1,7 +1,7 @@
 """What the decoder does, among Triton's metrics.
 
-Setting a metric sends Triton's process a message and waits for its answer, a third of a millisecond:
-as long as all of a step's own work. So figures are counted here and shown at a pace.
+Setting a metric sends Triton's process a message and waits for its answer, a third of a
+millisecond. So figures are counted here and shown at a pace.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class DecoderMetrics:
         graphs = step_model.graphs
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "slots": ("Captions that can be decoded at once.", lambda: slots),
-            "running_captions": ("Captions being decoded.", lambda: scheduler.running),
+            "slots_used": ("Captions being decoded.", lambda: scheduler.running),
             "waiting_captions": ("Captions without a slot.", lambda: scheduler.waiting),
             "kv_cache_bytes": (
                 "Memory of the keys and values in use.",
@@ -66,6 +66,7 @@ class DecoderMetrics:
             *(_Shown(name, family.GAUGE, *what, labels) for name, what in gauges.items()),
             *(_Shown(name, family.COUNTER, *what, labels) for name, what in counters.items()),
         ]
+        self._show()
 
     @contextmanager
     def image(self) -> Iterator[None]:
@@ -84,8 +85,11 @@ class DecoderMetrics:
         now = time.monotonic()
         if self._scheduler.idle or now >= self._next_show:
             self._next_show = now + _PACE_SECONDS
-            for each in self._shown:
-                each.show()
+            self._show()
+
+    def _show(self) -> None:
+        for each in self._shown:
+            each.show()
 
 
 class _Shown:

@@ -8,6 +8,7 @@ is looked up when called.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -182,3 +183,9 @@ def text_array(*texts: str | bytes) -> Array:
 def log_error(text: str) -> None:
     """Write a line into Triton's log."""
     pb_utils.Logger.log_error(text)
+
+
+def die(error: BaseException) -> None:
+    """End the process, because a thread has ended that should not have."""
+    log_error(f"the process ends: {type(error).__name__}: {error}")
+    os._exit(1)

@@ -6,21 +6,22 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from captionserve_server.core.captions import CaptionPlan, SpecialTokens
+from captionserve_server.core.captions import CaptionPlan, DecodedCaption, SpecialTokens
 from captionserve_server.core.engine.engine_thread import EngineThread
-from captionserve_server.core.engine.scheduler import CaptionEngine, EngineLimits
+from captionserve_server.core.engine.scheduler import Outcome, Scheduler, SchedulerLimits
 from captionserve_server.core.errors import (
     CancelledError,
+    CaptionServeError,
     DeadlineExceededError,
     ModelFaultError,
     ModelUnavailableError,
 )
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
-from captionserve_server.core.step_model import StepAnswer, StepBatch
+from captionserve_server.core.step_model import StepAnswer, StepBatch, UInt8Array
 
 from tests.unit.core.fake_step_model import (
     END,
@@ -34,7 +35,7 @@ from tests.unit.core.fake_step_model import (
 WAIT_SECONDS = 30.0
 PLAN = CaptionPlan(DecodingOptions(num_beams=2, max_length=8))
 PARTIAL = CaptionPlan(DecodingOptions(num_beams=2, max_length=8, allow_partial=True))
-LIMITS = EngineLimits(max_rows=8)
+LIMITS = SchedulerLimits(slots=4, max_rows=8)
 
 
 class HeldModel(FakeStepModel):
@@ -60,13 +61,19 @@ class Setup:
     def __init__(self) -> None:
         self.model = HeldModel()
         self.log: list[str] = []
-        engine = CaptionEngine(
+        scheduler = Scheduler(
             FakeEncoder(),
             self.model,
             Vocabulary(SpecialTokens(START, (END,)), VOCABULARY_SIZE),
             LIMITS,
         )
-        self.thread = EngineThread(engine, self.log.append)
+        self.thread = EngineThread(scheduler, self.log.append)
+
+    def submit(
+        self, pixels: UInt8Array, plan: CaptionPlan, caller: Caller
+    ) -> Future[list[DecodedCaption]]:
+        self.thread.submit(pixels, plan, caller)
+        return caller.captions
 
 
 @pytest.fixture
@@ -74,16 +81,18 @@ def setup() -> Iterator[Setup]:
     made = Setup()
     yield made
     made.model.may_step.set()
-    made.thread.close()
+    made.thread.close(WAIT_SECONDS)
 
 
-class Audience:
+class Caller:
     """Who waits, for as long as a test says."""
 
     def __init__(self, deadline: float = math.inf) -> None:
         self.gone = threading.Event()
         self.deadline = deadline
         self.heard: list[tuple[int, ...]] = []
+        self.captions: Future[list[DecodedCaption]] = Future()
+        self.ended = 0
 
     @property
     def has_gone(self) -> bool:
@@ -92,14 +101,19 @@ class Audience:
     def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
         self.heard.append(certain_tokens())
 
+    def end(self, outcome: Outcome) -> None:
+        self.ended += 1
+        if isinstance(outcome, CaptionServeError):
+            self.captions.set_exception(outcome)
+        else:
+            self.captions.set_result(outcome)
+
 
 def test_many_submitters_get_each_their_own(setup: Setup) -> None:
     setup.model.may_step.set()
     with ThreadPoolExecutor(16) as pool:
         futures = list(
-            pool.map(
-                lambda image: setup.thread.submit(pixels_of(image % 8), PLAN, Audience()), range(64)
-            )
+            pool.map(lambda image: setup.submit(pixels_of(image % 8), PLAN, Caller()), range(64))
         )
     results = [future.result(WAIT_SECONDS) for future in futures]
     assert all(results[image] == results[image % 8] for image in range(64))
@@ -108,11 +122,11 @@ def test_many_submitters_get_each_their_own(setup: Setup) -> None:
 
 
 def test_a_caller_that_has_gone_frees_its_slot_and_nobody_else_notices(setup: Setup) -> None:
-    audience = Audience()
-    leaving = setup.thread.submit(pixels_of(1), PLAN, audience)
-    staying = setup.thread.submit(pixels_of(2), PLAN, Audience())
+    caller = Caller()
+    leaving = setup.submit(pixels_of(1), PLAN, caller)
+    staying = setup.submit(pixels_of(2), PLAN, Caller())
     assert setup.model.stepping.wait(WAIT_SECONDS)
-    audience.gone.set()
+    caller.gone.set()
     setup.model.may_step.set()
 
     with pytest.raises(CancelledError):
@@ -123,22 +137,22 @@ def test_a_caller_that_has_gone_frees_its_slot_and_nobody_else_notices(setup: Se
 
 def test_a_model_that_fails_fails_who_is_under_way_and_serves_the_next(setup: Setup) -> None:
     setup.model.failing = True
-    failing = setup.thread.submit(pixels_of(1), PLAN, Audience())
+    failing = setup.submit(pixels_of(1), PLAN, Caller())
     setup.model.may_step.set()
     with pytest.raises(ModelFaultError):
         failing.result(WAIT_SECONDS)
     assert setup.log
 
     setup.model.failing = False
-    assert setup.thread.submit(pixels_of(1), PLAN, Audience()).result(WAIT_SECONDS)
+    assert setup.submit(pixels_of(1), PLAN, Caller()).result(WAIT_SECONDS)
     assert setup.model.histories == {}
 
 
 def test_closing_fails_who_is_under_way_and_refuses_the_next() -> None:
     setup = Setup()
-    waiting = setup.thread.submit(pixels_of(1), PLAN, Audience())
+    waiting = setup.submit(pixels_of(1), PLAN, Caller())
     assert setup.model.stepping.wait(WAIT_SECONDS)
-    closer = threading.Thread(target=setup.thread.close)
+    closer = threading.Thread(target=setup.thread.close, args=(WAIT_SECONDS,))
     closer.start()
     setup.model.may_step.set()
     closer.join(WAIT_SECONDS)
@@ -146,12 +160,12 @@ def test_closing_fails_who_is_under_way_and_refuses_the_next() -> None:
     with pytest.raises(ModelUnavailableError):
         waiting.result(WAIT_SECONDS)
     with pytest.raises(ModelUnavailableError):
-        setup.thread.submit(pixels_of(1), PLAN, Audience())
+        setup.submit(pixels_of(1), PLAN, Caller())
 
 
 def test_the_deadline_ends_a_caption_between_steps(setup: Setup) -> None:
-    late = setup.thread.submit(pixels_of(1), PLAN, Audience(deadline=time.monotonic()))
-    staying = setup.thread.submit(pixels_of(2), PLAN, Audience())
+    late = setup.submit(pixels_of(1), PLAN, Caller(deadline=time.monotonic()))
+    staying = setup.submit(pixels_of(2), PLAN, Caller())
     setup.model.may_step.set()
 
     with pytest.raises(DeadlineExceededError):
@@ -161,10 +175,10 @@ def test_the_deadline_ends_a_caption_between_steps(setup: Setup) -> None:
 
 
 def test_the_deadline_gives_the_best_so_far_to_who_allows_it(setup: Setup) -> None:
-    audience = Audience()
-    partial = setup.thread.submit(pixels_of(1), PARTIAL, audience)
+    caller = Caller()
+    partial = setup.submit(pixels_of(1), PARTIAL, caller)
     assert setup.model.stepping.wait(WAIT_SECONDS)
-    audience.deadline = time.monotonic()
+    caller.deadline = time.monotonic()
     setup.model.may_step.set()
 
     (caption,) = partial.result(WAIT_SECONDS)
@@ -175,15 +189,15 @@ def test_the_deadline_gives_the_best_so_far_to_who_allows_it(setup: Setup) -> No
 
 def test_nothing_so_far_is_an_error_also_for_who_allows_partial_captions(setup: Setup) -> None:
     setup.model.may_step.set()
-    late = setup.thread.submit(pixels_of(1), PARTIAL, Audience(deadline=time.monotonic()))
+    late = setup.submit(pixels_of(1), PARTIAL, Caller(deadline=time.monotonic()))
     with pytest.raises(DeadlineExceededError):
         late.result(WAIT_SECONDS)
 
 
-def test_the_audience_hears_after_each_step_what_is_certain(setup: Setup) -> None:
+def test_the_caller_hears_after_each_step_what_is_certain(setup: Setup) -> None:
     setup.model.may_step.set()
-    audience = Audience()
+    caller = Caller()
     plan = CaptionPlan(DecodingOptions(max_length=8))
-    (caption,) = setup.thread.submit(pixels_of(1), plan, audience).result(WAIT_SECONDS)
+    (caption,) = setup.submit(pixels_of(1), plan, caller).result(WAIT_SECONDS)
     steps = range(1, len(caption.token_ids))
-    assert audience.heard == [caption.token_ids[:step] for step in steps]
+    assert caller.heard == [caption.token_ids[:step] for step in steps]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from captionserve_server.core.engine.kv_cache import ENTRY_BLOCK, SlotStore
+from captionserve_server.core.engine.kv_cache import ENTRY_BLOCK, KVCache
 from captionserve_server.core.geometry import DecoderGeometry
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -24,19 +24,19 @@ GEOMETRY = DecoderGeometry(
 CAPACITY = 4
 
 
-def added(store: SlotStore, image: float) -> int:
+def added(store: KVCache, image: float) -> int:
     """Take a caption in whose keys and values are the image's number; its handle."""
     for array in store.next_cross():
         array[:] = image
     return store.add()
 
 
-class SlotStoreMachine(RuleBasedStateMachine):
+class KVCacheMachine(RuleBasedStateMachine):
     """Adds, steps and removes captions; every row's visible entries must be its own history."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = SlotStore(GEOMETRY, CAPACITY)
+        self.store = KVCache(GEOMETRY, CAPACITY)
         # handle -> (image number, history of entry numbers for each row)
         self.captions: dict[int, tuple[float, list[list[float]]]] = {}
         # handle -> entries written so far
@@ -131,14 +131,12 @@ class SlotStoreMachine(RuleBasedStateMachine):
             assert array.base is not None
 
 
-SlotStoreMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None
-)
-TestSlotStore = SlotStoreMachine.TestCase
+KVCacheMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestKVCache = KVCacheMachine.TestCase
 
 
 def test_entries_grow_beyond_the_first_block_and_shrink_when_empty() -> None:
-    store = SlotStore(GEOMETRY, CAPACITY)
+    store = KVCache(GEOMETRY, CAPACITY)
     handle = added(store, 1)
     place, row = np.zeros(1, np.int64), np.zeros(1, np.int64)
     keys = np.ones((GEOMETRY.layers, 1, GEOMETRY.heads, GEOMETRY.head_dim), np.float32)
@@ -154,7 +152,7 @@ def test_entries_grow_beyond_the_first_block_and_shrink_when_empty() -> None:
 
 
 def test_numbers_that_are_none_do_not_outlive_their_caption() -> None:
-    store = SlotStore(GEOMETRY, CAPACITY)
+    store = KVCache(GEOMETRY, CAPACITY)
     zero = np.zeros(1, np.int64)
     none = np.full((GEOMETRY.layers, 1, GEOMETRY.heads, GEOMETRY.head_dim), np.nan, np.float32)
     for _ in range(2):
@@ -167,7 +165,7 @@ def test_numbers_that_are_none_do_not_outlive_their_caption() -> None:
 
 
 def test_a_full_store_refuses() -> None:
-    store = SlotStore(GEOMETRY, 1)
+    store = KVCache(GEOMETRY, 1)
     added(store, 1)
     with pytest.raises(IndexError, match="room"):
         store.next_cross()

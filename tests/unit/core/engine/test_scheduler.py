@@ -1,4 +1,4 @@
-"""The engine's rules, on a fake step model and any mixture of requests."""
+"""The scheduler's rules, on a fake step model and any mixture of requests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption, SpecialTokens
 from captionserve_server.core.engine.scheduler import (
-    CaptionEngine,
-    CaptionTask,
-    EngineLimits,
     Outcome,
+    Request,
+    Scheduler,
+    SchedulerLimits,
 )
 from captionserve_server.core.errors import InvalidOptionsError, ModelFaultError
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
@@ -43,7 +43,7 @@ from tests.unit.core.fake_step_model import (
 VOCABULARY = Vocabulary(SpecialTokens(start=START, end=(END,)), VOCABULARY_SIZE)
 MAX_ROWS = 12
 MAX_ENTRIES = 120
-LIMITS = EngineLimits(max_rows=MAX_ROWS, max_entries=MAX_ENTRIES, max_admissions=2)
+LIMITS = SchedulerLimits(max_rows=MAX_ROWS, max_entries=MAX_ENTRIES, max_admissions=2)
 FAULTY = 2
 
 lengths = st.integers(8, 12)
@@ -125,20 +125,21 @@ arrivals_strategy = st.lists(
 )
 
 
-def task(key: int, plan: CaptionPlan) -> CaptionTask:
-    return CaptionTask(key, pixels_of(key), plan)
+def request(key: int, plan: CaptionPlan) -> Request:
+    return Request(key, pixels_of(key), plan)
 
 
-def new_engine(
-    model: FakeStepModel, limits: EngineLimits = LIMITS, encoder: ImageEncoder | None = None
-) -> CaptionEngine:
-    return CaptionEngine(encoder or FakeEncoder(), model, VOCABULARY, limits)
+def new_scheduler(
+    model: FakeStepModel, limits: SchedulerLimits = LIMITS, encoder: ImageEncoder | None = None
+) -> Scheduler:
+    own = dataclasses.replace(limits, slots=model.capacity)
+    return Scheduler(encoder or FakeEncoder(), model, VOCABULARY, own)
 
 
 def alone(key: int, plan: CaptionPlan) -> Outcome:
-    engine = new_engine(FakeStepModel(capacity=1))
-    engine.submit(task(key, plan))
-    while not (ended := engine.step()):
+    scheduler = new_scheduler(FakeStepModel(capacity=1))
+    scheduler.submit(request(key, plan))
+    while not (ended := scheduler.step()):
         pass
     return ended[key]
 
@@ -162,8 +163,8 @@ def as_values(outcome: Outcome) -> object:
     ]
 
 
-def live_tasks(engine: CaptionEngine) -> list[CaptionTask]:
-    return [task for lanes in engine._live.values() for task in lanes.tasks]
+def running(scheduler: Scheduler) -> list[Request]:
+    return [request for batch in scheduler._batches for request in batch.requests]
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,26 +173,26 @@ def test_every_caption_ends_once_and_does_not_depend_on_its_company(
     arrivals: list[Arrival], capacity: int
 ) -> None:
     model = FakeStepModel(capacity)
-    engine = new_engine(model)
+    scheduler = new_scheduler(model)
     finished: dict[Hashable, Outcome] = {}
     abandoned: set[int] = set()
     step = 0
-    while step <= 20 or not engine.idle:
+    while step <= 20 or not scheduler.idle:
         for key, arrival in enumerate(arrivals):
             if arrival.step == step:
-                engine.submit(task(key, arrival.plan))
+                scheduler.submit(request(key, arrival.plan))
             if arrival.abandoned_at == step and arrival.step <= step and key not in finished:
-                engine.abandon(key)
+                scheduler.abandon(key)
                 abandoned.add(key)
-        ended = engine.step()
+        ended = scheduler.step()
         assert not ended.keys() & finished.keys()
         finished |= ended
-        live = live_tasks(engine)
+        live = running(scheduler)
         assert len(model.histories) == len(live) <= capacity
         assert len(live) <= 1 or sum(one.rows for one in live) <= MAX_ROWS
         assert len(live) <= 1 or sum(one.entries for one in live) <= MAX_ENTRIES
         step += 1
-        assert step < 1000, "the engine does not come to an end"
+        assert step < 1000, "the scheduler does not come to an end"
 
     assert model.histories == {}
     assert finished.keys() | abandoned == set(range(len(arrivals)))
@@ -252,11 +253,11 @@ def test_captions_obey_their_plan(image: int, plan: CaptionPlan) -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1000), plans)
 def test_certain_tokens_only_grow_and_are_never_taken_back(image: int, plan: CaptionPlan) -> None:
-    engine = new_engine(FakeStepModel(capacity=1))
-    engine.submit(task(image, plan))
+    scheduler = new_scheduler(FakeStepModel(capacity=1))
+    scheduler.submit(request(image, plan))
     certain: list[tuple[int, ...]] = []
-    while not (ended := engine.step()):
-        certain.append(engine.certain_tokens(image))
+    while not (ended := scheduler.step()):
+        certain.append(scheduler.certain_tokens(image))
     outcome = ended[image]
     assert isinstance(outcome, list)
     if plan.options.do_sample and plan.options.num_return_sequences > 1:
@@ -273,12 +274,12 @@ def test_certain_tokens_only_grow_and_are_never_taken_back(image: int, plan: Cap
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1000), plans, st.integers(0, 10))
 def test_the_best_so_far_begins_as_a_caption(image: int, plan: CaptionPlan, steps: int) -> None:
-    engine = new_engine(FakeStepModel(capacity=1))
-    engine.submit(task(image, plan))
+    scheduler = new_scheduler(FakeStepModel(capacity=1))
+    scheduler.submit(request(image, plan))
     for _ in range(steps):
-        if engine.step():
+        if scheduler.step():
             return
-    best = engine.best_so_far(image)
+    best = scheduler.best_so_far(image)
     generated = max(0, steps - len(plan.words.prefix))
     assert all(1 <= len(caption.token_ids) <= generated for caption in best)
     assert [caption.score for caption in best] == sorted(
@@ -290,71 +291,57 @@ def test_the_best_so_far_begins_as_a_caption(image: int, plan: CaptionPlan, step
 
 
 def test_captions_are_admitted_in_their_order() -> None:
-    engine = new_engine(FakeStepModel(capacity=1))
+    scheduler = new_scheduler(FakeStepModel(capacity=1))
     for key in range(5):
-        engine.submit(task(key, CaptionPlan(DecodingOptions(max_length=3))))
+        scheduler.submit(request(key, CaptionPlan(DecodingOptions(max_length=3))))
     order: list[Hashable] = []
-    while not engine.idle:
-        order += engine.step()
+    while not scheduler.idle:
+        order += scheduler.step()
     assert order == list(range(5))
 
 
 def test_a_stream_of_short_captions_does_not_starve_a_long_one() -> None:
-    engine = new_engine(FakeStepModel(capacity=20))
+    scheduler = new_scheduler(FakeStepModel(capacity=20))
     short = CaptionPlan(DecodingOptions(max_length=4))
     wide = CaptionPlan(DecodingOptions(num_beams=10, max_length=8))
     for key in range(6):
-        engine.submit(task(key, short))
-    engine.step()
-    engine.submit(task(1000, wide))
+        scheduler.submit(request(key, short))
+    scheduler.step()
+    scheduler.submit(request(1000, wide))
     ended: dict[Hashable, Outcome] = {}
     key = 6
     while 1000 not in ended:
         # Two more arrive for each step; all of them would find room.
         for _ in range(2):
-            engine.submit(task(key, short))
+            scheduler.submit(request(key, short))
             key += 1
-        ended |= engine.step()
+        ended |= scheduler.step()
         assert key < 100, "the wide caption starves"
 
 
 def test_newcomers_hold_live_captions_up_by_few_prefills() -> None:
     model = FakeStepModel(capacity=20)
-    engine = new_engine(model)
+    scheduler = new_scheduler(model)
     plan = CaptionPlan(DecodingOptions(max_length=12))
-    engine.submit(task(0, plan))
-    engine.step()
+    scheduler.submit(request(0, plan))
+    scheduler.step()
     for key in range(1, 9):
-        engine.submit(task(key, plan))
-    while not engine.idle:
-        engine.step()
+        scheduler.submit(request(key, plan))
+    while not scheduler.idle:
+        scheduler.step()
     assert max(model.prefills) == LIMITS.max_admissions
 
 
 def test_one_caption_beyond_the_limits_runs_alone() -> None:
     model = FakeStepModel(capacity=20)
-    engine = new_engine(model, EngineLimits(max_rows=2, max_entries=10, max_admissions=4))
+    scheduler = new_scheduler(model, SchedulerLimits(max_rows=2, max_entries=10, max_admissions=4))
     for key in range(3):
-        engine.submit(task(key, CaptionPlan(DecodingOptions(num_beams=4, max_length=8))))
+        scheduler.submit(request(key, CaptionPlan(DecodingOptions(num_beams=4, max_length=8))))
     ended: dict[Hashable, Outcome] = {}
-    while not engine.idle:
-        ended |= engine.step()
-        assert len(live_tasks(engine)) <= 1
+    while not scheduler.idle:
+        ended |= scheduler.step()
+        assert len(running(scheduler)) <= 1
     assert len(ended) == 3
-
-
-def test_abandon_all_frees_every_slot() -> None:
-    model = FakeStepModel(capacity=4)
-    engine = new_engine(model)
-    for key in range(6):
-        engine.submit(task(key, CaptionPlan(DecodingOptions(max_length=12, num_beams=2))))
-    engine.step()
-    assert model.histories
-
-    engine.abandon_all()
-
-    assert engine.idle
-    assert model.histories == {}
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
@@ -370,12 +357,12 @@ def test_a_caption_without_numbers_fails_alone(num_beams: int) -> None:
 
     plan = CaptionPlan(DecodingOptions(num_beams=num_beams, max_length=8))
     model = FaultyForOne(capacity=8)
-    engine = new_engine(model)
+    scheduler = new_scheduler(model)
     for key in range(4):
-        engine.submit(task(key, plan))
+        scheduler.submit(request(key, plan))
     outcomes: dict[Hashable, Outcome] = {}
-    while not engine.idle:
-        outcomes |= engine.step()
+    while not scheduler.idle:
+        outcomes |= scheduler.step()
 
     assert isinstance(outcomes.pop(FAULTY), ModelFaultError)
     assert outcomes == {key: alone(key, plan) for key in range(4) if key != FAULTY}
@@ -387,35 +374,24 @@ def test_words_that_other_options_forbid_are_an_error_of_the_options() -> None:
         num_beams=3, force_words=("stand-in",), suppress_tokens=(24,), max_length=8
     )
     model = FakeStepModel(capacity=1)
-    engine = new_engine(model)
-    engine.submit(task(1, as_plan(options, ())))
+    scheduler = new_scheduler(model)
+    scheduler.submit(request(1, as_plan(options, ())))
     ended: dict[Hashable, Outcome] = {}
-    while not engine.idle:
-        ended |= engine.step()
+    while not scheduler.idle:
+        ended |= scheduler.step()
     outcome = ended[1]
     assert isinstance(outcome, InvalidOptionsError)
     assert set(outcome.field_violations) == {"force_words"}
     assert model.histories == {}
 
 
-def test_images_are_not_offered_again_before_a_slot_is_free() -> None:
-    model = FakeStepModel(capacity=2)
-    engine = new_engine(model)
-    for key in range(10):
-        engine.submit(task(key, CaptionPlan(DecodingOptions(max_length=8))))
-    while not engine.idle:
-        engine.step()
-    # Two find room, the next two are refused and offered again with the others, each once.
-    assert model.offered == 10 + 2
-
-
 def test_an_image_is_encoded_once_however_long_it_waits_for_a_slot() -> None:
     encoder = FakeEncoder()
-    engine = new_engine(FakeStepModel(capacity=2), encoder=encoder)
+    scheduler = new_scheduler(FakeStepModel(capacity=2), encoder=encoder)
     for key in range(10):
-        engine.submit(task(key, CaptionPlan(DecodingOptions(max_length=8))))
-    while not engine.idle:
-        engine.step()
+        scheduler.submit(request(key, CaptionPlan(DecodingOptions(max_length=8))))
+    while not scheduler.idle:
+        scheduler.step()
     assert sum(encoder.batches) == 10
     assert max(encoder.batches) == LIMITS.max_admissions
 
@@ -430,12 +406,12 @@ def test_an_encoder_that_fails_fails_only_its_own_images() -> None:
 
     plan = CaptionPlan(DecodingOptions(max_length=8))
     model = FakeStepModel(capacity=8)
-    engine = new_engine(model, encoder=FailsForOne())
+    scheduler = new_scheduler(model, encoder=FailsForOne())
     for key in range(6):
-        engine.submit(task(key, plan))
+        scheduler.submit(request(key, plan))
     outcomes: dict[Hashable, Outcome] = {}
-    while not engine.idle:
-        outcomes |= engine.step()
+    while not scheduler.idle:
+        outcomes |= scheduler.step()
 
     failed = {key for key, outcome in outcomes.items() if isinstance(outcome, ModelFaultError)}
     # Those that were encoded together.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
-from captionserve_server.core.engine.scheduler import CaptionEngine, CaptionTask, EngineLimits
+from captionserve_server.core.engine.scheduler import Request, Scheduler, SchedulerLimits
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.search.rowwise import warped_shares
@@ -60,11 +60,11 @@ def expected_distribution(options: DecodingOptions) -> torch.Tensor:
 
 def first_tokens(options: DecodingOptions) -> Counter[int]:
     """The first tokens of many captions, each of its own seed, 16 rows to a caption."""
-    limits = EngineLimits(max_rows=1024, max_admissions=64)
-    engine = CaptionEngine(FakeEncoder(), FakeStepModel(capacity=64), VOCABULARY, limits)
+    limits = SchedulerLimits(max_rows=1024, max_admissions=64)
+    engine = Scheduler(FakeEncoder(), FakeStepModel(capacity=64), VOCABULARY, limits)
     for seed in range(DRAWS // PER_CAPTION):
         plan = CaptionPlan(dataclasses.replace(options, seed=seed))
-        engine.submit(CaptionTask(seed, pixels_of(IMAGE), plan))
+        engine.submit(Request(seed, pixels_of(IMAGE), plan))
     found: Counter[int] = Counter()
     while not engine.idle:
         for outcome in engine.step().values():
@@ -151,8 +151,8 @@ def test_seeds_and_rows_draw_differently_and_repeat_themselves() -> None:
         options = DecodingOptions(
             do_sample=True, seed=seed, max_length=12, num_return_sequences=4, top_k=0
         )
-        engine = CaptionEngine(FakeEncoder(), FakeStepModel(capacity=1), VOCABULARY, EngineLimits())
-        engine.submit(CaptionTask(0, pixels_of(IMAGE), CaptionPlan(options)))
+        engine = Scheduler(FakeEncoder(), FakeStepModel(capacity=1), VOCABULARY, SchedulerLimits())
+        engine.submit(Request(0, pixels_of(IMAGE), CaptionPlan(options)))
         while not (ended := engine.step()):
             pass
         outcome = ended[0]

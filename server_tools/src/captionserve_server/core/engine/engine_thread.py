@@ -1,9 +1,9 @@
 """The thread that drives the scheduler.
 
-Other threads hand prepared images in at any time. Between two decoding steps the thread queues them,
-lets go of those whose callers have gone or have no time left, and tells those who listen which words
-have become certain. Whatever fails ends the captions it concerns; the thread itself ends only when it
-is closed, or by a bug, and then everybody who waits is told so.
+Other threads hand prepared images in at any time. Between two decoding steps the thread queues
+them, lets go of those whose callers have gone or have no time left, and tells those who listen
+which words have become certain. Whatever fails ends the captions it concerns; the thread itself
+ends only when it is closed, or by a bug, and then everybody who waits is told so.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Long-lived threads that never die silently.
 
 A thread whose body raises has a bug: nothing that waits for it would ever be answered, and nobody
-would see why. So every thread that lives longer than a call is a Worker, which says what to do then;
-and work that is handed over to threads goes to a WorkerPool, where each job says who is told when it
-fails.
+would see why. So every thread that lives longer than a call is a Worker, which says what to do
+then; and work that is handed over to threads goes to a WorkerPool, where each job says who is told
+when it fails.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ class WorkerPool:
                 for _ in self._workers:
                     self._jobs.put(None)
         deadline = time.monotonic() + seconds
-        return all([worker.join(max(0.0, deadline - time.monotonic())) for worker in self._workers])
+        left = [worker.join(max(0.0, deadline - time.monotonic())) for worker in self._workers]
+        return all(left)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

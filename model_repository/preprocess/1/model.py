@@ -1,1 +1,0 @@
-from captionserve_server.triton.preprocess import TritonPythonModel  # noqa: D100, F401

@@ -1,0 +1,277 @@
+"""The decoder model on a stand-in of Triton: who is answered, how often, and what fails alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from captionserve_server.core.errors import CaptionServeError
+from captionserve_server.runtime.open_graph import find_graph, open_graph
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import Repositories
+from tests.pictures import png
+from tests.reference import picture
+from tests.unit.triton.stand_in import (
+    InferenceRequest,
+    InferenceResponse,
+    Logger,
+    MetricFamily,
+    Tensor,
+    outputs_of,
+    request_of,
+)
+
+WAIT_SECONDS = 60.0
+
+
+class Setup:
+    """A decoder of a small checkpoint, with its encoder's graph in the place of vision_encoder."""
+
+    def __init__(self, repository: Path, **parameters: int) -> None:
+        # Imported here, when the stand-in is in its place.
+        from captionserve_server.triton.decoder import TritonPythonModel
+
+        folder = repository / "vision_encoder" / "1"
+        self._graph = open_graph(find_graph(folder, "model.onnx"), threads=1)
+        self.encoder_fails = 0
+        InferenceRequest.models["vision_encoder"] = self._encode
+        numbers = {
+            "slots": 4,
+            "max_rows": 16,
+            "max_entries": 2048,
+            "max_admissions": 2,
+            "max_requests": 64,
+            "image_threads": 2,
+            "intra_op_thread_count": 1,
+            "spinning": 0,
+        } | parameters
+        config = {
+            "parameters": {name: {"string_value": str(n)} for name, n in numbers.items()},
+        }
+        self.model = TritonPythonModel()
+        self.model.initialize(
+            {
+                "model_config": json.dumps(config),
+                "model_repository": str(repository / "decoder"),
+                "model_version": "1",
+            }
+        )
+
+    def _encode(self, request: InferenceRequest) -> Iterable[InferenceResponse]:
+        if self.encoder_fails:
+            self.encoder_fails -= 1
+            raise RuntimeError("the encoder fails")
+        (states,) = self._graph.run({"PIXELS": request.tensors["PIXELS"].as_numpy()})
+        yield InferenceResponse([Tensor("ENCODER_STATES", states)])
+
+    def ask(self, **inputs: Any) -> InferenceRequest:
+        """Send a request; a picture and short captions where nothing else is said."""
+        request = request_of(**({"IMAGE": IMAGE, "OPTIONS": SHORT} | inputs))
+        self.model.execute([request])
+        return request
+
+    @property
+    def unanswered(self) -> int:
+        return self.model._answering.unanswered
+
+    @property
+    def running(self) -> int:
+        return self.model._engine._scheduler.running
+
+
+IMAGE = png(picture(1))
+SHORT = json.dumps({"num_beams": 2, "max_length": 6})
+
+
+@pytest.fixture
+def setup(model_repository: Repositories) -> Iterator[Setup]:
+    made = Setup(model_repository("projected"))
+    yield made
+    made.model.finalize()
+
+
+def answer_of(request: InferenceRequest) -> InferenceResponse:
+    assert request.sender.final.wait(WAIT_SECONDS)
+    return request.sender.responses[-1]
+
+
+def error_of(request: InferenceRequest) -> CaptionServeError:
+    from captionserve_server.triton.wire import error_of_text
+
+    answer = answer_of(request)
+    assert answer.has_error()
+    error = answer.error()
+    assert error is not None
+    found = error_of_text(error.message())
+    assert found is not None
+    return found
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_message_is_answered_with_every_tensor_of_a_caption(setup: Setup) -> None:
+    outputs = outputs_of(answer_of(setup.ask()))
+    from captionserve_server.triton import wire
+
+    names = {spec.name for spec in wire.CAPTIONS} - {wire.ATTENTIONS.name}
+    assert set(outputs) == names
+    assert outputs["TOKEN_IDS"].shape == outputs["TOKEN_LOGPROBS"].shape
+    assert setup.unanswered == 0
+
+
+def test_a_stream_and_a_plain_call_say_the_same(setup: Setup) -> None:
+    plain, stream = setup.ask(), setup.ask(STREAM=True)
+    final = outputs_of(answer_of(plain))
+    answer_of(stream)
+    *parts, last = [outputs_of(response) for response in stream.sender.responses]
+    assert last["TEXT"][0] == final["TEXT"][0]
+    tokens = np.concatenate([part["NEW_TOKEN_IDS"] for part in parts])
+    assert tokens.tolist() == final["TOKEN_IDS"][0].tolist()
+
+
+def test_pixel_values_of_the_processor_give_the_caption_of_the_file(setup: Setup) -> None:
+    from captionserve_server.core.preprocessing import preprocess
+
+    config = setup.model._preprocessor
+    pixels = preprocess(IMAGE, config).astype(np.float32)
+    mean, std = (
+        np.array(of, np.float32)[:, None, None] for of in (config.image_mean, config.image_std)
+    )
+    values = (pixels * np.float32(config.rescale_factor) - mean) / std
+    request = request_of(PIXEL_VALUES=values.astype(np.float32), OPTIONS=SHORT)
+    setup.model.execute([request])
+    expected = outputs_of(answer_of(setup.ask()))
+    assert outputs_of(answer_of(request))["TOKEN_IDS"].tolist() == expected["TOKEN_IDS"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ({"OPTIONS": '{"num_beams": 0}'}, "INVALID_OPTIONS"),
+        ({"OPTIONS": "[]"}, "INVALID_OPTIONS"),
+        ({"IMAGE": b"no image"}, "UNSUPPORTED_IMAGE_FORMAT"),
+        ({"PIXEL_VALUES": np.zeros((3, 4, 4), np.float32)}, "INVALID_REQUEST"),
+        ({"REGIONS": np.zeros((1, 4), np.int32)}, "INVALID_REQUEST"),
+        ({"RESIZE": "letterbox"}, "INVALID_REQUEST"),
+    ],
+)
+def test_a_wrong_message_is_told_and_takes_no_room(
+    setup: Setup, inputs: dict[str, Any], reason: str
+) -> None:
+    assert error_of(setup.ask(**inputs)).reason == reason
+    wait_until(lambda: setup.unanswered == 0)
+
+
+def test_it_says_which_version_it_is_and_what_its_defaults_are(setup: Setup) -> None:
+    request = request_of(DESCRIBE=True)
+    setup.model.execute([request])
+    description = json.loads(outputs_of(answer_of(request))["DESCRIPTION"][0])
+    assert description["version"] == 1
+    assert description["defaults"] == setup.model._bundle.defaults.as_given()
+
+
+def test_one_more_than_there_is_room_for_is_refused(model_repository: Repositories) -> None:
+    setup = Setup(model_repository("projected"), max_requests=1)
+    long = json.dumps({"num_beams": 4, "max_length": 30, "min_length": 30})
+    first = setup.ask(OPTIONS=long)
+    refused = setup.ask()
+    assert error_of(refused).reason == "OVERLOADED"
+    assert not answer_of(first).has_error()
+    wait_until(lambda: setup.unanswered == 0)
+    setup.model.finalize()
+
+
+def test_a_caller_that_has_gone_gives_its_room_back(setup: Setup) -> None:
+    long = json.dumps({"num_beams": 4, "max_length": 30, "min_length": 30})
+    requests = [setup.ask(OPTIONS=long) for _ in range(8)]
+    requests[0].sender.cancelled = True
+    named = request_of("the-last", IMAGE=IMAGE, OPTIONS=long)
+    setup.model.execute([named])
+    setup.model.execute([request_of(CANCEL="the-last")])
+    assert error_of(named).reason == "CANCELLED"
+    for request in requests[1:]:
+        assert not answer_of(request).has_error()
+    assert requests[0].sender.final.wait(WAIT_SECONDS)
+    wait_until(lambda: setup.unanswered == 0 and setup.running == 0)
+
+
+def test_an_answer_that_cannot_be_sent_is_lost_alone(setup: Setup) -> None:
+    lost = request_of(IMAGE=IMAGE, OPTIONS=SHORT)
+    lost.sender.fails = True
+    setup.model.execute([lost])
+    neighbours = [setup.ask(), setup.ask(STREAM=True)]
+    for neighbour in neighbours:
+        assert not answer_of(neighbour).has_error()
+    assert lost.sender.final.wait(WAIT_SECONDS)
+    wait_until(lambda: setup.unanswered == 0)
+
+
+def test_a_metric_that_raises_costs_nobody_a_caption(setup: Setup) -> None:
+    MetricFamily.fails = True
+    for request in [setup.ask() for _ in range(4)]:
+        assert not answer_of(request).has_error()
+    assert any("metric" in line for line in Logger.lines)
+
+
+def test_unloading_answers_everybody(model_repository: Repositories) -> None:
+    setup = Setup(model_repository("projected"))
+    long = json.dumps({"num_beams": 4, "max_length": 30, "min_length": 30})
+    requests = [setup.ask(OPTIONS=long, STREAM=number % 2 == 0) for number in range(12)]
+    setup.model.finalize()
+    for request in requests:
+        assert request.sender.final.is_set()
+    assert setup.unanswered == 0
+
+
+faults = st.lists(
+    st.sampled_from(["fine", "fine", "encoder", "step", "sender", "image", "metric", "cancel"]),
+    min_size=1,
+    max_size=10,
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(kinds=faults)
+def test_whatever_fails_everybody_is_answered_once_and_all_room_comes_back(
+    setup: Setup, kinds: list[str]
+) -> None:
+    step_model = setup.model._engine._scheduler._step_model
+    step = type(step_model).step
+    failing = {"step": kinds.count("step")}
+
+    def fails_at_first(batch: Any) -> Any:
+        if failing["step"]:
+            failing["step"] -= 1
+            raise RuntimeError("the step fails")
+        return step(step_model, batch)
+
+    step_model.step = fails_at_first  # type: ignore[method-assign]  # For this test alone.
+    setup.encoder_fails = kinds.count("encoder")
+    MetricFamily.fails = "metric" in kinds
+    requests = []
+    for number, kind in enumerate(kinds):
+        image = b"no image" if kind == "image" else IMAGE
+        request = request_of(IMAGE=image, OPTIONS=SHORT, STREAM=number % 2 == 0)
+        request.sender.fails = kind == "sender"
+        request.sender.cancelled = kind == "cancel"
+        requests.append(request)
+        setup.model.execute([request])
+    for request in requests:
+        # The stand-in fails on a second final response.
+        assert request.sender.final.wait(WAIT_SECONDS)
+    wait_until(lambda: setup.unanswered == 0 and setup.running == 0)
+    step_model.step = step.__get__(step_model)  # type: ignore[method-assign]  # As it was.
+    setup.encoder_fails, MetricFamily.fails = 0, False
+    assert not answer_of(setup.ask()).has_error()
