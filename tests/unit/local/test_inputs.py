@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from captionserve._images import encode_image
+from captionserve._images import encode_image, image_message
 from captionserve_server.core.errors import ImageTooManyPixelsError
 from captionserve_server.core.preprocessing import PreprocessorConfig, preprocess
 from captionserve_server.local.images import image_pixels
@@ -106,7 +106,7 @@ def test_a_picture_is_turned_upright() -> None:
 )
 def test_what_is_no_image_is_refused_as_the_client_refuses_it(wrong: Any) -> None:
     with pytest.raises((TypeError, ValueError, OSError)) as client:
-        encode_image(wrong)
+        image_message(wrong)
     with pytest.raises(type(client.value)) as local:
         image_pixels(wrong, CONFIG)
     assert str(local.value) == str(client.value)

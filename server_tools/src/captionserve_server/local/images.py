@@ -17,6 +17,7 @@ from PIL import Image
 from captionserve_server.core.preprocessing import (
     Pixels,
     PreprocessorConfig,
+    pixels_of_values,
     preprocess,
     to_pixels,
     upright_rgb,
@@ -39,8 +40,10 @@ ImageInput = (
     | BinaryReader
     | Image.Image
     | NDArray[np.uint8]
+    | NDArray[np.float32]
 )
-"""A path, an encoded image, a binary file object, a PIL image or a uint8 HxWx3 RGB array."""
+"""A path, an encoded image, a binary file object, a PIL image, a uint8 HxWx3 RGB array, or a float
+array or tensor [3,H,W] as the checkpoint's own image processor makes it."""
 
 # Modes whose samples have a fixed range, so that they can be shown.
 _MODES = frozenset(
@@ -61,8 +64,9 @@ def image_pixels(image: ImageInput, config: PreprocessorConfig) -> Pixels:
 
     Raises:
         TypeError: if the image is none of the kinds that are taken.
-        ValueError: if an array is not uint8 height x width x 3, or a PIL image has no pixels or a
-            mode without a fixed range.
+        ValueError: if an array has neither form, or a PIL image has no pixels or a mode without a
+            fixed range.
+        InvalidRequestError: if a float array is not what the image processor makes.
         OSError: if a file cannot be read, such as FileNotFoundError.
         ImageCorruptError: empty, truncated or damaged bytes.
         UnsupportedImageFormatError: bytes of another kind.
@@ -70,9 +74,28 @@ def image_pixels(image: ImageInput, config: PreprocessorConfig) -> Pixels:
     """
     if isinstance(image, Image.Image):
         return to_pixels(_shown(image), config)
+    if _is_floats(image):
+        return pixels_of_values(_values(image), config)
     if isinstance(image, np.ndarray):
         return to_pixels(upright_rgb(_picture(image)), config)
     return preprocess(_encoded(image), config)
+
+
+def _is_floats(image: object) -> bool:
+    """Whether this is an array or a tensor of floats; PyTorch itself need not be there."""
+    return hasattr(image, "shape") and "float" in str(getattr(image, "dtype", ""))
+
+
+def _values(image: Any) -> NDArray[np.float32]:
+    shape = tuple(image.shape)
+    if len(shape) != 3 or shape[0] != 3 or 0 in shape:
+        raise ValueError(
+            f"a float array must be pixel values of shape (3, height, width), is of shape {shape}"
+        )
+    if str(image.dtype).startswith("torch."):
+        # A tensor that lies on a GPU, or that gradients flow through, is no array yet.
+        image = image.detach().cpu()
+    return np.asarray(image, dtype=np.float32)
 
 
 def _encoded(image: Any) -> bytes:
