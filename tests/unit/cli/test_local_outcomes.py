@@ -137,7 +137,7 @@ def test_a_folder_that_is_no_repository_is_an_error_in_words(
 ) -> None:
     ended = caption(images[0], "--local", str(tmp_path))
     assert ended.exit_code == ExitCode.FAILED
-    assert f"error: {tmp_path} has no version of captioner" in ended.stderr
+    assert f"error: {tmp_path}: this is no model repository" in ended.stderr
 
 
 def test_without_its_packages_the_command_says_what_to_install(

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from captionserve_server.core.engine.scheduler import (
 )
 from captionserve_server.core.errors import InvalidOptionsError, ModelFaultError
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
-from captionserve_server.core.search import Vocabulary
+from captionserve_server.core.search import Search, SearchStep, Vocabulary
 from captionserve_server.core.step_model import (
     Float32Array,
     ImageEncoder,
+    Int64Array,
     StepAnswer,
     StepBatch,
     UInt8Array,
@@ -418,3 +420,120 @@ def test_an_encoder_that_fails_fails_only_its_own_images() -> None:
     assert failed == {FAULTY, FAULTY + 1}
     assert outcomes.keys() == set(range(6))
     assert model.histories == {}
+
+
+class Failing(FakeStepModel):
+    """Fails at the calls that a test names, by a counter of each kind."""
+
+    def __init__(self, capacity: int, failing: dict[str, set[int]]) -> None:
+        super().__init__(capacity)
+        self._failing = failing
+        self._calls = dict.fromkeys(failing, 0)
+
+    def _count(self, kind: str) -> None:
+        self._calls[kind] = self._calls.get(kind, 0) + 1
+        if self._calls[kind] in self._failing.get(kind, set()):
+            raise RuntimeError(f"{kind} fails")
+
+    def prefill(self, states: Float32Array) -> Int64Array:
+        self._count("prefill")
+        return super().prefill(states)
+
+    def step(self, batch: StepBatch) -> StepAnswer:
+        self._count("step")
+        return super().step(batch)
+
+    def free(self, slots: Int64Array) -> None:
+        self._count("free")
+        super().free(slots)
+
+
+calls = st.sets(st.integers(1, 20), max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(plans, st.integers(0, 8)), min_size=1, max_size=8),
+    st.fixed_dictionaries({"prefill": calls, "step": calls, "free": calls}),
+    st.integers(3, 5),
+)
+def test_whatever_fails_every_request_ends_once_and_all_room_comes_back(
+    arrivals: list[tuple[CaptionPlan, int]], failing: dict[str, set[int]], capacity: int
+) -> None:
+    model = Failing(capacity, failing)
+    scheduler = new_scheduler(model)
+    ended: dict[Hashable, Outcome] = {}
+    step = 0
+    while step <= 8 or not scheduler.idle:
+        for key, (plan, begins) in enumerate(arrivals):
+            if begins == step:
+                scheduler.submit(request(key, plan))
+        try:
+            now = scheduler.step()
+        except RuntimeError:
+            # No slot is taken back any more: the one failure that must be loud.
+            assert len(failing["free"]) >= 1
+            assert not scheduler._limits.slots > len(scheduler._owed)
+            return
+        assert not now.keys() & ended.keys()
+        ended |= now
+        step += 1
+        assert step < 1000, "the scheduler does not come to an end"
+    for _ in range(6):
+        scheduler.step()
+    assert model.histories == {}
+    assert ended.keys() == set(range(len(arrivals)))
+    for key, outcome in ended.items():
+        assert isinstance(key, int)
+        if not isinstance(outcome, ModelFaultError):
+            assert as_values(outcome) == as_values(alone(key, arrivals[key][0]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(plans, min_size=2, max_size=6),
+    st.integers(0, 5),
+    st.sampled_from(["step", "advance"]),
+    st.integers(1, 4),
+)
+def test_a_search_that_raises_ends_its_own_caption_only(
+    given_plans: list[CaptionPlan], guilty: int, where: str, at: int
+) -> None:
+    guilty %= len(given_plans)
+    marked = dataclasses.replace(given_plans[guilty])
+    given_plans[guilty] = marked
+    calls_of_guilty = {"count": 0}
+    originals = {}
+
+    def raising(search: Any) -> None:
+        if any(plan is marked for plan in search.lanes.plans):
+            calls_of_guilty["count"] += 1
+            if calls_of_guilty["count"] >= at:
+                raise ZeroDivisionError("a bug of one caption's search")
+
+    def step(search: Any) -> Any:
+        raising(search)
+        return originals["step"](search)
+
+    def advance(own: Any, answer: StepAnswer) -> Any:
+        raising(own.search)
+        return originals["advance"](own, answer)
+
+    owner: Any = Search if where == "step" else SearchStep
+    originals[where] = getattr(owner, where)
+    model = FakeStepModel(capacity=8)
+    scheduler = new_scheduler(model)
+    ended: dict[Hashable, Outcome] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, where, {"step": step, "advance": advance}[where])
+        for key, plan in enumerate(given_plans):
+            scheduler.submit(request(key, plan))
+        while not scheduler.idle:
+            ended |= scheduler.step()
+    assert model.histories == {}
+    assert ended.keys() == set(range(len(given_plans)))
+    for key, plan in enumerate(given_plans):
+        if key == guilty:
+            assert isinstance(ended[key], ModelFaultError) or calls_of_guilty["count"] < at
+        else:
+            assert as_values(ended[key]) == as_values(alone(key, plan))
