@@ -222,7 +222,7 @@ def test_a_metric_that_raises_costs_nobody_a_caption(setup: Setup) -> None:
     MetricFamily.fails = True
     for request in [setup.ask() for _ in range(4)]:
         assert not answer_of(request).has_error()
-    assert any("metric" in line for line in Logger.lines)
+    wait_until(lambda: any("metric" in line for line in Logger.lines))
 
 
 def test_unloading_answers_everybody(model_repository: Repositories) -> None:
