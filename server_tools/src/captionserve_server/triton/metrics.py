@@ -1,7 +1,7 @@
 """What the decoder does, among Triton's metrics.
 
 Setting a metric sends Triton's process a message and waits for its answer, a third of a
-millisecond. So figures are only counted where the work is done; a thread shows them, at a pace.
+millisecond. So figures are counted here and shown at a pace.
 """
 
 from __future__ import annotations
@@ -14,41 +14,31 @@ from contextlib import contextmanager
 import triton_python_backend_utils as pb_utils
 
 from captionserve_server.core.engine.scheduler import Scheduler
-from captionserve_server.core.engine.worker import OnDeath, Worker
 from captionserve_server.runtime.graph_step_model import GraphStepModel
-from captionserve_server.triton.pb import log_error
 
 _PACE_SECONDS = 0.1
-# At the end a thread that is showing may take this long.
-_CLOSE_SECONDS = 5.0
 
 
 class DecoderMetrics:
-    """Counts what one decoder does, and the thread that shows it."""
+    """Counts what one decoder does; shown by the engine's thread."""
 
     def __init__(
-        self,
-        version: int,
-        slots: int,
-        scheduler: Scheduler,
-        step_model: GraphStepModel,
-        on_death: OnDeath,
+        self, version: int, slots: int, scheduler: Scheduler, step_model: GraphStepModel
     ) -> None:
-        """Begin at zero, and start the thread.
+        """Begin at zero.
 
         Args:
             version: of the model.
             slots: requests that can be decoded at once.
             scheduler: whose requests are counted.
             step_model: whose memory and graphs are.
-            on_death: told of what should not have ended the thread.
         """
+        self._scheduler = scheduler
         self._lock = threading.Lock()
         self._steps = 0
         self._step_seconds = 0.0
         self._image_seconds = 0.0
-        self._counted = threading.Event()
-        self._closing = threading.Event()
+        self._next_show = time.monotonic()
         graphs = step_model.graphs
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "slots": ("Captions that can be decoded at once.", lambda: slots),
@@ -77,7 +67,6 @@ class DecoderMetrics:
             *(_Shown(name, family.COUNTER, *what, labels) for name, what in counters.items()),
         ]
         self._show()
-        self._worker = Worker("metrics", self._run, on_death)
 
     @contextmanager
     def image(self) -> Iterator[None]:
@@ -90,24 +79,13 @@ class DecoderMetrics:
                 self._image_seconds += time.perf_counter() - begin
 
     def count_step(self, seconds: float) -> None:
-        """Count a step that took so long."""
+        """Count a step that took so long; all figures are shown once the scheduler is idle."""
         self._steps += 1
         self._step_seconds += seconds
-        self._counted.set()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._closing.set()
-        self._counted.set()
-        self._worker.join(_CLOSE_SECONDS)
-
-    def _run(self) -> None:
-        while self._counted.wait() and not self._closing.wait(_PACE_SECONDS):
-            self._counted.clear()
-            try:
-                self._show()
-            except Exception as error:  # Figures are worth nobody's caption.
-                log_error(f"{type(error).__name__}: {error}")
+        now = time.monotonic()
+        if self._scheduler.idle or now >= self._next_show:
+            self._next_show = now + _PACE_SECONDS
+            self._show()
 
     def _show(self) -> None:
         for each in self._shown:
