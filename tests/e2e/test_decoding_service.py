@@ -184,7 +184,7 @@ def test_the_same_straight_at_triton(demo: ReadyReport) -> None:
 def test_a_caller_that_leaves_a_front_frees_its_slot(
     service: Callable[[str], ReadyReport],
 ) -> None:
-    running = service("projected")
+    running = service("deit")
     options = b'{"num_beams": 8, "max_length": 38, "min_length": 38}'
     inputs = [
         tensor(wire.IMAGE, np.array([png(picture(1))], np.object_)),
