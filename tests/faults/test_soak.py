@@ -178,14 +178,25 @@ def warmed_up(service: ReadyReport, load: Load) -> Footprint:
     seen: list[Footprint] = []
     for number in range(WARM_UPS):
         load.run(WARM_UP_REQUESTS, seed=number * WARM_UP_REQUESTS)
-        seen.append(footprint(service))
+        seen.append(idle(service))
     return dataclasses.replace(seen[-1], threads=max(each.threads for each in seen))
+
+
+def idle(service: ReadyReport) -> Footprint:
+    """The footprint once no slot is in use, or after the time to settle.
+
+    Who has given up is still decoded for a moment, and metrics are shown at a pace.
+    """
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while (now := footprint(service)).slots and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return now
 
 
 def settled(service: ReadyReport, before: Footprint) -> Footprint:
     """The footprint once it is no larger than before, or after the time to settle."""
     deadline = time.monotonic() + SETTLE_SECONDS
-    while leaks(before, after := footprint(service)) and time.monotonic() < deadline:
+    while leaks(before, after := idle(service)) and time.monotonic() < deadline:
         time.sleep(0.5)
     return after
 
@@ -197,6 +208,7 @@ def test_everything_is_back_where_it_was(
     load = Load(running)
     try:
         before = warmed_up(running, load)
+        assert before.slots == 0
         load.outcomes.clear()
         load.run(pytestconfig.getoption("soak_requests"), seed=10_000)
         after = settled(running, before)

@@ -96,8 +96,10 @@ class TritonPythonModel:
         step_model.warm_up()
         vocabulary = Vocabulary(self._bundle.special, self._bundle.geometry.vocabulary_size)
         scheduler = Scheduler(_Encoder(self._version), step_model, vocabulary, limits)
-        self._metrics = DecoderMetrics(self._version, limits.slots, scheduler, step_model)
         self._ending = False
+        self._metrics = DecoderMetrics(
+            self._version, limits.slots, scheduler, step_model, self._die
+        )
         self._watch = CallerWatch(self._die)
         self._answering = Answering(
             Finisher(self._bundle, self._tokenizer.decode),
@@ -126,6 +128,7 @@ class TritonPythonModel:
         self._engine.close(_CLOSE_SECONDS)
         self._answering.close(_CLOSE_SECONDS)
         self._watch.close(_CLOSE_SECONDS)
+        self._metrics.close()
 
     def _accept(self, request: Request, caller: Caller) -> None:
         given_up = read_bytes(request, wire.CANCEL)
