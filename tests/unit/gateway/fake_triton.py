@@ -93,7 +93,8 @@ def is_strings(raw: bytes) -> bool:
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     """Answers with `stream`; keeps the requests and tells when one arrives or is cancelled.
 
-    Questions for the description are answered apart, as `version` with `defaults`, and counted.
+    Questions for the description are answered apart, as `version` with `defaults`, and counted, as
+    are the streams that were opened.
     """
 
     def __init__(self) -> None:
@@ -101,6 +102,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.version = 3
         self.defaults: dict[str, Any] = {}
         self.described = 0
+        self.opened = 0
         self.requests: list[service_pb2.ModelInferRequest] = []
         self.seconds_left: list[float | None] = []
         self.arrived = asyncio.Event()
@@ -111,6 +113,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     async def ModelStreamInfer(  # noqa: N802
         self, requests: AsyncIterator[service_pb2.ModelInferRequest], context: Context
     ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
+        self.opened += 1
         async for request in requests:
             if [tensor.name for tensor in request.inputs] == [wire.DESCRIBE.name]:
                 self.described += 1
@@ -124,6 +127,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             try:
                 async for response in self.stream(request, context):
                     yield response
+                # As Triton does, where it is asked to; here also behind a last answer.
+                if request.parameters["triton_enable_empty_final_response"].bool_param:
+                    yield ended(request)
             except (asyncio.CancelledError, GeneratorExit):
                 self.cancelled.set()
                 raise
@@ -229,13 +235,21 @@ def stream_response(
     )
 
 
+def ended(request: service_pb2.ModelInferRequest) -> service_pb2.ModelStreamInferResponse:
+    """Triton's word that a model has ended."""
+    response = stream_response({}, request)
+    response.infer_response.parameters["triton_final_response"].bool_param = True
+    return response
+
+
 @asynccontextmanager
-async def fake_triton() -> AsyncIterator[FakeTriton]:
-    """Serve on a free port."""
+async def fake_triton(address: str = "127.0.0.1:0") -> AsyncIterator[FakeTriton]:
+    """Serve there, or on a free port."""
     servicer = FakeTriton()
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    host, _, _ = address.partition(":")
+    servicer.address = f"{host}:{server.add_insecure_port(address)}"
     await server.start()
     try:
         yield servicer

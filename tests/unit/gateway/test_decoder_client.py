@@ -10,11 +10,12 @@ import grpc
 import pytest
 from captionserve_server.core.errors import (
     CaptionServeError,
+    DeadlineExceededError,
     ModelFaultError,
     ModelUnavailableError,
 )
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.gateway.decoder_client import DecoderClient, Description, TimeLimit
+from captionserve_server.gateway.decoder_client import Answer, DecoderClient, Description, TimeLimit
 from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.triton import wire
 from tritonclient.grpc import service_pb2
@@ -102,7 +103,7 @@ def test_a_stream_that_breaks_fails_no_other_call() -> None:
             triton.may_answer.set()
             answer = await first
             await client.close()
-            return str(answer.outputs[wire.TEXT.name].values[0])
+            return text_of(answer)
 
     assert asyncio.run(run()) == "a red apple"
 
@@ -135,3 +136,96 @@ def test_time_that_passes_ends_the_stream() -> None:
             return raised.value
 
     assert asyncio.run(run()).reason == "DEADLINE_EXCEEDED"
+
+
+def text_of(answer: Answer) -> str:
+    return str(answer.outputs[wire.TEXT.name].values[0])
+
+
+def test_calls_one_after_another_share_a_stream() -> None:
+    # What the fake Triton sends behind a last answer belongs to the call that has had it.
+    async def run() -> tuple[list[str], int]:
+        async with fake_triton() as triton:
+            client = DecoderClient(triton.address)
+            texts = [text_of(await client.caption(IMAGE, LIMIT)) for _ in range(5)]
+            await client.close()
+            return texts, triton.opened
+
+    assert asyncio.run(run()) == (["a red apple"] * 5, 1)
+
+
+def test_calls_at_once_share_none_and_leave_theirs_to_the_next() -> None:
+    async def run() -> int:
+        async with fake_triton() as triton:
+            client = DecoderClient(triton.address)
+            for _ in range(2):
+                await asyncio.gather(*(client.caption(IMAGE, LIMIT) for _ in range(8)))
+            await client.close()
+            return triton.opened
+
+    assert asyncio.run(run()) == 8
+
+
+def test_an_error_within_a_stream_costs_only_its_call() -> None:
+    async def run() -> tuple[str, int]:
+        async with fake_triton() as triton:
+            client = DecoderClient(triton.address)
+            triton.stream_error("a bug")
+            with pytest.raises(ModelFaultError):
+                await client.caption(IMAGE, LIMIT)
+            triton.stream = triton.stream_well
+            text = text_of(await client.caption(IMAGE, LIMIT))
+            await client.close()
+            return text, triton.opened
+
+    assert asyncio.run(run()) == ("a red apple", 1)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 60.0])
+def test_a_stream_whose_call_was_given_up_is_not_used_again(seconds: float) -> None:
+    # Its answer is still to come: by the caller's deadline, or because the task was cancelled.
+    async def run() -> tuple[str, int]:
+        async with fake_triton() as triton:
+            client = DecoderClient(triton.address)
+            triton.stream = triton.stream_when_allowed
+            given_up = asyncio.create_task(client.caption(IMAGE, TimeLimit(seconds, seconds)))
+            await asyncio.wait_for(triton.arrived.wait(), WAIT_SECONDS)
+            if seconds > WAIT_SECONDS:
+                given_up.cancel()
+            with pytest.raises((DeadlineExceededError, asyncio.CancelledError)):
+                await given_up
+            triton.stream = triton.stream_well
+            text = text_of(await client.caption(IMAGE, LIMIT))
+            await client.close()
+            return text, triton.opened
+
+    assert asyncio.run(run()) == ("a red apple", 2)
+
+
+def test_after_a_restart_of_triton_kept_streams_are_not_used() -> None:
+    async def run() -> str:
+        async with fake_triton() as triton:
+            client = DecoderClient(triton.address)
+            await client.caption(IMAGE, LIMIT)
+        async with fake_triton(triton.address) as triton:
+            for _ in range(2):
+                # The first may come before the connection is known to have broken.
+                try:
+                    return text_of(await client.caption(IMAGE, LIMIT))
+                except ModelUnavailableError:
+                    continue
+            raise AssertionError("unavailable twice")
+
+    assert asyncio.run(run()) == "a red apple"
+
+
+def test_a_model_that_ends_without_an_answer_is_at_fault_at_once() -> None:
+    async def run() -> None:
+        async with fake_triton() as triton:
+            triton.stream_parts()
+            client = DecoderClient(triton.address)
+            with pytest.raises(ModelFaultError, match="without an answer"):
+                await client.caption(IMAGE, LIMIT)
+            await client.close()
+
+    asyncio.run(run())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -41,6 +42,12 @@ _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
 ]
 
+# As many as the decoder has work for at once; a call beyond them opens a stream and closes it.
+_KEPT_STREAMS = 64
+# Asks Triton to say when a model has ended without an answer, and marks its last response.
+_WANT_FINAL = "triton_enable_empty_final_response"
+_IS_FINAL = "triton_final_response"
+
 # How Triton words a full queue and a request that waited too long; a stream's errors have no code.
 _OVERLOAD_TEXTS = ("Exceeds maximum queue size", "Request timeout expired")
 # How Triton words, on a stream without status codes, a model that is being loaded.
@@ -51,11 +58,16 @@ _DEAD_STUB_TEXT = "is not healthy"
 _UNAVAILABLE = "the model server cannot answer now"
 _FAULT = "the model server failed"
 _UNREADABLE = "the model gave an answer that cannot be read"
+_NO_ANSWER = "the model ended without an answer"
+_TOO_LATE = "the deadline passed before the caption was complete"
 
 # The decoder answers this from memory; only a Triton that hangs takes longer.
 _DESCRIBE_SECONDS = 10.0
 
 _OUTPUTS = {spec.name: spec for spec in wire.DECODER.outputs}
+
+# Generic in the type stubs only.
+_Stream: TypeAlias = "grpc.aio.StreamStreamCall[Any, Any]"
 
 
 @dataclass(frozen=True)
@@ -97,12 +109,18 @@ class Answer(NamedTuple):
 
 
 class DecoderClient:
-    """A connection to one Triton. Each call is a stream of its own, which ends with the call."""
+    """The decoder of one Triton.
+
+    A call has a stream for itself while it lasts, so that cancelling it cancels nothing else and a
+    large image holds up no small one. A stream whose call has ended well is kept for the next:
+    opening one costs as much as the rest of the way to the decoder (docs/adr/0015).
+    """
 
     def __init__(self, address: str) -> None:
         """Prepare a channel to host:port; it connects with the first call."""
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._idle: list[_Stream] = []
         # Unique without asking the system for randomness in each call.
         self._id_prefix = uuid.uuid4().hex[:16]
         self._id_numbers = itertools.count()
@@ -152,24 +170,72 @@ class DecoderClient:
             request_id=f"{self._id_prefix}-{next(self._id_numbers)}",
             timeout_microseconds=int(time_limit.model_seconds * 1e6),
         )
-        call = self._stub.ModelStreamInfer(_once(request), timeout=time_limit.call_seconds)
+        request.parameters[_WANT_FINAL].bool_param = True
+        kept = self._take_idle()
+        stream = kept or self._stub.ModelStreamInfer()
+        ended = expired = False
+
+        def expire() -> None:
+            nonlocal expired
+            expired = True
+            stream.cancel()
+
+        # gRPC's deadline would be the stream's, not the call's; wait_for() makes a task each time.
+        timer = asyncio.get_running_loop().call_later(time_limit.call_seconds, expire)
         try:
-            async for response in call:
+            if kept is None:
+                # Cancelling a stream does not wake who waits for its connection.
+                await asyncio.wait_for(stream.wait_for_connection(), time_limit.call_seconds)
+            try:
+                await stream.write(request)
+            except grpc.aio.AioRpcError as error:
+                # The stream has broken; gRPC may not know yet by what.
+                raise ModelUnavailableError(_UNAVAILABLE) from error
+            while not ended:
+                response: Any = await stream.read()
+                if response is grpc.aio.EOF:
+                    raise ModelFaultError(_NO_ANSWER)
+                received = response.infer_response
+                if received.id and received.id != request.id:
+                    # What the call before, which had its answer, has left behind.
+                    continue
                 if response.error_message:
+                    ended = True
                     raise error_of_triton(grpc.StatusCode.INTERNAL, response.error_message)
-                answer = _answer(response.infer_response)
+                answer = _answer(received)
+                ended = answer.is_final
+                if not ended and received.parameters[_IS_FINAL].bool_param:
+                    raise ModelFaultError(_NO_ANSWER)
                 yield answer
-                if answer.is_final:
-                    return
         except grpc.aio.AioRpcError as error:
             raise error_of_triton(error.code(), error.details() or "") from error
+        except asyncio.TimeoutError as error:
+            raise DeadlineExceededError(_TOO_LATE) from error
+        except asyncio.CancelledError as error:
+            # Waiting for a cancelled stream ends as in a cancelled task.
+            if expired:
+                raise DeadlineExceededError(_TOO_LATE) from error
+            raise
         finally:
-            call.cancel()
-        raise ModelFaultError("the model ended without an answer")
+            timer.cancel()
+            if ended and len(self._idle) < _KEPT_STREAMS:
+                self._idle.append(stream)
+            else:
+                stream.cancel()
 
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
+        for stream in self._idle:
+            stream.cancel()
         await self._channel.close()
+
+    def _take_idle(self) -> _Stream | None:
+        """The stream that was used last; those that have broken meanwhile are dropped."""
+        while self._idle:
+            stream = self._idle.pop()
+            if not stream.done():
+                return stream
+        return None
 
 
 def _answer(response: service_pb2.ModelInferResponse) -> Answer:
@@ -177,12 +243,6 @@ def _answer(response: service_pb2.ModelInferResponse) -> Answer:
         return Answer(read_outputs(response, _OUTPUTS), int(response.model_version))
     except ValueError as error:
         raise ModelFaultError(_UNREADABLE) from error
-
-
-async def _once(
-    request: service_pb2.ModelInferRequest,
-) -> AsyncIterator[service_pb2.ModelInferRequest]:
-    yield request
 
 
 def error_of_triton(code: grpc.StatusCode, details: str) -> CaptionServeError:
@@ -196,7 +256,7 @@ def error_of_triton(code: grpc.StatusCode, details: str) -> CaptionServeError:
     if own is not None:
         return own
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceededError("the deadline passed before the caption was complete")
+        return DeadlineExceededError(_TOO_LATE)
     if code is grpc.StatusCode.CANCELLED:
         return CancelledError("the request was cancelled")
     # The caller gets a sentence; the text is for who runs the server.
