@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import subprocess
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,10 @@ from captionserve_server.bench import perf_analyzer
 from captionserve_server.bench.perf_analyzer import (
     find_perf_analyzer,
     input_data,
-    latency_table,
     run_sweep,
 )
 from captionserve_server.bench.programs import ProgramError
 from captionserve_server.triton import wire
-from rich.console import Console
 
 # As a real run of 16 requests in flight left it.
 CSV = (Path(__file__).parent / "in_flight_16.csv").read_text()
@@ -35,8 +31,7 @@ if load in ("64", "99"):
 with open(arguments[arguments.index("-f") + 1], "w") as table:
     table.write({csv!r}.replace("\\n16,", "\\n" + load + ","))
 """
-COMMAND = [sys.executable, "-c", PROGRAM.format(csv=CSV)]
-FLAGS = ["--concurrency-range"]
+COMMAND = [sys.executable, "-c", PROGRAM.format(csv=CSV), "--concurrency-range"]
 
 
 def test_a_program_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,9 +50,7 @@ def test_the_wheels_program_finds_its_libraries(
     bundled.mkdir(parents=True)
     (bundled / "libb64-98cb6333.so.0d").write_bytes(b"b64")
     (bundled / "libcudart-09529672.so.12.6.77").write_bytes(b"cudart")
-    origin = str(tmp_path / "packages" / "pytriton" / "__init__.py")
-    spec = ModuleSpec("pytriton", None, origin=origin)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "packages"))
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
 
     def install(folder: Path, wheel: str) -> Path:
@@ -87,7 +80,7 @@ def test_requests_are_tensors_of_the_captioner() -> None:
 
 def test_a_sweep_keeps_what_the_program_wrote(tmp_path: Path) -> None:
     output = tmp_path / "new" / "concurrency.txt"
-    rows = run_sweep(COMMAND, FLAGS, [1, 16], output)
+    rows = run_sweep(COMMAND, [1, 16], output)
     assert [row["Concurrency"] for row in rows] == ["1", "16"]
     header, first, sixteenth = output.with_suffix(".csv").read_text().splitlines()
     assert [header, sixteenth] == CSV.splitlines()
@@ -96,21 +89,12 @@ def test_a_sweep_keeps_what_the_program_wrote(tmp_path: Path) -> None:
 
 
 def test_a_load_that_is_not_stable_is_left_out(tmp_path: Path) -> None:
-    rows = run_sweep(COMMAND, FLAGS, [16, 64], tmp_path / "concurrency.txt")
+    rows = run_sweep(COMMAND, [16, 64], tmp_path / "concurrency.txt")
     assert [row["Concurrency"] for row in rows] == ["16"]
     with pytest.raises(ProgramError, match="no load was stable\na report of 64"):
-        run_sweep(COMMAND, FLAGS, [64], tmp_path / "concurrency.txt")
+        run_sweep(COMMAND, [64], tmp_path / "concurrency.txt")
 
 
 def test_a_failure_tells_what_was_printed(tmp_path: Path) -> None:
     with pytest.raises(ProgramError, match="a report of 99"):
-        run_sweep(COMMAND, FLAGS, [16, 99], tmp_path / "concurrency.txt")
-
-
-def test_the_table_has_what_callers_saw(tmp_path: Path) -> None:
-    rows = run_sweep(COMMAND, FLAGS, [16], tmp_path / "concurrency.txt")
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(latency_table(rows))
-    text = console.export_text()
-    for expected in ("Concurrency", "16", "45.2886", "344", "443", "472", "519"):
-        assert expected in text
+        run_sweep(COMMAND, [16, 99], tmp_path / "concurrency.txt")

@@ -57,7 +57,6 @@ def report() -> Report:
         comparison=COMPARISON,
         machine={"processor": "Some CPU", "cores": 2},
         config=CONFIG,
-        versions={"ours": {"numpy": "1"}},
         rates=RATES,
         rounds={
             PEER: [figures(number, seconds) for number, seconds in enumerate((5.0, 4.0, 10.0))],
@@ -94,10 +93,10 @@ def test_the_limit_is_that_of_the_rows_own_load_and_precision() -> None:
     peer, ours, *_ = report().summaries()
     rates = MachineRates(2e9, 2e9, 4e9)
     assert report().median_rates() == rates
-    limit = images_per_second_at_most(stages_of(CONFIG, 16, 4, 6), rates, "int8")
-    assert ours.limit == limit
+    limit = images_per_second_at_most(stages_of(CONFIG, 16, 4, 6), rates, Precision.INT8)
     assert ours.share_of_limit == 8.0 / limit
-    assert peer.limit == images_per_second_at_most(stages_of(CONFIG, 8, 4, 6), rates, "fp32")
+    limit = images_per_second_at_most(stages_of(CONFIG, 8, 4, 6), rates, Precision.FP32)
+    assert peer.share_of_limit == 2.0 / limit
 
 
 def test_json_has_every_round_and_what_failed() -> None:
@@ -112,7 +111,8 @@ def test_json_has_every_round_and_what_failed() -> None:
     # What README and tests/contract/test_readme_figures.py read.
     assert first["images_per_second"] == 2.0
     assert (first["latency_p50_ms"], first["latency_p99_ms"]) == (500, 1000)
-    assert first["share_of_limit"] == pytest.approx(2.0 / first["limit"], rel=1e-5)
+    share = report().summaries()[0].share_of_limit
+    assert first["share_of_limit"] == pytest.approx(share, rel=1e-5)
     assert second["ratios"]["peer, batch 8"] == 4.0
     assert values["failures"] == {"broken": "no weights in tiny"}
     assert "/home" not in json.dumps(values)

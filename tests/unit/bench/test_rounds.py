@@ -55,7 +55,7 @@ def measured(
         told.append("machine")
         return MachineRates(1.0, 1.0, 1.0)
 
-    peers = {name: Peer(os.getpid(), {}, system.run) for name, system in systems.items()}
+    peers = {name: Peer(os.getpid(), system.run) for name, system in systems.items()}
     Rounds(peers, PICTURES, report, told.append).measure(rows, machine)
     return report, told
 

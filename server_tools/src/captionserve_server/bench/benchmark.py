@@ -22,6 +22,7 @@ from captionserve_server.bench.report import Comparison, Report
 from captionserve_server.bench.rounds import Rounds
 from captionserve_server.bench.rows import PeerPlan, rows_of
 from captionserve_server.export.precision import Precision
+from captionserve_server.export.repository import export_checkpoint
 
 # Different pictures.
 _PICTURES = 32
@@ -61,7 +62,6 @@ def compare(comparison: Comparison, progress: Progress) -> Report:
                     peers[plan.name] = stack.enter_context(plan.start())
                 except Exception as error:  # Each system fails in its own way.
                     report.failures[plan.name] = f"{type(error).__name__}: {error}"
-        report.versions = {name: peer.versions for name, peer in peers.items()}
         try:
             rounds = Rounds(peers, bench_images(_PICTURES), report, progress)
             rounds.measure(rows, MachineProbe().measure)
@@ -77,12 +77,6 @@ def _exported(comparison: Comparison, folder: Path, progress: Progress) -> dict[
     repositories = {}
     for precision, repository in comparison.repositories.items():
         if repository is None:
-            # Imported here: PyTorch takes seconds, and who has exported does without it.
-            from captionserve_server.export.logs import quiet_libraries
-            from captionserve_server.export.repository import export_checkpoint
-
-            # Once more: onnxruntime's quantisers turn the root logger up when they are imported.
-            quiet_libraries()
             progress(f"exporting {precision.value}")
             repository = folder / precision.value
             export_checkpoint(comparison.checkpoint, repository, precision=precision)

@@ -82,7 +82,7 @@ class Summary:
         medians: the median of each figure.
         lowest: of the rounds' images a second.
         highest: likewise.
-        limit: what the machine could do at most, images a second.
+        share_of_limit: throughput over what the machine could do at most.
         ratios: images a second over those of each reference with as many beams, by the reference.
     """
 
@@ -90,17 +90,12 @@ class Summary:
     medians: Figures
     lowest: float
     highest: float
-    limit: float
+    share_of_limit: float
     ratios: dict[str, float]
-
-    @property
-    def share_of_limit(self) -> float:
-        """Throughput over the machine's limit."""
-        return self.medians.images_per_second / self.limit
 
     def as_json(self) -> dict[str, Any]:
         """All of it, the medians beside the rest."""
-        values = {"label": self.row.label, **asdict(self), "share_of_limit": self.share_of_limit}
+        values = {"label": self.row.label, **asdict(self)}
         return {**values, **values.pop("medians")}
 
 
@@ -110,9 +105,8 @@ class Report:
 
     Attributes:
         comparison: what was asked for.
-        machine: facts about the machine.
+        machine: facts about it; see machine_facts.
         config: the checkpoint's, transformers' VisionEncoderDecoderConfig.
-        versions: of what each system is made of, by its name.
         rates: what the machine did, measured in each round.
         rounds: the figures of each round by row; of a system that failed, fewer or none.
         failures: why a system could not be measured to the end, by its name.
@@ -121,7 +115,6 @@ class Report:
     comparison: Comparison
     machine: dict[str, object]
     config: Any
-    versions: dict[str, dict[str, str]] = field(default_factory=dict)
     rates: list[MachineRates] = field(default_factory=list)
     rounds: dict[Row, list[Figures]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -149,7 +142,8 @@ class Report:
                 if other.num_beams == row.num_beams and other.label.startswith(reference):
                     # The first row of that beginning is the reference.
                     ratios.setdefault(reference, own.images_per_second / theirs.images_per_second)
-        return Summary(row, own, min(throughputs), max(throughputs), limit, ratios)
+        share = own.images_per_second / limit
+        return Summary(row, own, min(throughputs), max(throughputs), share, ratios)
 
     def as_json(self) -> str:
         """Everything as one JSON document, which names no folder of this machine."""
@@ -159,7 +153,6 @@ class Report:
             "images": self.comparison.images,
             "forced_tokens": self.comparison.forced_tokens,
             "machine": self.machine,
-            "versions": self.versions,
             "machine_rates_by_round": [asdict(rates) for rates in self.rates],
             "rows": [summary.as_json() for summary in self.summaries()],
             "rounds": {
@@ -176,25 +169,22 @@ class Report:
         """Tables for a person."""
         parts: list[RenderableType] = []
         if summaries := self.summaries():
-            rates = self.median_rates()
-            parts += [
-                self._rows_table(summaries),
-                *_stages_tables(summaries),
-                Text(
-                    f"{self.machine['processor']}, {self.machine['cores']} cores: "
-                    f"{rates.fp32_flops / 1e9:.0f} GFLOP/s fp32, "
-                    f"{rates.int8_flops / 1e9:.0f} int8, {rates.bytes / 1e9:.1f} GB/s read "
-                    "(medians over the rounds)"
-                ),
-            ]
+            parts.append(self._rows_table(summaries))
+            if telling := [each for each in summaries if each.medians.stages_ms]:
+                parts.append(_stages_table(telling))
+            rates, machine = self.median_rates(), self.machine
+            parts.append(
+                f"{machine['processor']}, {machine['cores']} cores: "
+                f"{rates.fp32_flops / 1e9:.0f} GFLOP/s fp32, {rates.int8_flops / 1e9:.0f} int8, "
+                f"{rates.bytes / 1e9:.1f} GB/s read (medians over the rounds)"
+            )
         for name, reason in self.failures.items():
             parts.append(Text(f"not measured to the end: {name}: {reason}"))
         return Group(*parts)
 
     def _rows_table(self, summaries: Sequence[Summary]) -> Table:
         asked = self.comparison
-        tokens = asked.forced_tokens
-        length = "natural lengths" if tokens is None else f"{tokens} tokens each"
+        length = f"{asked.forced_tokens} tokens each" if asked.forced_tokens else "natural lengths"
         table = _table(
             *("row", "images/s", "lowest", "highest", "p50, ms", "p99, ms"),
             *("MiB", "of limit", "same captions"),
@@ -229,19 +219,15 @@ def _medians(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return medians
 
 
-def _stages_tables(summaries: Sequence[Summary]) -> list[Table]:
-    """One table of the rows that tell of stages, if there are any."""
-    telling = [summary for summary in summaries if summary.medians.stages_ms]
-    if not telling:
-        return []
-    stages = list(dict.fromkeys(stage for each in telling for stage in each.medians.stages_ms))
+def _stages_table(summaries: Sequence[Summary]) -> Table:
+    """The rows that tell of stages."""
+    stages = list(dict.fromkeys(stage for each in summaries for stage in each.medians.stages_ms))
     table = _table("row", *stages, "all", title="milliseconds per image by stage")
-    for summary in telling:
-        cells = [summary.medians.stages_ms.get(stage) for stage in stages]
-        cells.append(1e3 / summary.medians.images_per_second)
-        shown = ("-" if cell is None else f"{cell:.1f}" for cell in cells)
-        table.add_row(summary.row.label, *shown)
-    return [table]
+    for each in summaries:
+        cells = [each.medians.stages_ms.get(stage) for stage in stages]
+        cells.append(1e3 / each.medians.images_per_second)
+        table.add_row(each.row.label, *("-" if cell is None else f"{cell:.1f}" for cell in cells))
+    return table
 
 
 def _table(*names: str, title: str) -> Table:

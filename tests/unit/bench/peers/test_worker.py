@@ -20,7 +20,6 @@ class Echo(System):
 
     def __init__(self) -> None:
         sys.stdout.write("a library greets\n")
-        self.versions = {"library": "1.0"}
 
     def caption(self, files: list[bytes], options: Options, streamed: bool) -> list[TokenIds]:
         os.write(2, b"a library chatters\n")
@@ -40,7 +39,6 @@ def no_such_model() -> Echo:
 
 def test_a_worker_answers_quietly_and_ends(capfd: pytest.CaptureFixture[str]) -> None:
     with running_worker(Echo) as worker:
-        assert worker.versions == {"library": "1.0"}
         assert worker.pid != os.getpid()
         process = psutil.Process(worker.pid)
         assert worker.run(FILES, LOAD, OPTIONS).token_ids == [(1, 4), (2, 4)]

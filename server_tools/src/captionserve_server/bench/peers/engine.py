@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ class Edge(System):
 
     def __init__(self, repository: Path) -> None:
         """Load a model repository."""
-        self.versions = {name: version(name) for name in ("captionserve-server", "onnxruntime")}
         self._captioner = LocalCaptioner(repository, limits=_LIMITS)
 
     def caption(self, files: list[bytes], options: Options, streamed: bool) -> list[TokenIds]:
@@ -48,7 +46,6 @@ class BareGraphs(System):
 
     def __init__(self, repository: Path) -> None:
         """Load a model repository."""
-        self.versions = {name: version(name) for name in ("captionserve-server", "onnxruntime")}
         self._model = load_model(repository, version=None, threads=threads_of_graphs())
         self._encoder = TimedGraph(self._model.encoder)
         geometry = self._model.bundle.geometry

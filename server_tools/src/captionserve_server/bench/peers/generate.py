@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from captionserve_server.bench.peers.system import Options, Peer, System, TokenI
 from captionserve_server.bench.peers.worker import running_worker
 from captionserve_server.bench.programs import packages_in, run_program
 
-# The last releases that go together, and what of ours is too new for them.
+# The last releases that go together; then what of ours is too new for them, or not there.
 _OPTIMUM = (
     *("optimum-onnx==0.1.0", "optimum==2.1.0", "transformers==4.57.6"),
     *("huggingface-hub==0.36.0", "tokenizers==0.22.1"),
+    *("requests==2.32.5", "charset-normalizer==3.4.4"),
 )
 _EXPORT = """
 import sys
@@ -39,18 +39,11 @@ ORTModelForVision2Seq.from_pretrained(sys.argv[2], export=True).save_pretrained(
 class Generator(System):
     """A model with generate(), and its image processor."""
 
-    def __init__(self, model: Any, checkpoint: str, distributions: tuple[str, ...]) -> None:
-        """Keep them.
-
-        Args:
-            model: of transformers or optimum.
-            checkpoint: which has the image processor.
-            distributions: what to tell the versions of.
-        """
+    def __init__(self, model: Any, checkpoint: str) -> None:
+        """Keep a model of transformers or optimum; the checkpoint has its image processor."""
         # Imported here: optimum's worker chooses which transformers before.
         from transformers import AutoImageProcessor
 
-        self.versions = {name: version(name) for name in distributions}
         self._model = model
         self._processor = AutoImageProcessor.from_pretrained(checkpoint, use_fast=False)
         end = model.generation_config.eos_token_id
@@ -77,7 +70,7 @@ def load_transformers(checkpoint: str) -> Generator:
     from transformers import VisionEncoderDecoderModel
 
     model = VisionEncoderDecoderModel.from_pretrained(checkpoint, dtype=torch.float32)
-    return Generator(model.eval(), checkpoint, ("transformers", "torch"))
+    return Generator(model.eval(), checkpoint)
 
 
 def load_optimum(packages: str, exported: str, checkpoint: str) -> Generator:
@@ -85,9 +78,7 @@ def load_optimum(packages: str, exported: str, checkpoint: str) -> Generator:
     sys.path.insert(0, packages)
     from optimum.onnxruntime import ORTModelForVision2Seq
 
-    model = ORTModelForVision2Seq.from_pretrained(exported)
-    distributions = ("optimum-onnx", "transformers", "onnxruntime", "torch")
-    return Generator(model, checkpoint, distributions)
+    return Generator(ORTModelForVision2Seq.from_pretrained(exported), checkpoint)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from importlib.metadata import version
 from importlib.resources import files as resources
 from pathlib import Path
 
@@ -28,8 +27,6 @@ class _NaiveTriton(System):
 
     def __init__(self, client: InferenceServerClient) -> None:
         self._client = client
-        server = client.get_server_metadata().version
-        self.versions = {"tritonserver": server, "transformers": version("transformers")}
 
     def caption(self, files: list[bytes], options: Options, streamed: bool) -> list[TokenIds]:
         """Caption a file; there are no streams."""
@@ -62,7 +59,6 @@ def naive_triton_peer(checkpoint: str) -> Iterator[Peer]:
         try:
             asyncio.run(triton.wait_ready(_START_SECONDS))
             with closing(InferenceServerClient(triton.addresses.grpc)) as client:
-                system = _NaiveTriton(client)
-                yield Peer(triton.pid, system.versions, system.run)
+                yield Peer(triton.pid, _NaiveTriton(client).run)
         finally:
             triton.stop()

@@ -6,7 +6,6 @@ import re
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 from captionserve import CaptionClient, GenerationOptions
@@ -23,8 +22,7 @@ _OWN = re.compile(r"captionserve_(\w+)_seconds_(?:total|sum)")
 class _Service(System):
     """A service, asked by the typed client."""
 
-    def __init__(self, client: CaptionClient, metrics: tuple[str, ...]) -> None:
-        self.versions = {name: version(name) for name in ("captionserve-server", "onnxruntime")}
+    def __init__(self, client: CaptionClient, *metrics: str) -> None:
         self._client = client
         self._metrics = metrics
 
@@ -59,9 +57,9 @@ def service_peer(repository: Path) -> Iterator[Peer]:
         launched_service(repository, "--cache-megabytes", "0") as service,
         CaptionClient(service.grpc, timeout=CALL_SECONDS) as client,
     ):
-        system = _Service(client, (service.triton_metrics, service.metrics))
         # Triton and its models are the gateway's descendants.
-        yield Peer(service.pids["gateway"], system.versions, system.run)
+        pid = service.pids["gateway"]
+        yield Peer(pid, _Service(client, service.triton_metrics, service.metrics).run)
 
 
 def stage_seconds_of(metrics: str) -> dict[str, float]:

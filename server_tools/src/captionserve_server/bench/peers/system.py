@@ -57,13 +57,7 @@ class Run:
 
 
 class System(ABC):
-    """What captions images, whichever way.
-
-    Attributes:
-        versions: of what it is made of, by name.
-    """
-
-    versions: dict[str, str]
+    """What captions images, whichever way."""
 
     @abstractmethod
     def caption(self, files: list[bytes], options: Options, streamed: bool) -> list[TokenIds]:
@@ -105,10 +99,8 @@ class Peer:
 
     Attributes:
         pid: its process; with its descendants, all that it consists of.
-        versions: the system's.
         run: the system's.
     """
 
     pid: int
-    versions: dict[str, str]
     run: Callable[[list[bytes], Load, Options], Run]

@@ -26,15 +26,15 @@ def running_worker(load: Callable[[], System]) -> Iterator[Peer]:
         load: makes the system, in the worker's process; it has to be picklable.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pid, versions = pool.submit(_load, load).result()
+        pid = pool.submit(_load, load).result()
         try:
-            yield Peer(pid, versions, lambda *asked: pool.submit(_run, *asked).result())
+            yield Peer(pid, lambda *asked: pool.submit(_run, *asked).result())
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
 
-def _load(load: Callable[[], System]) -> tuple[int, dict[str, str]]:
+def _load(load: Callable[[], System]) -> int:
     # Ctrl-C is for the benchmark, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Libraries print and warn; what they print must not get among the benchmark's tables.
@@ -42,7 +42,7 @@ def _load(load: Callable[[], System]) -> tuple[int, dict[str, str]]:
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     _loaded.append(load())
-    return os.getpid(), _loaded[0].versions
+    return os.getpid()
 
 
 def _run(files: list[bytes], load: Load, options: Options) -> Run:
