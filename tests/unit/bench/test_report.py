@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 from captionserve_server.bench.chart import draw_chart
@@ -17,7 +16,6 @@ from captionserve_server.bench.peers.system import Load
 from captionserve_server.bench.report import Comparison, Figures, Report, without_folders
 from captionserve_server.bench.rows import Row
 from captionserve_server.export.precision import Precision
-from PIL import Image
 from rich.console import Console
 
 from tests.unit.bench.test_cost_model import CONFIG
@@ -135,18 +133,9 @@ def test_tables_are_not_cut() -> None:
     assert "2 GFLOP/s fp32, 2 int8, 4.0 GB/s read" in text
 
 
-def test_the_chart_is_a_picture_with_two_panels_for_each_number_of_beams(tmp_path: Path) -> None:
-    path = tmp_path / "chart.png"
-    draw_chart(report()).savefig(path)
-    with Image.open(path) as picture:
-        picture.load()
-        assert picture.format == "PNG"
-        assert picture.width > picture.height > 600
-        assert len(picture.convert("RGB").getcolors(2**24) or []) > 10
-
-
 def test_the_charts_key_has_every_system_in_the_colour_of_all_its_panels() -> None:
     figure = draw_chart(report())
+    figure.savefig(io.BytesIO(), format="png")
     (key,) = figure.legends
     colours = {
         text.get_text(): line.get_color()

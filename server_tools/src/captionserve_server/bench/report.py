@@ -198,8 +198,8 @@ class Report:
                 each.row.label,
                 *(f"{rate:.3g}" for rate in (median.images_per_second, each.lowest, each.highest)),
                 *(f"{median.latency_p50_ms:.0f}", f"{median.latency_p99_ms:.0f}"),
-                *(f"{median.memory_mib:.0f}", f"{each.share_of_limit:.0%}"),
-                f"{median.same_captions:.0%}",
+                *(f"{median.memory_mib:.0f}", f"{100 * each.share_of_limit:.0f} %"),
+                f"{100 * median.same_captions:.0f} %",
                 *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             )
         return table

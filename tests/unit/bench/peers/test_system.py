@@ -21,11 +21,13 @@ class Fake(System):
         before: Callable[[], object] = lambda: None,
     ) -> None:
         self.batches: list[list[bytes]] = []
+        self.threads: set[int] = set()
         self._stages = stages
         self._before = before
 
     def caption(self, files: list[bytes], options: Options, streamed: bool) -> list[TokenIds]:
         self.batches.append(files)
+        self.threads.add(threading.get_ident())
         self._before()
         return [(int(file), int(streamed), options["num_beams"]) for file in files]
 
@@ -37,6 +39,7 @@ def test_batches_follow_each_other_and_the_last_has_what_is_left() -> None:
     system = Fake()
     run = system.run(FILES[:5], Load(2, "batch"), {"num_beams": 3})
     assert system.batches == [[b"0", b"1"], [b"2", b"3"], [b"4"]]
+    assert system.threads == {threading.get_ident()}
     assert run.token_ids == [(number, 0, 3) for number in range(5)]
     assert run.latencies[0] == run.latencies[1]
     assert len(run.latencies) == 5

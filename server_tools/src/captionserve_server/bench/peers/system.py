@@ -69,8 +69,8 @@ class System(ABC):
 
     def run(self, files: list[bytes], load: Load, options: Options) -> Run:
         """Caption all files: batch after batch, or by calls of which so many are in flight."""
-        size = load.at_once if load.word == "batch" else 1
-        calls = load.at_once // size
+        in_batches = load.word == "batch"
+        size, calls = (load.at_once, 1) if in_batches else (1, load.at_once)
         batches = [files[first : first + size] for first in range(0, len(files), size)]
 
         def timed(number: int, batch: list[bytes]) -> tuple[float, list[TokenIds]]:
@@ -81,7 +81,10 @@ class System(ABC):
         before = self.stage_seconds()
         begin = time.perf_counter()
         with ThreadPoolExecutor(calls) as pool:
-            answers = list(pool.map(timed, range(len(batches)), batches))
+            # Batches stay in this thread, where programs have them: in another one than the first,
+            # OpenMP's threads wait in another way.
+            in_order = map if in_batches else pool.map
+            answers = list(in_order(timed, range(len(batches)), batches))
         seconds = time.perf_counter() - begin
         after = self.stage_seconds()
         return Run(
