@@ -191,6 +191,14 @@ def test_an_answer_that_cannot_be_sent_is_lost_alone(setup: Setup) -> None:
     wait_until(lambda: setup.unanswered == 0)
 
 
+def test_a_refusal_that_cannot_be_sent_costs_its_neighbours_no_caption(setup: Setup) -> None:
+    lost = request_of(IMAGE=IMAGE, OPTIONS="[]")
+    lost.sender.fails = True
+    neighbour = request_of(IMAGE=IMAGE, OPTIONS=SHORT)
+    setup.model.execute([lost, neighbour])
+    assert not answer_of(neighbour).has_error()
+
+
 def test_a_metric_that_raises_costs_nobody_a_caption(setup: Setup) -> None:
     MetricFamily.fails = True
     for request in [setup.ask() for _ in range(4)]:
