@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.runtime.open_graph import find_graph, open_graph
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 from tests.conftest import Repositories
 from tests.pictures import png
 from tests.reference import picture
+from tests.unit.triton.answered import WAIT_SECONDS, answer_of, error_of, wait_until
 from tests.unit.triton.stand_in import (
     InferenceRequest,
     InferenceResponse,
@@ -27,8 +26,6 @@ from tests.unit.triton.stand_in import (
     outputs_of,
     request_of,
 )
-
-WAIT_SECONDS = 60.0
 
 
 class Setup:
@@ -95,30 +92,6 @@ def setup(model_repository: Repositories) -> Iterator[Setup]:
     made = Setup(model_repository("projected"))
     yield made
     made.model.finalize()
-
-
-def answer_of(request: InferenceRequest) -> InferenceResponse:
-    assert request.sender.final.wait(WAIT_SECONDS)
-    return request.sender.responses[-1]
-
-
-def error_of(request: InferenceRequest) -> CaptionServeError:
-    from captionserve_server.triton.wire import error_of_text
-
-    answer = answer_of(request)
-    assert answer.has_error()
-    error = answer.error()
-    assert error is not None
-    found = error_of_text(error.message())
-    assert found is not None
-    return found
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_a_message_is_answered_with_every_tensor_of_a_caption(setup: Setup) -> None:
@@ -216,6 +189,14 @@ def test_an_answer_that_cannot_be_sent_is_lost_alone(setup: Setup) -> None:
         assert not answer_of(neighbour).has_error()
     assert lost.sender.final.wait(WAIT_SECONDS)
     wait_until(lambda: setup.unanswered == 0)
+
+
+def test_a_refusal_that_cannot_be_sent_costs_its_neighbours_no_caption(setup: Setup) -> None:
+    lost = request_of(IMAGE=IMAGE, OPTIONS="[]")
+    lost.sender.fails = True
+    neighbour = request_of(IMAGE=IMAGE, OPTIONS=SHORT)
+    setup.model.execute([lost, neighbour])
+    assert not answer_of(neighbour).has_error()
 
 
 def test_a_metric_that_raises_costs_nobody_a_caption(setup: Setup) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import triton_python_backend_utils as pb_utils
 
 from captionserve_server.core.engine.worker import OnDeath, Worker
-from captionserve_server.triton.pb import Request, Response, log_error
+from captionserve_server.triton.pb import Request, Response, error_response, log_error
 
 _INTERVAL_SECONDS = 0.2
 
@@ -68,6 +68,13 @@ class Caller:
             else:
                 self._sender.send(answer, flags=final)
 
+    def fail(self, error: Exception) -> None:
+        """Send an error as the last response; one that cannot be sent is this caller's loss."""
+        try:
+            self.finish(error_response(error))
+        except Exception as unsent:
+            log_error(f"an error could not be sent: {type(unsent).__name__}: {unsent}")
+
 
 class CallerWatch:
     """The thread that looks after callers until they have their answer or have gone."""
@@ -95,6 +102,8 @@ class CallerWatch:
 
     def cancel(self, request_id: str) -> None:
         """Take it that the caller of a request has gone; one that is not here is ignored."""
+        if not request_id:  # Of all whose request has no name, it would be anybody.
+            return
         with self._wake:
             for caller in self._callers:
                 if caller.request_id == request_id:

@@ -53,7 +53,6 @@ from captionserve_server.triton.pb import (
     Request,
     call_model,
     die,
-    error_response,
     log_error,
     read,
     read_bytes,
@@ -119,7 +118,7 @@ class TritonPythonModel:
             try:
                 self._accept(request, caller)
             except Exception as error:  # Whatever goes wrong is this request's answer.
-                caller.finish(error_response(error))
+                caller.fail(error)
 
     def finalize(self) -> None:
         """Answer everybody, and end the threads."""
