@@ -39,7 +39,7 @@ class WordTokens:
     Attributes:
         prefix: with what the caption begins.
         bad: runs of tokens that are not generated.
-        forced: what every caption contains.
+        forced: what every caption contains beside what the prefix has already.
     """
 
     prefix: TokenIds = ()
@@ -54,17 +54,40 @@ def word_tokens(options: DecodingOptions, encode: Encode) -> WordTokens:
     """Tokenise the text options.
 
     Raises:
-        InvalidOptionsError: if max_length leaves no room for the prefix or the forced words.
+        InvalidOptionsError: if max_length leaves no room for the prefix or the forced words, or a
+            forced word has no tokens.
     """
     # A trailing space would be a token of its own, which captions never continue from.
     prefix = tuple(encode(options.prefix.rstrip()))
+    runs = dict.fromkeys(run for word in options.bad_words for run in _runs(word, encode))
+    forced = (_forced_word(word, encode) for word in options.force_words)
     words = WordTokens(
         prefix=prefix,
-        bad=tuple(dict.fromkeys(run for word in options.bad_words for run in _runs(word, encode))),
-        forced=tuple(_forced_word(word, encode, bool(prefix)) for word in options.force_words),
+        # What is longer than a caption never comes, nor does what the tokenizer has no token for.
+        bad=tuple(run for run in runs if 0 < len(run) <= options.max_length),
+        forced=tuple(_after(prefix, word) for word in forced if not _has(prefix, word)),
     )
     _check_room(options, words)
     return words
+
+
+def check_tokens(words: WordTokens, vocabulary_size: int) -> None:
+    """Refuse tokens that the model does not know: a tokenizer may have more than it.
+
+    Raises:
+        InvalidOptionsError: naming the options whose text has such tokens.
+    """
+    tokens = {
+        "prefix": words.prefix,
+        "bad_words": [token for run in words.bad for token in run],
+        "force_words": [
+            token for word in words.forced for token in (*word.spaced, *(word.initial or ()))
+        ],
+    }
+    text = "has a token that the tokenizer knows and the model does not"
+    beyond = [name for name, ids in tokens.items() if max(ids, default=0) >= vocabulary_size]
+    if beyond:
+        raise InvalidOptionsError(dict.fromkeys(beyond, text))
 
 
 def _runs(word: str, encode: Encode) -> tuple[TokenIds, TokenIds]:
@@ -73,9 +96,24 @@ def _runs(word: str, encode: Encode) -> tuple[TokenIds, TokenIds]:
     return tuple(encode(text)), tuple(encode(" " + text))
 
 
-def _forced_word(word: str, encode: Encode, has_prefix: bool) -> ForcedWord:
+def _forced_word(word: str, encode: Encode) -> ForcedWord:
     initial, spaced = _runs(word, encode)
-    return ForcedWord(spaced, None if has_prefix else initial)
+    if not initial or not spaced:
+        raise InvalidOptionsError({"force_words": "has a word for which there are no tokens"})
+    return ForcedWord(spaced, initial)
+
+
+def _has(prefix: TokenIds, word: ForcedWord) -> bool:
+    """Whether the prefix has the word already."""
+    size = len(word.spaced)
+    runs = (prefix[begin : begin + size] for begin in range(len(prefix) - size + 1))
+    begins = word.initial is not None and prefix[: len(word.initial)] == word.initial
+    return begins or word.spaced in runs
+
+
+def _after(prefix: TokenIds, word: ForcedWord) -> ForcedWord:
+    """The word as it may still come."""
+    return ForcedWord(word.spaced, None) if prefix else word
 
 
 def _check_room(options: DecodingOptions, words: WordTokens) -> None:

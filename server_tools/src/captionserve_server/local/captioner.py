@@ -214,11 +214,7 @@ class LocalCaptioner:
         given: dict[str, object] = {each.name: getattr(options, each.name) for each in own}
         # What is None is not set, and hides no value of the dataclass.
         given |= {name: value for name, value in named.items() if value is not None}
-        return self._model.bundle.plan(given, self._encode_text)
-
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._model.bundle.plan(given, self._model.tokenizer.encode)
 
     def _begin(self, image: ImageInput, plan: CaptionPlan) -> _Begun:
         """Prepare an image and queue it; what its caller did not get wrong is told later."""
