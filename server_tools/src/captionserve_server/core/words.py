@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.options import DecodingOptions
@@ -33,6 +36,34 @@ class ForcedWord:
 
 
 @dataclass(frozen=True)
+class TokenRuns:
+    """Runs of tokens side by side, to be looked for at the end of rows.
+
+    Attributes:
+        before: int32 [runs, longest], all tokens but the last, at the right; -1 at their left.
+        last: int64 [runs], the last token of each.
+        lengths: int64 [runs], tokens of each before the last.
+    """
+
+    before: NDArray[np.int32]
+    last: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, runs: Sequence[TokenIds]) -> TokenRuns:
+        """The runs, none of them empty."""
+        longest = max((len(run) - 1 for run in runs), default=0)
+        before = np.full((len(runs), longest), -1, np.int32)
+        for number, run in enumerate(runs):
+            before[number, longest - len(run) + 1 :] = run[:-1]
+        return cls(
+            before,
+            last=np.array([run[-1] for run in runs], np.int64),
+            lengths=np.array([len(run) - 1 for run in runs], np.int64),
+        )
+
+
+@dataclass(frozen=True)
 class WordTokens:
     """The text options as tokens.
 
@@ -40,11 +71,17 @@ class WordTokens:
         prefix: with what the caption begins.
         bad: runs of tokens that are not generated.
         forced: what every caption contains beside what the prefix has already.
+        bad_runs: `bad`, as it is looked for at each step.
     """
 
     prefix: TokenIds = ()
     bad: tuple[TokenIds, ...] = ()
     forced: tuple[ForcedWord, ...] = ()
+    bad_runs: TokenRuns = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Lay the runs side by side once, not at each step."""
+        object.__setattr__(self, "bad_runs", TokenRuns.of(self.bad))
 
 
 NO_WORDS = WordTokens()
