@@ -145,11 +145,20 @@ def test_captions_are_the_same_with_any_number_of_threads(
         assert texts(several.caption_all(PICTURES)) == texts(captioner.caption_all(PICTURES))
 
 
-@pytest.mark.parametrize("wrong", [{"threads": -1}, {"limits": SchedulerLimits(slots=0)}])
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"threads": -1}, "threads must be 0 or more"),
+        ({"limits": SchedulerLimits(slots=0)}, "slots"),
+        ({"limits": SchedulerLimits(max_rows=0)}, "max_rows"),
+        ({"limits": SchedulerLimits(max_entries=-1)}, "max_entries"),
+        ({"limits": SchedulerLimits(max_admissions=0)}, "max_admissions"),
+    ],
+)
 def test_numbers_that_mean_nothing_are_refused(
-    wrong: dict[str, Any], model_repository: Callable[[str], Path]
+    wrong: dict[str, Any], named: str, model_repository: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(ValueError, match="threads must be 0 or more, slots 1 or more"):
+    with pytest.raises(ValueError, match=named):
         LocalCaptioner(model_repository(NAME), **wrong)
 
 
