@@ -172,7 +172,7 @@ def _plain(field: FieldDescriptor, value: object) -> object:
             return float(value)
         except OverflowError:
             # An integer beyond all floats: out of every range.
-            return math.inf if value > 0 else -math.inf
+            return -math.inf if isinstance(value, int) and value < 0 else math.inf
     raise ValueError(f"must be {_WANTED[kind]}, is {_type_name(value)}")
 
 

@@ -85,7 +85,7 @@ def test_a_banned_word_that_no_caption_has_room_for_is_not_looked_for() -> None:
 @pytest.mark.parametrize("name", ["prefix", "bad_words", "force_words"])
 def test_a_token_beyond_the_vocabulary_is_refused_by_field(name: str) -> None:
     value = "z" if name == "prefix" else ("ab", "z")
-    options = DecodingOptions(num_beams=2, **{name: value})
+    options = DecodingOptions().with_given({"num_beams": 2, name: value})
     words = word_tokens(options, encode)
     check_tokens(words, ord("z") + 1)
     with pytest.raises(InvalidOptionsError) as caught:

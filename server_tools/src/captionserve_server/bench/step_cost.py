@@ -73,7 +73,7 @@ class _Encoder:
         self._shape = (geometry.image_tokens, geometry.encoder_width)
 
     def encode(self, pixels: UInt8Array) -> Float32Array:
-        states: Float32Array = np.random.default_rng(0).normal(size=(len(pixels), *self._shape))
+        states = np.random.default_rng(0).normal(size=(len(pixels), *self._shape))
         return states.astype(np.float32)
 
 
