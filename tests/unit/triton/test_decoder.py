@@ -114,6 +114,59 @@ def test_a_stream_and_a_plain_call_say_the_same(setup: Setup) -> None:
     assert tokens.tolist() == final["TOKEN_IDS"][0].tolist()
 
 
+@pytest.mark.parametrize("max_length", [2, 3, 5, 17, 34])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefix": "a \u00e9 "}])
+def test_the_parts_of_a_stream_add_up_to_the_text(
+    setup: Setup, max_length: int, options: dict[str, Any]
+) -> None:
+    # The tokens of this checkpoint are bytes, so that captions end within characters.
+    given = {"max_length": max_length + 6, "min_length": max_length + 6, **options}
+    for seed in range(3):
+        stream = setup.ask(IMAGE=png(picture(seed)), OPTIONS=json.dumps(given), STREAM=True)
+        answer_of(stream)
+        *parts, last = [outputs_of(response) for response in stream.sender.responses]
+        assert b"".join(part["NEW_TEXT"][0] for part in parts) == last["TEXT"][0]
+
+
+class NoText(InferenceRequest):
+    """A request whose id is no UTF-8, as Triton takes it over HTTP."""
+
+    def request_id(self) -> str:
+        return b"\xff".decode()
+
+
+def test_a_request_whose_id_is_no_text_is_answered_like_any(setup: Setup) -> None:
+    neighbour = request_of(IMAGE=IMAGE, OPTIONS=SHORT)
+    nameless = NoText(request_of(IMAGE=IMAGE, OPTIONS=SHORT).tensors.values())
+    setup.model.execute([nameless, neighbour])
+    assert outputs_of(answer_of(nameless))["TEXT"] == outputs_of(answer_of(neighbour))["TEXT"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        (b"\xff", {"options"}),
+        (b'{"prefix": "\xff"}', {"options"}),
+        (b'{"prefix": "\\ud800"}', {"prefix"}),
+        (b'{"\\ud800": 1}', {"\\ud800"}),
+        (b'{"seed": ' + b"9" * 400 + b', "do_sample": true}', {"seed"}),
+        (b'{"max_length": -' + b"9" * 9000 + b"}", {"max_length"}),
+        (b'{"num_beams": true}', {"num_beams"}),
+        (b'{"repetition_penalty": 1e-46}', {"repetition_penalty"}),
+        (b'{"suppress_tokens": [301]}', {"suppress_tokens"}),
+    ],
+    ids=range(9),
+)
+def test_what_no_caller_of_the_gateway_can_send_is_refused_by_its_field(
+    setup: Setup, options: bytes, fields: set[str]
+) -> None:
+    neighbour = setup.ask()
+    error = error_of(setup.ask(OPTIONS=options))
+    assert error.reason == "INVALID_OPTIONS"
+    assert set(error.field_violations) == fields
+    assert not answer_of(neighbour).has_error()
+
+
 def test_pixel_values_of_the_processor_give_the_caption_of_the_file(setup: Setup) -> None:
     from captionserve_server.core.preprocessing import preprocess
 

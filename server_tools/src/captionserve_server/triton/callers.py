@@ -23,7 +23,7 @@ class Caller:
 
     Attributes:
         deadline: when the answer must be there, by time.monotonic().
-        request_id: as the caller named the request.
+        request_id: as the caller named the request; empty where that is no text.
         has_gone: whether the caller has cancelled, or its connection's deadline has passed, as far
             as is known.
     """
@@ -34,7 +34,7 @@ class Caller:
         # Microseconds; 0 where the request has no limit of its own.
         allowed = request.timeout()
         self.deadline = time.monotonic() + allowed / 1e6 if allowed else float("inf")
-        self.request_id = str(request.request_id())
+        self.request_id = _text_of_id(request)
         self.has_gone = False
         self._answered = False
         self._asking = threading.Lock()
@@ -74,6 +74,13 @@ class Caller:
             self.finish(error_response(error))
         except Exception as unsent:
             log_error(f"an error could not be sent: {type(unsent).__name__}: {unsent}")
+
+
+def _text_of_id(request: Request) -> str:
+    try:
+        return str(request.request_id())
+    except UnicodeDecodeError:  # Over HTTP Triton takes any bytes.
+        return ""
 
 
 class CallerWatch:
