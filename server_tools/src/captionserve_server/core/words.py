@@ -95,7 +95,9 @@ def word_tokens(options: DecodingOptions, encode: Encode) -> WordTokens:
             forced word has no tokens.
     """
     # A trailing space would be a token of its own, which captions never continue from.
-    prefix = tuple(encode(options.prefix.rstrip()))
+    text = options.prefix.rstrip()
+    # Not asked about no text: a tokenizer lets other threads run, and waits for its turn after it.
+    prefix = tuple(encode(text)) if text else ()
     runs = dict.fromkeys(run for word in options.bad_words for run in _runs(word, encode))
     forced = (_forced_word(word, encode) for word in options.force_words)
     words = WordTokens(
