@@ -20,7 +20,6 @@ from captionserve_server.core.errors import (
     OverloadedError,
     all_error_types,
 )
-from captionserve_server.runtime.cores import threads_of_graphs
 from captionserve_server.triton import wire
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -95,16 +94,18 @@ def decode(**named: Any) -> Iterator[dict[wire.TensorSpec, Any]]:
     return call_decoupled(wire.DECODER, 2, inputs, wire.PART, **named)
 
 
-def test_arguments_are_what_triton_said() -> None:
+def test_arguments_are_what_triton_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from captionserve_server.triton import pb
     from captionserve_server.triton.pb import ModelArguments
 
+    monkeypatch.setattr(pb, "threads_of_graphs", lambda: 7)
     read = ModelArguments(arguments(slots="12", few="2", all="0"))
     assert read.repository == "repository/decoder"
     assert read.version == 3
     assert read.config["name"] == "decoder"
     assert read.number("slots") == 12
     assert read.threads("few") == 2
-    assert read.threads("all") == threads_of_graphs()
+    assert read.threads("all") == 7
 
 
 def test_inputs_are_read_and_those_left_out_are_none() -> None:
