@@ -154,6 +154,30 @@ def test_a_repository_that_does_not_load_is_an_error_in_words(tmp_path: Path) ->
     assert "Traceback" not in process.stderr
 
 
+DIES = "import os, signal\n\ndef die(*arguments):\n    os.kill(os.getpid(), signal.SIGKILL)\n\n"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        f"{DIES}die()",
+        f"{DIES}class TritonPythonModel:\n    initialize = die",
+        "import os\n\nos._exit(0)",
+    ],
+    ids=["when imported", "when initialised", "without an error"],
+)
+def test_a_model_that_dies_at_the_start_ends_it_at_once(
+    model: str, model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(model_repository(NAME), repository)
+    (repository / "captioner" / "1" / "model.py").write_text(model)
+    process = served_to_the_end(repository)
+    assert process.returncode == 4
+    assert "Stub process 'captioner_0_0' is not healthy" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
 def test_repository_and_temporary_folder_may_have_any_name(
     model_repository: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,9 @@ class TritonProcess:
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
             f"--exit-timeout-secs={self._exit_seconds}",
+            # Every config.pbtxt is complete. To complete one, Triton starts a Python model one time
+            # more, which takes seconds; and if that process dies, it waits for it for ever.
+            "--disable-auto-complete-config",
             f"--grpc-address={_LOOPBACK}",
             f"--http-address={_LOOPBACK}",
             f"--metrics-address={_LOOPBACK}",
