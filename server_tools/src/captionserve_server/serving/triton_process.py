@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from captionserve_server.runtime.cores import THREADS_VARIABLE
 from captionserve_server.serving.installation import TritonInstallation, assemble_backends
+from captionserve_server.serving.private_copy import copy_repository, make_plain_folder
 
 _LOOPBACK = "127.0.0.1"
 _SHARED_MEMORY = Path("/dev/shm")
@@ -59,21 +59,26 @@ class TritonProcess:
 
         Args:
             installation: what to run.
-            repository: the model repository.
+            repository: the model repository; Triton serves a copy of it.
             threads: of one run of a graph; 0 follows from the cores there are.
             exit_seconds: how long Triton may take to end its models before it is killed.
+
+        Raises:
+            NoPlainFolderError: if there is no place for the copy.
         """
         self._exit_seconds = exit_seconds
-        self._folder = Path(tempfile.mkdtemp(prefix="captionserve-triton-"))
+        self._folder = make_plain_folder("captionserve-triton-")
         self._log_path = self._folder / "triton.log"
         self._shared_memory_prefix = self._folder.name
         backends = self._folder / "backends"
         backends.mkdir()
         assemble_backends(installation, backends)
+        served = self._folder / "repository"
+        copy_repository(repository, served)
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
         environment = _environment(installation) | {THREADS_VARIABLE: str(threads)}
-        self._process = self._start(installation.binary, repository, backends, ports, environment)
+        self._process = self._start(installation.binary, served, backends, ports, environment)
 
     @property
     def pid(self) -> int:
@@ -156,6 +161,9 @@ class TritonProcess:
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
             f"--exit-timeout-secs={self._exit_seconds}",
+            # Every config.pbtxt is complete. To complete one, Triton starts a Python model one time
+            # more, which takes seconds; and if that process dies, it waits for it for ever.
+            "--disable-auto-complete-config",
             f"--grpc-address={_LOOPBACK}",
             f"--http-address={_LOOPBACK}",
             f"--metrics-address={_LOOPBACK}",
