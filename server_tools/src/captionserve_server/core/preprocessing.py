@@ -9,28 +9,32 @@ are not done here: they are part of the encoder graph.
 from __future__ import annotations
 
 import dataclasses
-import io
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from captionserve_server.core.decode_budget import Reserve, without_limit
 from captionserve_server.core.errors import (
     ImageCorruptError,
     ImageTooManyPixelsError,
     InvalidRequestError,
-    UnsupportedImageFormatError,
+)
+from captionserve_server.core.image_files import (
+    decoding_bytes_per_pixel,
+    load_image,
+    open_image_file,
+    orientation_turn,
 )
 
-# An allow-list: Pillow's other readers run Ghostscript (EPS) or parse what no photo needs.
-ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
-# The first bytes of those formats, to tell a damaged image from something that is no image.
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"P4", b"P5", b"P6")
-# Decoding holds 3 to 4 bytes per pixel; 50 megapixels, a large phone's photo, is 200 MB.
+# A large phone's photo.
 MAX_PIXELS = 50_000_000
+# Pillow's RGB picture, and two of them while one is turned or converted.
+_RGB_BYTES_PER_PIXEL = 4
+_WORKING_BYTES_PER_PIXEL = 8
+_TILE_EDGE = 1024
 _UINT16_TO_UINT8 = 255.0 / 65535.0
 # How far float32 may lie from the whole pixel that it stands for; half precision does, too.
 _NEAR_A_PIXEL = 0.1
@@ -157,12 +161,15 @@ def _resize_target(size: Any) -> dict[str, int | None]:
     raise ValueError(f"image size {size!r} is not supported; use height and width or shortest_edge")
 
 
-def preprocess(encoded: bytes, config: PreprocessorConfig) -> Pixels:
+def preprocess(
+    encoded: bytes, config: PreprocessorConfig, reserve: Reserve = without_limit
+) -> Pixels:
     """Decode an image file and prepare it for the encoder.
 
     Args:
         encoded: a JPEG, PNG, WebP, BMP, GIF or PPM file.
         config: the checkpoint's image processor.
+        reserve: takes the memory that the image will need, by its header.
 
     Returns:
         uint8 [3, height, width], RGB, 0 to 255.
@@ -171,8 +178,133 @@ def preprocess(encoded: bytes, config: PreprocessorConfig) -> Pixels:
         ImageCorruptError: empty, truncated or damaged bytes.
         UnsupportedImageFormatError: bytes of another kind.
         ImageTooManyPixelsError: decided from the header, before anything is decoded.
+        CaptionServeError: what `reserve` raises.
     """
-    return to_pixels(decode_image(encoded), config)
+    return _prepared(open_image_file(encoded), config, reserve)
+
+
+def preprocess_picture(
+    image: Image.Image, config: PreprocessorConfig, reserve: Reserve = without_limit
+) -> Pixels:
+    """Prepare a picture for the encoder that is in memory, or in a file that Pillow has opened.
+
+    Args:
+        image: of a mode whose samples have a fixed range; it is left as it is.
+        config: as for `preprocess`.
+        reserve: likewise.
+
+    Returns:
+        as `preprocess`, and raises the same.
+    """
+    return _prepared(image, config, reserve, keep=image)
+
+
+def _prepared(
+    image: Image.Image,
+    config: PreprocessorConfig,
+    reserve: Reserve,
+    keep: Image.Image | None = None,
+) -> Pixels:
+    _check_pixels(image.width * image.height, f"the image, {image.width} x {image.height},")
+    with reserve(_peak_bytes(image, config)):
+        try:
+            picture = _upright_rgb(image, keep)
+        except Exception as error:  # Damaged files raise anything: OSError, SyntaxError.
+            raise ImageCorruptError("the image is damaged or incomplete") from error
+        return to_pixels(picture, config)
+
+
+def _upright_rgb(image: Image.Image, keep: Image.Image | None) -> Image.Image:
+    """Decode, put on white and turn; no more than two pictures are in memory at once."""
+    picture = image
+    for step in (load_image, _turned, _opaque, _rgb):
+        following = step(picture)
+        if following is not picture and picture is not keep:
+            # References to it may be left; its pixels must not be.
+            picture.close()
+        picture = following
+    return picture
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    turn = orientation_turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """16-bit samples rescaled to L, what is transparent put on white; others as they are."""
+    if image.mode.startswith("I"):
+        return _by_tiles(image, "L", _grey_of_16_bits)
+    if _is_transparent(image):
+        return _by_tiles(image, "RGB", _on_white)
+    return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    # By the mode, not by its letters: the A of LAB is a colour.
+    return (
+        image.mode in {"LA", "La", "PA", "RGBA", "RGBa"}
+        or image.info.get("transparency") is not None
+        or (image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA")
+    )
+
+
+def _by_tiles(
+    image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """Convert a picture tile by tile, so that what lies between the two stays small."""
+    converted = Image.new(mode, image.size)
+    for top in range(0, image.height, _TILE_EDGE):
+        for left in range(0, image.width, _TILE_EDGE):
+            right, bottom = left + _TILE_EDGE, top + _TILE_EDGE
+            box = (left, top, min(right, image.width), min(bottom, image.height))
+            converted.paste(convert(image.crop(box)), box)
+    return converted
+
+
+def _grey_of_16_bits(image: Image.Image) -> Image.Image:
+    samples = np.asarray(image, dtype=np.float64).clip(0, 65535)
+    grey = (samples * _UINT16_TO_UINT8).round().astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey[samples == key] = 255
+    return Image.fromarray(grey)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    # Pillow has no direct way from premultiplied grey to RGBA.
+    picture = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _check_pixels(pixels: int, what: str) -> None:
+    if pixels > MAX_PIXELS:
+        raise ImageTooManyPixelsError(
+            f"{what} has {pixels} pixels, at most {MAX_PIXELS} are accepted"
+        )
+
+
+def _peak_bytes(image: Image.Image, config: PreprocessorConfig) -> int:
+    """What an image takes at most from its file to the encoder's pixels, in bytes."""
+    pixels = image.width * image.height
+    peak = max(decoding_bytes_per_pixel(image), _WORKING_BYTES_PER_PIXEL) * pixels
+    if not config.do_resize:
+        return peak
+    # The orientation may exchange the two.
+    sides = (image.size, image.size[::-1])
+    resizing = max(sum(_resizing_pixels(*size, config)) for size in sides)
+    return max(peak, _RGB_BYTES_PER_PIXEL * (pixels + min(resizing, 2 * MAX_PIXELS)))
+
+
+def _resizing_pixels(width: int, height: int, config: PreprocessorConfig) -> tuple[int, int]:
+    """Pixels of the picture between Pillow's two passes of resizing, and of the resized one."""
+    new_height, new_width = _resized_size(width, height, config)
+    return (0 if new_width == width else new_width * height), new_height * new_width
 
 
 def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) -> Pixels:
@@ -213,70 +345,19 @@ def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) ->
     return whole.astype(np.uint8)
 
 
-def decode_image(encoded: bytes) -> Image.Image:
-    """Decode an image file to an upright RGB picture; errors as `preprocess` raises them."""
-    return upright_rgb(_open(encoded))
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture upright and convert it to RGB.
-
-    Args:
-        image: a picture in memory, or of a file that has been opened and not yet read.
+def to_pixels(image: Image.Image, config: PreprocessorConfig) -> Pixels:
+    """Resize and crop an RGB picture; uint8 [3, height, width].
 
     Raises:
-        ImageCorruptError: if its file is truncated or damaged.
-        ImageTooManyPixelsError: decided from its size, before anything is decoded.
+        ImageTooManyPixelsError: if it is so narrow or wide that resizing it takes too many.
     """
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageTooManyPixelsError(
-            f"the image has {width * height} pixels, at most {MAX_PIXELS} are accepted"
-        )
-    try:
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # Damaged files raise anything: OSError, SyntaxError, struct.error.
-        raise ImageCorruptError("the image is damaged or incomplete") from error
-
-
-def _open(encoded: bytes) -> Image.Image:
-    if not encoded:
-        raise ImageCorruptError("the image is empty")
-    try:
-        with warnings.catch_warnings():
-            # Our own limit, read from the header below, is lower than Pillow's.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(encoded), formats=ACCEPTED_FORMATS)
-    except UnidentifiedImageError as error:
-        if encoded.startswith(_SIGNATURES):
-            raise ImageCorruptError("the image is damaged or incomplete") from error
-        names = ", ".join(ACCEPTED_FORMATS)
-        raise UnsupportedImageFormatError(f"not an image of an accepted format: {names}") from error
-    except Image.DecompressionBombError as error:
-        raise ImageTooManyPixelsError(
-            f"the image has more than {MAX_PIXELS} pixels, which is the most accepted"
-        ) from error
-    except Exception as error:  # A damaged header raises anything, like a damaged body.
-        raise ImageCorruptError("the image is damaged or incomplete") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: 16-bit samples rescaled, transparency composited on white."""
-    if image.mode.startswith("I"):
-        samples = np.asarray(image, dtype=np.float64).clip(0, 65535)
-        return Image.fromarray((samples * _UINT16_TO_UINT8).round().astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return image.convert("RGB")
-
-
-def to_pixels(image: Image.Image, config: PreprocessorConfig) -> Pixels:
-    """Resize and crop an RGB picture; uint8 [3, height, width]."""
     if config.do_resize:
-        height, width = _resized_size(image, config)
+        if max(_resizing_pixels(*image.size, config)) > MAX_PIXELS:
+            raise ImageTooManyPixelsError(
+                f"resizing the image, {image.width} x {image.height}, takes more than "
+                f"{MAX_PIXELS} pixels"
+            )
+        height, width = _resized_size(*image.size, config)
         image = image.resize((width, height), resample=Image.Resampling(config.resample))
     pixels = np.moveaxis(np.asarray(image), -1, 0)
     if config.do_center_crop:
@@ -284,18 +365,14 @@ def to_pixels(image: Image.Image, config: PreprocessorConfig) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def _resized_size(image: Image.Image, config: PreprocessorConfig) -> tuple[int, int]:
+def _resized_size(width: int, height: int, config: PreprocessorConfig) -> tuple[int, int]:
+    """The height and width of a picture after resizing."""
     if config.height is not None and config.width is not None:
         return config.height, config.width
     assert config.shortest_edge is not None
-    short, long = sorted(image.size)
+    short, long = sorted((width, height))
     new_long = int(config.shortest_edge * long / short)
-    if config.shortest_edge * new_long > MAX_PIXELS:
-        raise ImageTooManyPixelsError(
-            f"resizing the image, {image.width} x {image.height}, to a short edge of "
-            f"{config.shortest_edge} gives more than {MAX_PIXELS} pixels"
-        )
-    if image.width <= image.height:
+    if width <= height:
         return new_long, config.shortest_edge
     return config.shortest_edge, new_long
 

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from captionserve_server.core.decode_budget import Reserve, without_limit
 from captionserve_server.core.preprocessing import (
     Pixels,
     PreprocessorConfig,
     pixels_of_values,
     preprocess,
-    to_pixels,
-    upright_rgb,
+    preprocess_picture,
 )
 
 
@@ -52,12 +52,15 @@ _MODES = frozenset(
 )
 
 
-def image_pixels(image: ImageInput, config: PreprocessorConfig) -> Pixels:
+def image_pixels(
+    image: ImageInput, config: PreprocessorConfig, reserve: Reserve = without_limit
+) -> Pixels:
     """Prepare an image for the encoder.
 
     Args:
         image: paths are read; bytes-like values and file objects are taken as whole image files.
         config: the checkpoint's image processor.
+        reserve: takes the memory that the image will need.
 
     Returns:
         uint8 [3, height, width], RGB, 0 to 255.
@@ -73,12 +76,12 @@ def image_pixels(image: ImageInput, config: PreprocessorConfig) -> Pixels:
         ImageTooManyPixelsError: decided from the size, before anything is decoded.
     """
     if isinstance(image, Image.Image):
-        return to_pixels(_shown(image), config)
+        return preprocess_picture(_shown(image), config, reserve)
     if _is_floats(image):
         return pixels_of_values(_values(image), config)
     if isinstance(image, np.ndarray):
-        return to_pixels(upright_rgb(_picture(image)), config)
-    return preprocess(_encoded(image), config)
+        return preprocess_picture(_picture(image), config, reserve)
+    return preprocess(_encoded(image), config, reserve)
 
 
 def _is_floats(image: object) -> bool:
@@ -128,5 +131,4 @@ def _shown(image: Image.Image) -> Image.Image:
         raise ValueError("an image must have pixels")
     if image.mode not in _MODES:
         raise ValueError(f"a PIL image of mode {image.mode} must be converted to RGB first")
-    # Pillow has no direct way from premultiplied transparency to RGB.
-    return upright_rgb(image.convert("RGBA") if image.mode == "RGBa" else image)
+    return image

@@ -19,7 +19,9 @@ from pathlib import Path
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from captionserve_server.core.decode_budget import DEFAULT_DECODE_MEGABYTES
 from captionserve_server.runtime.cores import THREADS_VARIABLE
+from captionserve_server.runtime.decode_memory import DECODE_MEGABYTES_VARIABLE
 from captionserve_server.serving.installation import TritonInstallation, assemble_backends
 
 _LOOPBACK = "127.0.0.1"
@@ -53,6 +55,7 @@ class TritonProcess:
         repository: Path,
         *,
         threads: int = 0,
+        decode_megabytes: int = DEFAULT_DECODE_MEGABYTES,
         exit_seconds: int = 30,
     ) -> None:
         """Start the server; use `wait_ready` before relying on it.
@@ -61,6 +64,7 @@ class TritonProcess:
             installation: what to run.
             repository: the model repository.
             threads: of one run of a graph; 0 follows from the cores there are.
+            decode_megabytes: memory of all images that are decoded at once.
             exit_seconds: how long Triton may take to end its models before it is killed.
         """
         self._exit_seconds = exit_seconds
@@ -72,7 +76,10 @@ class TritonProcess:
         assemble_backends(installation, backends)
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
-        environment = _environment(installation) | {THREADS_VARIABLE: str(threads)}
+        environment = _environment(installation) | {
+            THREADS_VARIABLE: str(threads),
+            DECODE_MEGABYTES_VARIABLE: str(decode_megabytes),
+        }
         self._process = self._start(installation.binary, repository, backends, ports, environment)
 
     @property

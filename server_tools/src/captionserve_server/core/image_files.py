@@ -1,0 +1,362 @@
+"""What an encoded image file is, and of its bytes those that make pixels.
+
+Metadata are not pixels: a comment that cannot be read, a colour profile that is too large or a tag
+that cannot be written back say nothing about the picture. So they are taken out before Pillow sees
+the file, which reads some of them with errors of its own, or in quadratic time. Only what may hold
+the orientation is kept aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageChops,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    WebPImagePlugin,
+)
+
+from captionserve_server.core.errors import ImageCorruptError, UnsupportedImageFormatError
+
+_ORIENTATION_TAG = 0x0112
+# How a picture is turned upright, by its orientation; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Text that may hold the orientation; more is of something else.
+_MAX_TEXT_BYTES = 1 << 20
+_BMP_HEADER_SIZES = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
+# What may stand in a PNM header between two numbers, and how far a header is looked for.
+_PNM_SPACE = re.compile(rb"(?:\s|#[^\r\n]*(?:[\r\n]|$))+")
+_PNM_HEADER_BYTES = 4096
+_JPEG_BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xDA)})
+_JPEG_START_OF_SCAN = 0xDA
+_JPEG_APP0, _JPEG_APP1, _JPEG_APP14, _JPEG_APP15 = 0xE0, 0xE1, 0xEE, 0xEF
+_JPEG_COMMENT = 0xFE
+_PNG_XMP = b"XML:com.adobe.xmp"
+_PNG_RAW_EXIF = b"Raw profile type exif"
+
+Metadata = dict[str, bytes | str]
+"""What may hold the orientation, by the names under which Pillow looks for it."""
+_Reader = Callable[[bytes], tuple[bytes, Metadata]]
+
+
+@dataclass(frozen=True)
+class _Format:
+    """An accepted format.
+
+    Attributes:
+        name: Pillow's.
+        is_one: whether bytes are, or were before they were damaged, a file of this format.
+        plugin: Pillow's reader. Image.open, which finds one, warns by filters of the process.
+        pixel_parts: takes metadata out.
+    """
+
+    name: str
+    is_one: Callable[[bytes], bool]
+    plugin: type[ImageFile.ImageFile]
+    pixel_parts: _Reader = lambda encoded: (encoded, {})
+
+
+def open_image_file(encoded: bytes) -> ImageFile.ImageFile:
+    """Read an image file's header.
+
+    Args:
+        encoded: a JPEG, PNG, WebP, BMP, GIF or PPM file.
+
+    Returns:
+        the picture, not yet decoded; its `info` has no metadata but the orientation's.
+
+    Raises:
+        ImageCorruptError: empty, truncated or damaged bytes.
+        UnsupportedImageFormatError: bytes of another kind.
+    """
+    if not encoded:
+        raise ImageCorruptError("the image is empty")
+    kind = next((each for each in _FORMATS if each.is_one(encoded)), None)
+    if kind is None:
+        raise UnsupportedImageFormatError(
+            f"not an image of an accepted format: {', '.join(ACCEPTED_FORMATS)}"
+        )
+    try:
+        pixel_parts, metadata = kind.pixel_parts(encoded)
+        image = kind.plugin(io.BytesIO(pixel_parts))
+        if kind.name == "PNG":
+            _scale_colour_key(image, bit_depth=encoded[24])
+        image.info.update(metadata)
+    except Exception as error:  # A damaged header raises anything, like a damaged body.
+        raise ImageCorruptError("the image is damaged or incomplete") from error
+    return image
+
+
+def load_image(image: Image.Image) -> Image.Image:
+    """Decode an opened file; raises anything where it is damaged."""
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
+        image.load()
+        return image
+    if image.tile[0].args == "RGB;16B" and image.info.get("transparency") is not None:
+        return _keyed_rgb_of_16_bits(image)
+    # Pillow scales the samples of an odd PNM one by one, in Python: a minute for a large photo.
+    if image.format == "PPM" and image.tile[0].codec_name == "ppm":
+        return _scaled_pnm(image)
+    image.load()
+    return image
+
+
+def orientation_turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a decoded picture upright, by its metadata; None where it is, or none say so."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # Damaged metadata raise anything, and say nothing.
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
+
+
+def decoding_bytes_per_pixel(image: Image.Image) -> int:
+    """What Pillow holds for each pixel while it decodes a file, at most."""
+    if image.format == "WEBP":
+        # Two canvases of the decoder, its result, the picture; a lossless one's own pixels.
+        return 20
+    if image.format == "JPEG" and image.info.get("progressive"):
+        # All coefficients, 16 bits each, until the last scan.
+        return 4 + 2 * len(image.getbands())
+    return 4
+
+
+def _scale_colour_key(image: Image.Image, *, bit_depth: int) -> None:
+    """Bring a grey PNG's transparent value, of 1, 2 or 4 bits, to the decoded samples' 8 bits."""
+    key = image.info.get("transparency")
+    if image.mode in {"1", "L"} and isinstance(key, int):
+        largest = 2**bit_depth - 1
+        image.info["transparency"] = (key & largest) * 255 // largest
+
+
+def _keyed_rgb_of_16_bits(image: ImageFile.ImageFile) -> Image.Image:
+    """Decode a PNG whose transparent colour has 16 bits a sample, of which Pillow keeps 8."""
+    key: tuple[int, int, int] = image.info.pop("transparency")
+    assert isinstance(image.fp, io.BytesIO)
+    low = PngImagePlugin.PngImageFile(io.BytesIO(image.fp.getvalue()))
+    # "L" for little endian: the same samples' other byte.
+    low.tile = [low.tile[0]._replace(args="RGB;16L")]
+    low.load()
+    is_key = _equal_to(low, [sample & 255 for sample in key])
+    low.close()
+    image.load()
+    is_key = ImageChops.darker(is_key, _equal_to(image, [sample >> 8 for sample in key]))
+    image.paste((255, 255, 255), mask=is_key)
+    return image
+
+
+def _equal_to(image: Image.Image, color: Sequence[int]) -> Image.Image:
+    """255 where a picture has a colour, else 0; mode L."""
+    equal = Image.new("L", image.size, 255)
+    for band, sample in enumerate(color):
+        table = [255 * (value == sample) for value in range(256)]
+        equal = ImageChops.darker(equal, image.getchannel(band).point(table))
+    return equal
+
+
+def _scaled_pnm(image: ImageFile.ImageFile) -> Image.Image:
+    """Decode a binary PNM whose largest value is neither 255 nor 65535, as Pillow would."""
+    tile = image.tile[0]
+    assert image.fp is not None
+    assert isinstance(tile.args, tuple)
+    largest: int = tile.args[-1]
+    image.fp.seek(tile.offset)
+    sample = np.dtype(np.uint8 if largest < 256 else ">u2")
+    bands = len(image.getbands())
+    needed = image.width * image.height * bands
+    samples = np.frombuffer(image.fp.read(needed * sample.itemsize), sample, needed)
+    out_largest = 65535 if image.mode == "I" else 255
+    values = np.arange(1 << 8 * sample.itemsize) / largest * out_largest
+    table = np.rint(values).clip(max=out_largest)
+    shape = (image.height, image.width) if bands == 1 else (image.height, image.width, bands)
+    scaled = table.astype(np.uint16 if image.mode == "I" else np.uint8)[samples.reshape(shape)]
+    return Image.fromarray(scaled)
+
+
+def _is_jpeg(encoded: bytes) -> bool:
+    return encoded.startswith(b"\xff\xd8\xff")
+
+
+def _is_png(encoded: bytes) -> bool:
+    return encoded.startswith(b"\x89PNG")
+
+
+def _is_webp(encoded: bytes) -> bool:
+    # WAV and AVI are RIFF files, too.
+    return encoded.startswith(b"RIFF") and b"WEBP".startswith(encoded[8:12])
+
+
+def _is_bmp(encoded: bytes) -> bool:
+    # A text may begin with BM; bytes 6 to 10 are reserved, and 0 by all who write the format.
+    reserved, header_size = encoded[6:10], encoded[14:18]
+    return encoded.startswith(b"BM") and (
+        reserved == bytes(4) or int.from_bytes(header_size, "little") in _BMP_HEADER_SIZES
+    )
+
+
+def _is_gif(encoded: bytes) -> bool:
+    return encoded.startswith(b"GIF8")
+
+
+def _is_pnm(encoded: bytes) -> bool:
+    """Whether this is P1 to P6 and then numbers; a text may begin with P5, a PFM holds floats."""
+    if encoded[:2] not in {b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"}:
+        return False
+    header = encoded[2:_PNM_HEADER_BYTES]
+    if not _PNM_SPACE.match(header):
+        return False
+    numbers = 2 if encoded[1:2] in b"14" else 3
+    tokens = _PNM_SPACE.sub(b" ", header).split(maxsplit=numbers)[:numbers]
+    return bool(tokens) and all(token.isdigit() for token in tokens)
+
+
+def _jpeg_parts(encoded: bytes) -> tuple[bytes, Metadata]:
+    """A JPEG without comments and application segments, but for those that tell its colours."""
+    kept: list[bytes] = []
+    exif: list[bytes] = []
+    metadata: Metadata = {}
+    position = 0
+    for start, end, marker in _jpeg_segments(encoded):
+        payload = encoded[start + 4 : end]
+        if not _jpeg_segment_is_metadata(marker, payload):
+            continue
+        kept.append(encoded[position:start])
+        position = end
+        if marker == _JPEG_APP1 and payload.startswith(b"Exif\0\0"):
+            exif.append(payload[6:])
+        elif marker == _JPEG_APP1 and payload.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
+            metadata["xmp"] = payload.split(b"\0", 1)[1]
+    if exif:
+        metadata["exif"] = b"Exif\0\0" + b"".join(exif)
+    return (b"".join([*kept, encoded[position:]]) if kept else encoded), metadata
+
+
+def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
+    """Start, end and marker of each segment before the first scan, as far as they are whole."""
+    position = 2
+    while position + 4 <= len(encoded) and encoded[position] == 0xFF:
+        marker = encoded[position + 1]
+        if marker == 0xFF:  # A byte to fill up with.
+            position += 1
+            continue
+        if marker in _JPEG_BARE_MARKERS:
+            position += 2
+            continue
+        end = position + 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
+        if marker == _JPEG_START_OF_SCAN or end < position + 4 or end > len(encoded):
+            return
+        yield position, end, marker
+        position = end
+
+
+def _jpeg_segment_is_metadata(marker: int, payload: bytes) -> bool:
+    # libjpeg takes the colour space from these two, where they are long enough.
+    if marker == _JPEG_APP0:
+        return not (payload.startswith(b"JFIF\0") and len(payload) >= 14)
+    if marker == _JPEG_APP14:
+        return not (payload.startswith(b"Adobe") and len(payload) >= 12)
+    return marker == _JPEG_COMMENT or _JPEG_APP0 <= marker <= _JPEG_APP15
+
+
+def _png_parts(encoded: bytes) -> tuple[bytes, Metadata]:
+    """A PNG with its critical chunks and tRNS alone; an animated one's first picture."""
+    kept = []
+    metadata: Metadata = {}
+    # Where the bytes begin that have neither been kept nor dropped.
+    position = 0
+    for start, end in _png_chunks(encoded):
+        kind = encoded[start + 4 : start + 8]
+        # A lower-case first letter: a picture can be shown without the chunk.
+        if kind[0] & 0x20 and kind != b"tRNS":
+            kept.append(encoded[position:start])
+            position = end
+            # Damaged metadata say nothing.
+            with contextlib.suppress(ValueError, zlib.error):
+                metadata |= _png_metadata(kind, encoded[start + 8 : end - 4])
+    return (b"".join([*kept, encoded[position:]]) if kept else encoded), metadata
+
+
+def _png_chunks(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """Start and end of each chunk, as far as they are whole."""
+    position = 8
+    while position + 12 <= len(encoded):
+        (length,) = struct.unpack_from(">I", encoded, position)
+        end = position + 12 + length
+        if end > len(encoded):
+            return
+        yield position, end
+        position = end
+
+
+def _png_metadata(kind: bytes, data: bytes) -> Metadata:
+    """What of a chunk may hold the orientation.
+
+    Raises:
+        ValueError: if the chunk is damaged.
+        zlib.error: if its compressed text is.
+    """
+    if kind == b"eXIf":
+        return {"exif": b"Exif\0\0" + data}
+    keyword, _, rest = data.partition(b"\0")
+    if keyword == _PNG_XMP and kind == b"iTXt":
+        _, _, text = rest[2:].split(b"\0", 2)
+        return {"xmp": _inflated(text) if rest[:1] == b"\1" else text}
+    if keyword == _PNG_RAW_EXIF and kind in {b"tEXt", b"zTXt"}:
+        text = _inflated(rest[1:]) if kind == b"zTXt" else rest
+        return {_PNG_RAW_EXIF.decode(): text.decode("latin-1")}
+    return {}
+
+
+def _inflated(text: bytes) -> bytes:
+    return zlib.decompressobj().decompress(text, _MAX_TEXT_BYTES)
+
+
+def _gif_parts(encoded: bytes) -> tuple[bytes, Metadata]:
+    """A GIF whose first picture has no extensions before it but its own, with its transparency."""
+    if len(encoded) < 13:
+        return encoded, {}
+    flags = encoded[10]
+    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    kept = [encoded[:position]]
+    while encoded[position : position + 1] == b"!":
+        start, label = position, encoded[position + 1 : position + 2]
+        position += 2
+        while position < len(encoded) and encoded[position]:
+            position += 1 + encoded[position]
+        position += 1
+        if label == b"\xf9":
+            kept.append(encoded[start:position])
+    return b"".join([*kept, encoded[position:]]), {}
+
+
+_FORMATS = (
+    _Format("JPEG", _is_jpeg, JpegImagePlugin.JpegImageFile, _jpeg_parts),
+    _Format("PNG", _is_png, PngImagePlugin.PngImageFile, _png_parts),
+    _Format("WEBP", _is_webp, WebPImagePlugin.WebPImageFile),
+    _Format("BMP", _is_bmp, BmpImagePlugin.BmpImageFile),
+    _Format("GIF", _is_gif, GifImagePlugin.GifImageFile, _gif_parts),
+    _Format("PPM", _is_pnm, PpmImagePlugin.PpmImageFile),
+)
+# An allow-list: Pillow's other readers run Ghostscript (EPS) or parse what no photo needs.
+ACCEPTED_FORMATS = tuple(each.name for each in _FORMATS)
