@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from captionserve._images import encode_image, image_message
+from captionserve._images import ImageInput, encode_image, image_message
+from captionserve_server.core.preprocessing import PreprocessorConfig
+from captionserve_server.local.images import image_pixels
 from numpy.typing import NDArray
 from PIL import Image
 
+CONFIG = PreprocessorConfig()
 FILE = b"any bytes: the client does not look into files"
 
 
@@ -202,3 +207,35 @@ def test_floats_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_other_images_are_sent_as_files() -> None:
     assert image_message(FILE).encoded == FILE
     assert image_message(random_pixels(5, 4, 3)).encoded.startswith(b"P6")
+
+
+@pytest.mark.parametrize("made", [lambda pixels: pixels, Image.fromarray], ids=["array", "PIL"])
+def test_pixels_that_a_message_would_not_hold_are_compressed_without_loss(
+    made: Callable[[NDArray[np.uint8]], ImageInput],
+) -> None:
+    # Neighbours are alike, as in photos; the rows are no whole number of blocks.
+    rows, columns = np.mgrid[:3001, :2000]
+    pixels = np.stack([rows // 5, columns // 7, (rows + columns) // 9], 2).astype(np.uint8)
+    encoded = encode_image(made(pixels))
+    assert len(encoded) < pixels.nbytes / 2
+    assert np.array_equal(np.asarray(decoded(encoded)), pixels)
+
+
+@pytest.mark.parametrize("read", [encode_image, lambda path: image_pixels(path, CONFIG)])
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("https://example.org/photo.jpg", "a URL"),
+        ("s3://bucket/photo.jpg", "a URL"),
+        (Path("https://example.org/photo.jpg"), "a URL"),
+        ("data:image/png;base64,iVBORw0KGgo=", "a data URI"),
+        ("DATA:," + "x" * 100_000, "a data URI"),
+        (base64.b64encode(bytes(range(256))).decode(), "base64 text"),
+        (base64.encodebytes(bytes(5000)).decode(), "base64 text"),
+    ],
+)
+def test_an_image_given_as_a_path_is_said_to_be_none(
+    read: Callable[[str | Path], object], path: str | Path, what: str
+) -> None:
+    with pytest.raises(ValueError, match=f"an image must be a path or its bytes, not {what}"):
+        read(path)

@@ -7,6 +7,7 @@ for it: it brings gRPC.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,9 @@ ImageInput = (
 """A path, an encoded image, a binary file object, a PIL image, a uint8 HxWx3 RGB array, or a float
 array or tensor [3,H,W] as the checkpoint's own image processor makes it."""
 
+# Shorter texts may as well be names of files.
+_LEAST_BASE64 = 200
+
 # Modes whose samples have a fixed range, so that they can be shown.
 _MODES = frozenset(
     {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "I", "I;16", "I;16B"}
@@ -68,7 +72,7 @@ def image_pixels(
     Raises:
         TypeError: if the image is none of the kinds that are taken.
         ValueError: if an array has neither form, or a PIL image has no pixels or a mode without a
-            fixed range.
+            fixed range, or a path is a URL, a data URI or base64 text.
         InvalidRequestError: if a float array is not what the image processor makes.
         OSError: if a file cannot be read, such as FileNotFoundError.
         ImageCorruptError: empty, truncated or damaged bytes.
@@ -103,7 +107,7 @@ def _values(image: Any) -> NDArray[np.float32]:
 
 def _encoded(image: Any) -> bytes:
     if isinstance(image, (str, os.PathLike)):
-        return Path(image).read_bytes()
+        return _read_path(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image)
     if not hasattr(image, "read"):
@@ -115,6 +119,29 @@ def _encoded(image: Any) -> bytes:
     if not isinstance(data, bytes):
         raise TypeError("an image file object must be opened in binary mode")
     return data
+
+
+def _read_path(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError):  # ValueError: a NUL within.
+        # Only what is no file is looked at: a file may have any name.
+        content = _content_given_as_path(os.fspath(path))
+        if content is None:
+            raise
+    raise ValueError(f"an image must be a path or its bytes, not {content}")
+
+
+def _content_given_as_path(path: str) -> str | None:
+    """What of an image a text is if it is no path; None where it may well be one."""
+    if re.match(r"data:[^,]*,", path, re.IGNORECASE):
+        return "a data URI: decode it and give the bytes"
+    # Path makes one slash of two.
+    if re.match(r"[a-z][a-z0-9+.-]+:/", path, re.IGNORECASE):
+        return "a URL: fetch it and give the bytes"
+    if len(path) >= _LEAST_BASE64 and re.fullmatch(r"[A-Za-z0-9+/_\-\s]+=*\s*", path):
+        return "base64 text: decode it and give the bytes"
+    return None
 
 
 def _picture(array: NDArray[Any]) -> Image.Image:
