@@ -11,7 +11,7 @@ from captionserve_server.core.confidence import Calibration
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.words import Encode, word_tokens
+from captionserve_server.core.words import Encode, check_tokens, word_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,9 @@ class Bundle:
         """
         options = self.defaults.with_given(given)
         self.check(options)
-        return CaptionPlan(options, word_tokens(options, encode))
+        words = word_tokens(options, encode)
+        check_tokens(words, self.geometry.vocabulary_size)
+        return CaptionPlan(options, words)
 
     def check(self, options: DecodingOptions) -> None:
         """Refuse options that this checkpoint cannot follow.

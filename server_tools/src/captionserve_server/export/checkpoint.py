@@ -35,7 +35,9 @@ from captionserve_server.core.preprocessing import PreprocessorConfig, read_prep
 SUPPORTED_ENCODERS = ("vit", "deit")
 SUPPORTED_DECODERS = ("gpt2",)
 CALIBRATION_FILE = "confidence.json"
-
+# A model's vocabulary is often filled up to a multiple of one of these, for speed; nothing is
+# trained to say what fills it.
+_VOCABULARY_MULTIPLES = (8, 16, 32, 64, 128, 256, 512)
 
 # What of generation_config.json has the same name and meaning here.
 _GENERATION_DEFAULTS = (
@@ -70,12 +72,14 @@ class Checkpoint:
         tokenizer: its fast tokenizer.
         preprocessor: its image processor's settings.
         bundle: what serving must know beside the graphs.
+        unknown_tokens: tokens of the tokenizer that the model does not know.
     """
 
     model: VisionEncoderDecoderModel
     tokenizer: PreTrainedTokenizerFast
     preprocessor: PreprocessorConfig
     bundle: Bundle
+    unknown_tokens: int
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -91,7 +95,7 @@ def load_checkpoint(name: str) -> Checkpoint:
 
     Raises:
         UnsupportedCheckpointError: if its architecture, weights or image processor cannot be
-        served, or its confidence.json cannot be read.
+        served, its tokenizer lacks tokens of the model, or its confidence.json cannot be read.
     """
     config = _load_config(name)
     _check_architecture(config)
@@ -100,7 +104,9 @@ def load_checkpoint(name: str) -> Checkpoint:
     calibration = _load_calibration(name)
     model = _load_model(name, config)
     tokenizer = _load_tokenizer(name)
-    return Checkpoint(model, tokenizer, preprocessor, _bundle(model, calibration))
+    bundle = _bundle(model, calibration)
+    unknown = _unknown_tokens(tokenizer, bundle.geometry.vocabulary_size)
+    return Checkpoint(model, tokenizer, preprocessor, bundle, unknown)
 
 
 def encoder_image_size(encoder: Any) -> tuple[int, int]:
@@ -223,6 +229,23 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedCheckpointError("the checkpoint has no tokenizer.json or GPT-2 vocabulary")
     return tokenizer
+
+
+def _unknown_tokens(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> int:
+    """How many of the tokenizer's tokens the model does not know.
+
+    Raises:
+        UnsupportedCheckpointError: if it lacks tokens that the model may say: their text is lost.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    known = sum(token < vocabulary_size for token in ids)
+    filled_up = any(-known % each + known == vocabulary_size for each in _VOCABULARY_MULTIPLES)
+    if known < vocabulary_size and not (known and filled_up):
+        raise UnsupportedCheckpointError(
+            f"its tokenizer has {known} tokens of the model's {vocabulary_size}: "
+            "it is not this model's"
+        )
+    return len(ids) - known
 
 
 def _bundle(model: VisionEncoderDecoderModel, calibration: Calibration) -> Bundle:

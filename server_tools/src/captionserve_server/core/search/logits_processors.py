@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
+from captionserve_server.core.search.hypotheses import is_one_of
 from captionserve_server.core.step_model import (
     FORBIDDEN,
     BoolArray,
@@ -21,6 +22,7 @@ from captionserve_server.core.step_model import (
     Int64Array,
     ScoreEdits,
 )
+from captionserve_server.core.words import TokenRuns
 
 
 @dataclass(frozen=True)
@@ -122,28 +124,33 @@ class BadWords:
 
     def edits(self, rows: RowHistories) -> ScoreEdits:
         """One edit for each run that a row is about to complete."""
-        changed: list[Int64Array] = [np.zeros(0, np.int64)]
-        tokens: list[int] = []
+        parts: list[ScoreEdits] = []
         for caption, plan in enumerate(rows.plans):
-            own = rows.rows_of(caption)
-            for run in plan.words.bad:
-                # As in transformers, the end of a caption is not a word.
-                if len(run) == 1 and run[0] in rows.special.end:
-                    continue
-                matching = own[_ends_with(rows, own, run[:-1])]
-                changed.append(matching)
-                tokens += [run[-1]] * len(matching)
-        return forbid(np.concatenate(changed), np.array(tokens, np.int64))
+            if not plan.words.bad:
+                continue
+            runs, own = plan.words.bad_runs, rows.rows_of(caption)
+            # As in transformers, the end of a caption is not a word.
+            words = (runs.lengths > 0) | ~is_one_of(runs.last, np.array(rows.special.end, np.int64))
+            row, run = np.nonzero(_completing(runs, rows, own) & words)
+            parts.append(forbid(own[row], runs.last[run]))
+        return joined(parts)
 
 
-def _ends_with(rows: RowHistories, chosen: Int64Array, run: tuple[int, ...]) -> BoolArray:
-    """Whether each chosen row ends with `run`, [chosen]."""
-    lengths = rows.lengths[chosen]
-    columns = np.maximum(lengths[:, None] - len(run) + np.arange(len(run)), 0)
-    matches: BoolArray = (rows.tokens[chosen[:, None], columns] == np.array(run, np.int64)).all(
-        axis=1
-    )
-    return matches & (lengths >= len(run))
+def _completing(runs: TokenRuns, rows: RowHistories, chosen: Int64Array) -> BoolArray:
+    """Whether each chosen row ends with all of each run but its last token, [chosen, runs]."""
+    longest = runs.before.shape[1]
+    completing = np.tile(runs.lengths == 0, (len(chosen), 1))
+    if not longest:
+        return completing
+    columns = rows.lengths[chosen, None] - longest + np.arange(longest)
+    tails = rows.tokens[chosen[:, None], np.maximum(columns, 0)].astype(np.int32)
+    # No run has this where a row has no token.
+    tails[columns < 0] = -2
+    # Nearly all differ in the token that comes first to hand.
+    row, run = np.nonzero(tails[:, -1:] == runs.before[:, -1])
+    equal = np.count_nonzero(tails[row] == runs.before[run], axis=1)
+    completing[row, run] = equal == runs.lengths[run]
+    return completing
 
 
 class MinLength:
