@@ -54,7 +54,8 @@ soak: setup  ## 2,000 mixed requests, a third given up; everything must be back 
 		--log-cli-level INFO
 
 soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bounded time and memory.
-	$(BIN)/python -m pytest tests/faults/test_image_soak.py --soak-images 5000
+	$(BIN)/python -m pytest tests/faults/test_image_soak.py --soak-images 5000 \
+		--log-cli-level INFO
 
 # Random weights of the real model's shapes: their speed is the same. They end no caption by themselves.
 FULL_SIZE := build/bench/full-size

@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--soak-requests", type=int, default=300, help="requests of tests/faults/test_soak.py"
     )
     parser.addoption(
-        "--soak-images", type=int, default=300, help="files of tests/faults/test_image_soak.py"
+        "--soak-images", type=int, default=500, help="files of tests/faults/test_image_soak.py"
     )
 
 

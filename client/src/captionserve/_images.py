@@ -6,6 +6,7 @@ without loss, as PPM (which needs no library) or PNG; pixel values go as they ar
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -96,6 +97,18 @@ _PNG_ROWS = 64
 # Shorter texts may as well be names of files.
 _LEAST_BASE64 = 200
 
+_ORIENTATION_TAG = 0x0112
+# What turns a picture upright, by its orientation, as Pillow calls it.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
 # Modes that PNG stores as they are.
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B"})
 # Modes with a lossless way to one that PNG stores; "I" holds 16-bit samples in 32 bits.
@@ -144,15 +157,16 @@ def encode_image(image: ImageInput) -> bytes:
     array or an RGB PIL image becomes a binary PPM. A PIL image of another mode becomes a PNG, which
     keeps palette, transparency and 16-bit samples; CMYK, YCbCr, HSV, LAB and RGBX images are
     converted to RGB by Pillow. A PIL image is turned upright if its EXIF data say so, as the server
-    does with files.
+    does with files. A JPEG or PNG that Pillow has opened and not yet read is sent as it is.
 
-    Pixels of more than 16 MiB are compressed, so that what the service accepts fits into a message.
+    Pixels of more than 16 MiB are compressed: a photo takes about two thirds of them.
 
     Raises:
         TypeError: if the value is none of these.
         ValueError: if an array is not uint8 height x width x 3, or a PIL image has no pixels or a
-            mode without a fixed range, or a path is a URL, a data URI or base64 text.
-        OSError: if a file cannot be read, such as FileNotFoundError.
+            mode without a fixed range.
+        OSError: if a file cannot be read, such as FileNotFoundError; it says so where the path is
+            a URL, a data URI or base64 text.
     """
     if isinstance(image, (str, os.PathLike)):
         return _read_path(image)
@@ -178,7 +192,7 @@ def _read_path(path: str | os.PathLike[str]) -> bytes:
         content = _content_given_as_path(os.fspath(path))
         if content is None:
             raise
-    raise ValueError(f"an image must be a path or its bytes, not {content}")
+    raise FileNotFoundError(errno.ENOENT, f"an image must be a path or its bytes, not {content}")
 
 
 def _content_given_as_path(path: str) -> str | None:
@@ -217,12 +231,12 @@ def _encode_array(array: Uint8Array) -> bytes:
 
 
 def _encode_pillow(image: Image.Image) -> bytes:
-    # Pillow is there, since its image is.
-    from PIL import ImageOps
-
     if 0 in image.size:
         raise ValueError("an image must have pixels")
-    image = ImageOps.exif_transpose(image)
+    encoded = _file_of(image)
+    if encoded is not None:
+        return encoded
+    image = _upright(image)
     if image.mode in _CONVERT_TO_RGB:
         image = image.convert("RGB")
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -230,6 +244,36 @@ def _encode_pillow(image: Image.Image) -> bytes:
             return _png(image)
         return _ppm(image.width, image.height, image.tobytes())
     return _png(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Pillow is there, since its image is.
+    from PIL.Image import Transpose
+
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # Damaged metadata raise anything, and say nothing.
+        turn = None
+    return image if turn is None else image.transpose(Transpose[turn])
+
+
+def _file_of(image: Image.Image) -> bytes | None:
+    """The file of a picture that Pillow has opened and not yet read; None for others.
+
+    Pillow does not read all of it: a 16-bit PNG's colours lose a half, a transparent one does not.
+    """
+    from PIL import ImageFile
+
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.fp is None:
+        return None
+    # A draft is smaller than its file.
+    if image.format not in {"JPEG", "PNG"} or image.tell() != 0 or image.decoderconfig:
+        return None
+    place = image.fp.tell()
+    image.fp.seek(0)
+    encoded = image.fp.read()
+    image.fp.seek(place)
+    return encoded
 
 
 def _png(image: Image.Image) -> bytes:

@@ -13,7 +13,7 @@ from captionserve._images import ImageInput, encode_image, image_message
 from captionserve_server.core.preprocessing import PreprocessorConfig
 from captionserve_server.local.images import image_pixels
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 CONFIG = PreprocessorConfig()
 FILE = b"any bytes: the client does not look into files"
@@ -124,14 +124,51 @@ def test_rgb_with_a_transparent_colour_keeps_it() -> None:
     assert decoded(encode_image(image)).info["transparency"] == (0, 0, 0)
 
 
-def test_a_pillow_image_is_turned_upright_as_its_file_would_be() -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_pillow_image_is_turned_upright_as_its_file_would_be(orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     file = io.BytesIO()
     Image.fromarray(random_pixels(5, 4, 3)).save(file, "PNG", exif=exif)
     image = Image.open(file)
-    assert image.size == (4, 5)
-    assert decoded(encode_image(image)).size == (5, 4)
+    image.load()
+    turned = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(np.asarray(decoded(encode_image(image))), turned)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0garbage",
+        # Orientation 6, and a resolution of which the fraction lies far away.
+        b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\3\0\1\0\0\0\6\0\0\0"
+        b"\x1a\x01\x0c\0\x09\0\0\0\x1a\0\0\0\0\0\0\0",
+    ],
+    ids=["no EXIF", "bad tag"],
+)
+def test_metadata_of_a_pillow_image_fail_it_not(exif: bytes) -> None:
+    image = Image.fromarray(random_pixels(5, 4, 3))
+    image.info["exif"] = exif
+    assert decoded(encode_image(image)).size == ((4, 5) if b"garbage" in exif else (5, 4))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_file_that_pillow_has_not_read_is_sent_as_it_is(kind: str) -> None:
+    file = io.BytesIO()
+    Image.fromarray(random_pixels(50, 40, 3)).save(file, kind)
+    image = Image.open(file)
+    assert encode_image(image) == file.getvalue()
+    # It can still be read.
+    pixels = np.asarray(image)
+    assert np.array_equal(np.asarray(decoded(encode_image(image))), pixels)
+
+
+def test_a_draft_is_sent_as_it_is_read() -> None:
+    file = io.BytesIO()
+    Image.fromarray(random_pixels(64, 64, 3)).save(file, "JPEG")
+    image = Image.open(file)
+    image.draft("RGB", (16, 16))
+    assert decoded(encode_image(image)).size == (16, 16)
 
 
 @pytest.mark.parametrize("value", [None, 7, ["photo.jpg"], object()])
@@ -210,14 +247,17 @@ def test_other_images_are_sent_as_files() -> None:
 
 
 @pytest.mark.parametrize("made", [lambda pixels: pixels, Image.fromarray], ids=["array", "PIL"])
-def test_pixels_that_a_message_would_not_hold_are_compressed_without_loss(
+def test_a_large_photo_is_compressed_without_loss(
     made: Callable[[NDArray[np.uint8]], ImageInput],
 ) -> None:
-    # Neighbours are alike, as in photos; the rows are no whole number of blocks.
+    # Six megapixels with the noise of a dim room; the rows are no whole number of blocks.
     rows, columns = np.mgrid[:3001, :2000]
-    pixels = np.stack([rows // 5, columns // 7, (rows + columns) // 9], 2).astype(np.uint8)
+    noise = np.random.default_rng(3).normal(scale=6, size=(3001, 2000))
+    smooth = np.stack([rows // 15, columns // 10, (rows + columns) // 25], 2)
+    pixels = (smooth + noise[:, :, None] + 30).clip(0, 255).astype(np.uint8)
     encoded = encode_image(made(pixels))
-    assert len(encoded) < pixels.nbytes / 2
+    # So 24 megapixels, 72 MB, fit into a message of 64 MiB.
+    assert len(encoded) < 0.8 * pixels.nbytes
     assert np.array_equal(np.asarray(decoded(encoded)), pixels)
 
 
@@ -237,5 +277,5 @@ def test_pixels_that_a_message_would_not_hold_are_compressed_without_loss(
 def test_an_image_given_as_a_path_is_said_to_be_none(
     read: Callable[[str | Path], object], path: str | Path, what: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"an image must be a path or its bytes, not {what}"):
+    with pytest.raises(OSError, match=f"an image must be a path or its bytes, not {what}"):
         read(path)

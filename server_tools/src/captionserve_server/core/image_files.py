@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import struct
 import zlib
@@ -17,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
-    ImageChops,
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
@@ -29,8 +30,18 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from captionserve_server.core.errors import ImageCorruptError, UnsupportedImageFormatError
+from captionserve_server.core.errors import (
+    ImageCorruptError,
+    ImageTooManyPixelsError,
+    UnsupportedImageFormatError,
+)
 
+# A large phone's photo.
+MAX_PIXELS = 50_000_000
+# Pillow's pictures of more than one band.
+RGB_BYTES_PER_PIXEL = 4
+# What is converted at once, so that it stays small beside the picture.
+TILE_PIXELS = 1 << 18
 _ORIENTATION_TAG = 0x0112
 # How a picture is turned upright, by its orientation; 1 is upright.
 _TURNS = {
@@ -42,12 +53,20 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What becomes of the turned picture's axes on the way back.
+_EXCHANGING_SIDES = frozenset(_TURNS[orientation] for orientation in (5, 6, 7, 8))
+_REVERSING_COLUMNS = frozenset(_TURNS[orientation] for orientation in (2, 3, 6, 7))
+_REVERSING_ROWS = frozenset(_TURNS[orientation] for orientation in (3, 4, 7, 8))
 # Text that may hold the orientation; more is of something else.
 _MAX_TEXT_BYTES = 1 << 20
 _BMP_HEADER_SIZES = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
 # What may stand in a PNM header between two numbers, and how far a header is looked for.
 _PNM_SPACE = re.compile(rb"(?:\s|#[^\r\n]*(?:[\r\n]|$))+")
 _PNM_HEADER_BYTES = 4096
+_PNM_COMMENT = re.compile(rb"#[^\r\n]*")
+_SPACE = re.compile(rb"\s")
+_NO_NUMBER = re.compile(rb"[^\d\s]")
+_PLAIN_BLOCK_BYTES = 1 << 20
 _JPEG_BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xDA)})
 _JPEG_START_OF_SCAN = 0xDA
 _JPEG_APP0, _JPEG_APP1, _JPEG_APP14, _JPEG_APP15 = 0xE0, 0xE1, 0xEE, 0xEF
@@ -55,6 +74,13 @@ _JPEG_COMMENT = 0xFE
 _PNG_XMP = b"XML:com.adobe.xmp"
 _PNG_RAW_EXIF = b"Raw profile type exif"
 
+# Two canvases of the decoder and its result.
+_WEBP_BYTES_PER_PIXEL = 12
+# The picture and its samples; or where it is transparent, and what takes that in.
+_TWICE_BYTES_PER_PIXEL = 8
+
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom, in pixels."""
 Metadata = dict[str, bytes | str]
 """What may hold the orientation, by the names under which Pillow looks for it."""
 _Reader = Callable[[bytes], tuple[bytes, Metadata]]
@@ -77,6 +103,15 @@ class _Format:
     pixel_parts: _Reader = lambda encoded: (encoded, {})
 
 
+class _WebPFile(WebPImagePlugin.WebPImageFile):
+    """Frees the decoder's two canvases before Pillow makes a picture of what it gave."""
+
+    def load_prepare(self) -> None:
+        """Allocate the picture."""
+        self._decoder = None
+        super().load_prepare()
+
+
 def open_image_file(encoded: bytes) -> ImageFile.ImageFile:
     """Read an image file's header.
 
@@ -89,6 +124,7 @@ def open_image_file(encoded: bytes) -> ImageFile.ImageFile:
     Raises:
         ImageCorruptError: empty, truncated or damaged bytes.
         UnsupportedImageFormatError: bytes of another kind.
+        ImageTooManyPixelsError: more than MAX_PIXELS.
     """
     if not encoded:
         raise ImageCorruptError("the image is empty")
@@ -103,43 +139,126 @@ def open_image_file(encoded: bytes) -> ImageFile.ImageFile:
         if kind.name == "PNG":
             _scale_colour_key(image, bit_depth=encoded[24])
         image.info.update(metadata)
+    except Image.DecompressionBombError as error:  # Pillow's limit is above ours.
+        raise ImageTooManyPixelsError(
+            f"the image has more than {MAX_PIXELS} pixels, which is the most accepted"
+        ) from error
     except Exception as error:  # A damaged header raises anything, like a damaged body.
         raise ImageCorruptError("the image is damaged or incomplete") from error
+    check_size(*image.size)
     return image
 
 
-def load_image(image: Image.Image) -> Image.Image:
-    """Decode an opened file; raises anything where it is damaged."""
-    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
-        image.load()
-        return image
-    if image.tile[0].args == "RGB;16B" and image.info.get("transparency") is not None:
+def check_size(width: int, height: int) -> None:
+    """Refuse a picture of too many pixels.
+
+    Raises:
+        ImageTooManyPixelsError: if it has more than MAX_PIXELS.
+    """
+    if width * height > MAX_PIXELS:
+        raise ImageTooManyPixelsError(
+            f"the image, {width} x {height}, has {width * height} pixels, "
+            f"at most {MAX_PIXELS} are accepted"
+        )
+
+
+def load_image(image: ImageFile.ImageFile) -> Image.Image:
+    """Decode what `open_image_file` gave; raises anything where it is damaged."""
+    if image.tile and image.tile[0].args == "RGB;16B" and "transparency" in image.info:
         return _keyed_rgb_of_16_bits(image)
-    # Pillow scales the samples of an odd PNM one by one, in Python: a minute for a large photo.
+    # Pillow takes the samples of these one by one, in Python: half a minute for a large photo.
     if image.format == "PPM" and image.tile[0].codec_name == "ppm":
         return _scaled_pnm(image)
+    if image.format == "PPM" and _is_plain(image):
+        return _plain_pnm(image)
     image.load()
     return image
 
 
+def tiles(width: int, height: int) -> Iterator[Box]:
+    """Boxes of at most TILE_PIXELS that cover a picture."""
+    columns = min(width, TILE_PIXELS)
+    rows = TILE_PIXELS // columns
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            yield left, top, min(left + columns, width), min(top + rows, height)
+
+
 def orientation_turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns a decoded picture upright, by its metadata; None where it is, or none say so."""
+    """What turns a picture upright, by its metadata; None where it is, or none say so."""
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
+        # Image's own: PngImageFile's decodes the picture first.
+        orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG)
     except Exception:  # Damaged metadata raise anything, and say nothing.
         return None
     return _TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
-def decoding_bytes_per_pixel(image: Image.Image) -> int:
-    """What Pillow holds for each pixel while it decodes a file, at most."""
+def turned_size(size: tuple[int, int], turn: Image.Transpose | None) -> tuple[int, int]:
+    """Width and height of a picture after a turn."""
+    return size[::-1] if turn in _EXCHANGING_SIDES else size
+
+
+def source_box(box: Box, size: tuple[int, int], turn: Image.Transpose | None) -> Box:
+    """Where in a picture lies what is in a box of it after a turn.
+
+    Args:
+        box: left, top, right and bottom, in the turned picture.
+        size: width and height of the turned picture.
+        turn: None for none.
+    """
+    left, top, right, bottom = box
+    if turn in _REVERSING_COLUMNS:
+        left, right = size[0] - right, size[0] - left
+    if turn in _REVERSING_ROWS:
+        top, bottom = size[1] - bottom, size[1] - top
+    return (top, left, bottom, right) if turn in _EXCHANGING_SIDES else (left, top, right, bottom)
+
+
+def decoding_bytes(image: Image.Image) -> int:
+    """What Pillow holds at most while it decodes a file, the picture itself included.
+
+    Args:
+        image: as `open_image_file` gave it, or one that is decoded.
+    """
+    pixels = image.width * image.height
+    if isinstance(image, _WebPFile):
+        return _WEBP_BYTES_PER_PIXEL * pixels
     if image.format == "WEBP":
-        # Two canvases of the decoder, its result, the picture; a lossless one's own pixels.
-        return 20
-    if image.format == "JPEG" and image.info.get("progressive"):
-        # All coefficients, 16 bits each, until the last scan.
-        return 4 + 2 * len(image.getbands())
-    return 4
+        return (_WEBP_BYTES_PER_PIXEL + RGB_BYTES_PER_PIXEL) * pixels
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and _has_many_scans(image):
+        return RGB_BYTES_PER_PIXEL * pixels + _jpeg_coefficient_bytes(image)
+    if _is_plain(image) or (image.mode == "RGB" and "transparency" in image.info):
+        return _TWICE_BYTES_PER_PIXEL * pixels
+    return RGB_BYTES_PER_PIXEL * pixels
+
+
+def _has_many_scans(image: JpegImagePlugin.JpegImageFile) -> bool:
+    """Whether libjpeg has to keep all coefficients until the last scan."""
+    if not image.tile:
+        return False
+    assert isinstance(image.fp, io.BytesIO)
+    encoded = image.fp.getvalue()
+    for start, _, marker in _jpeg_segments(encoded):
+        if marker == _JPEG_START_OF_SCAN:
+            return "progressive" in image.info or encoded[start + 4] < image.layers
+    return False
+
+
+def _jpeg_coefficient_bytes(image: JpegImagePlugin.JpegImageFile) -> int:
+    """Of 16 bits each, for whole blocks of 8 x 8 in each component's own resolution."""
+    across = max(horizontal for _, horizontal, _, _ in image.layer)
+    down = max(vertical for _, _, vertical, _ in image.layer)
+    blocks = -(-image.width // (8 * across)) * -(-image.height // (8 * down))
+    in_each = sum(horizontal * vertical for _, horizontal, vertical, _ in image.layer)
+    return 2 * 64 * blocks * in_each
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether this is an opened PNM whose samples are numbers in ASCII; bits are quick to read."""
+    if not isinstance(image, PpmImagePlugin.PpmImageFile) or not image.tile:
+        return False
+    return image.tile[0].codec_name == "ppm_plain" and image.mode != "1"
 
 
 def _scale_colour_key(image: Image.Image, *, bit_depth: int) -> None:
@@ -161,37 +280,86 @@ def _keyed_rgb_of_16_bits(image: ImageFile.ImageFile) -> Image.Image:
     is_key = _equal_to(low, [sample & 255 for sample in key])
     low.close()
     image.load()
-    is_key = ImageChops.darker(is_key, _equal_to(image, [sample >> 8 for sample in key]))
-    image.paste((255, 255, 255), mask=is_key)
+    is_key &= _equal_to(image, [sample >> 8 for sample in key])
+    image.putalpha(Image.fromarray(np.where(is_key, np.uint8(0), np.uint8(255))))
     return image
 
 
-def _equal_to(image: Image.Image, color: Sequence[int]) -> Image.Image:
-    """255 where a picture has a colour, else 0; mode L."""
-    equal = Image.new("L", image.size, 255)
-    for band, sample in enumerate(color):
-        table = [255 * (value == sample) for value in range(256)]
-        equal = ImageChops.darker(equal, image.getchannel(band).point(table))
+def _equal_to(image: Image.Image, color: Sequence[int]) -> NDArray[np.bool_]:
+    """Where an RGB picture has a colour; [height, width]."""
+    equal = np.ones((image.height, image.width), np.bool_)
+    for box in tiles(*image.size):
+        left, top, right, bottom = box
+        samples = np.asarray(image.crop(box))
+        for band, sample in enumerate(color):
+            equal[top:bottom, left:right] &= samples[:, :, band] == sample
     return equal
 
 
 def _scaled_pnm(image: ImageFile.ImageFile) -> Image.Image:
     """Decode a binary PNM whose largest value is neither 255 nor 65535, as Pillow would."""
     tile = image.tile[0]
-    assert image.fp is not None
+    assert isinstance(image.fp, io.BytesIO)
     assert isinstance(tile.args, tuple)
     largest: int = tile.args[-1]
-    image.fp.seek(tile.offset)
     sample = np.dtype(np.uint8 if largest < 256 else ">u2")
-    bands = len(image.getbands())
-    needed = image.width * image.height * bands
-    samples = np.frombuffer(image.fp.read(needed * sample.itemsize), sample, needed)
-    out_largest = 65535 if image.mode == "I" else 255
-    values = np.arange(1 << 8 * sample.itemsize) / largest * out_largest
-    table = np.rint(values).clip(max=out_largest)
-    shape = (image.height, image.width) if bands == 1 else (image.height, image.width, bands)
-    scaled = table.astype(np.uint16 if image.mode == "I" else np.uint8)[samples.reshape(shape)]
-    return Image.fromarray(scaled)
+    shape = (image.height, image.width, len(image.getbands()))
+    samples = np.frombuffer(image.fp.getvalue(), sample, math.prod(shape), tile.offset)
+    samples = samples.reshape(shape if image.mode == "RGB" else shape[:2])
+    table = _table_to_8_bits(largest, 1 << 8 * sample.itemsize, grey=image.mode == "I")
+    scaled = Image.new("RGB" if image.mode == "RGB" else "L", image.size)
+    for left, top, right, bottom in tiles(*image.size):
+        scaled.paste(Image.fromarray(table[samples[top:bottom, left:right]]), (left, top))
+    return scaled
+
+
+def _plain_pnm(image: ImageFile.ImageFile) -> Image.Image:
+    """Decode a plain PNM of grey or RGB samples, as Pillow would.
+
+    Raises:
+        ValueError: if it holds anything but numbers and comments, or too few or too large ones.
+    """
+    tile = image.tile[0]
+    assert isinstance(image.fp, io.BytesIO)
+    assert isinstance(tile.args, tuple)
+    largest: int = tile.args[-1]
+    table = _table_to_8_bits(largest, largest + 1, grey=image.mode == "I")
+    shape = (image.height, image.width) if image.mode != "RGB" else (image.height, image.width, 3)
+    samples = np.empty(math.prod(shape), np.uint8)
+    filled = 0
+    for numbers in _numbers(image.fp.getvalue(), tile.offset):
+        numbers = numbers[: samples.size - filled]
+        if (numbers > largest).any():
+            raise ValueError("a sample is larger than the largest one")
+        samples[filled : filled + len(numbers)] = table[numbers]
+        filled += len(numbers)
+    if filled < samples.size:
+        raise ValueError("too few samples")
+    return Image.fromarray(samples.reshape(shape))
+
+
+def _numbers(text: bytes, position: int) -> Iterator[NDArray[np.int64]]:
+    """The numbers of a plain PNM from a position on, some at a time."""
+    if text.find(b"#", position) >= 0:
+        text, position = _PNM_COMMENT.sub(b"", text[position:]), 0
+    while position < len(text):
+        space = _SPACE.search(text, position + _PLAIN_BLOCK_BYTES)
+        end = space.end() if space else len(text)
+        block = text[position:end].strip()
+        if _NO_NUMBER.search(block):
+            raise ValueError("not a number")
+        if block:
+            yield np.fromstring(block, np.int64, sep=" ")
+        position = end
+
+
+def _table_to_8_bits(largest: int, count: int, *, grey: bool) -> NDArray[np.uint8]:
+    """What each sample becomes; grey ones of 16 bits by way of a picture of 16 bits."""
+    values = np.arange(count) / largest
+    if grey:
+        values = np.rint(values * 65535).clip(max=65535) / 65535
+    table: NDArray[np.uint8] = np.rint(values * 255).clip(max=255).astype(np.uint8)
+    return table
 
 
 def _is_jpeg(encoded: bytes) -> bool:
@@ -253,7 +421,7 @@ def _jpeg_parts(encoded: bytes) -> tuple[bytes, Metadata]:
 
 
 def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
-    """Start, end and marker of each segment before the first scan, as far as they are whole."""
+    """Start, end and marker of each segment to the first scan's, as far as they are whole."""
     position = 2
     while position + 4 <= len(encoded) and encoded[position] == 0xFF:
         marker = encoded[position + 1]
@@ -264,9 +432,11 @@ def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
             position += 2
             continue
         end = position + 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
-        if marker == _JPEG_START_OF_SCAN or end < position + 4 or end > len(encoded):
+        if end < position + 4 or end > len(encoded):
             return
         yield position, end, marker
+        if marker == _JPEG_START_OF_SCAN:
+            return
         position = end
 
 
@@ -353,7 +523,7 @@ def _gif_parts(encoded: bytes) -> tuple[bytes, Metadata]:
 _FORMATS = (
     _Format("JPEG", _is_jpeg, JpegImagePlugin.JpegImageFile, _jpeg_parts),
     _Format("PNG", _is_png, PngImagePlugin.PngImageFile, _png_parts),
-    _Format("WEBP", _is_webp, WebPImagePlugin.WebPImageFile),
+    _Format("WEBP", _is_webp, _WebPFile),
     _Format("BMP", _is_bmp, BmpImagePlugin.BmpImageFile),
     _Format("GIF", _is_gif, GifImagePlugin.GifImageFile, _gif_parts),
     _Format("PPM", _is_pnm, PpmImagePlugin.PpmImageFile),

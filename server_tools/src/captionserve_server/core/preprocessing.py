@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,23 +24,31 @@ from captionserve_server.core.errors import (
     InvalidRequestError,
 )
 from captionserve_server.core.image_files import (
-    decoding_bytes_per_pixel,
+    MAX_PIXELS,
+    RGB_BYTES_PER_PIXEL,
+    TILE_PIXELS,
+    check_size,
+    decoding_bytes,
     load_image,
     open_image_file,
     orientation_turn,
+    source_box,
+    tiles,
+    turned_size,
 )
 
-# A large phone's photo.
-MAX_PIXELS = 50_000_000
-# Pillow's RGB picture, and two of them while one is turned or converted.
-_RGB_BYTES_PER_PIXEL = 4
-_WORKING_BYTES_PER_PIXEL = 8
-_TILE_EDGE = 1024
+# Decoded pictures by mode, where they take less than RGB.
+_SMALL_BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2}
+# The resized picture, and its samples in two orders.
+_RESULT_BYTES_PER_PIXEL = 10
+# What is made of a tile on its way to RGB.
+_TILE_BYTES_PER_PIXEL = 32
 _UINT16_TO_UINT8 = 255.0 / 65535.0
 # How far float32 may lie from the whole pixel that it stands for; half precision does, too.
 _NEAR_A_PIXEL = 0.1
 
 Pixels = NDArray[np.uint8]
+_Opened = TypeVar("_Opened", bound=Image.Image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +189,14 @@ def preprocess(
         ImageTooManyPixelsError: decided from the header, before anything is decoded.
         CaptionServeError: what `reserve` raises.
     """
-    return _prepared(open_image_file(encoded), config, reserve)
+    image = open_image_file(encoded)
+    return _prepared(image, load_image, config, reserve, keep=False)
 
 
 def preprocess_picture(
     image: Image.Image, config: PreprocessorConfig, reserve: Reserve = without_limit
 ) -> Pixels:
-    """Prepare a picture for the encoder that is in memory, or in a file that Pillow has opened.
+    """Prepare a picture for the encoder that Pillow has in memory, or has opened.
 
     Args:
         image: of a mode whose samples have a fixed range; it is left as it is.
@@ -196,52 +206,121 @@ def preprocess_picture(
     Returns:
         as `preprocess`, and raises the same.
     """
-    return _prepared(image, config, reserve, keep=image)
+    return _prepared(image, _loaded, config, reserve, keep=True)
 
 
-def _prepared(
-    image: Image.Image,
-    config: PreprocessorConfig,
-    reserve: Reserve,
-    keep: Image.Image | None = None,
+def preprocess_array(
+    array: NDArray[np.uint8], config: PreprocessorConfig, reserve: Reserve = without_limit
 ) -> Pixels:
-    _check_pixels(image.width * image.height, f"the image, {image.width} x {image.height},")
-    with reserve(_peak_bytes(image, config)):
-        try:
-            picture = _upright_rgb(image, keep)
-        except Exception as error:  # Damaged files raise anything: OSError, SyntaxError.
-            raise ImageCorruptError("the image is damaged or incomplete") from error
-        return to_pixels(picture, config)
+    """Prepare samples for the encoder.
+
+    Args:
+        array: uint8 [height, width, 3], RGB.
+        config: as for `preprocess`.
+        reserve: likewise.
+
+    Returns:
+        as `preprocess`.
+
+    Raises:
+        ImageTooManyPixelsError: decided from the shape.
+        CaptionServeError: what `reserve` raises.
+    """
+    height, width, _ = array.shape
+    check_size(width, height)
+    with _room(width, height, RGB_BYTES_PER_PIXEL * width * height, config, reserve):
+        return to_pixels(Image.fromarray(array), config)
 
 
-def _upright_rgb(image: Image.Image, keep: Image.Image | None) -> Image.Image:
-    """Decode, put on white and turn; no more than two pictures are in memory at once."""
-    picture = image
-    for step in (load_image, _turned, _opaque, _rgb):
-        following = step(picture)
-        if following is not picture and picture is not keep:
-            # References to it may be left; its pixels must not be.
-            picture.close()
-        picture = following
-    return picture
-
-
-def _turned(image: Image.Image) -> Image.Image:
-    turn = orientation_turn(image)
-    return image if turn is None else image.transpose(turn)
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """16-bit samples rescaled to L, what is transparent put on white; others as they are."""
-    if image.mode.startswith("I"):
-        return _by_tiles(image, "L", _grey_of_16_bits)
-    if _is_transparent(image):
-        return _by_tiles(image, "RGB", _on_white)
+def _loaded(image: Image.Image) -> Image.Image:
+    image.load()
     return image
 
 
+def _prepared(
+    image: _Opened,
+    load: Callable[[_Opened], Image.Image],
+    config: PreprocessorConfig,
+    reserve: Reserve,
+    *,
+    keep: bool,
+) -> Pixels:
+    check_size(*image.size)
+    turn = orientation_turn(image)
+    size = turned_size(image.size, turn)
+    with _room(*size, _reading_bytes(image, turn), config, reserve):
+        try:
+            picture = load(image)
+            upright = _upright_rgb(picture, turn)
+            if not keep and upright is not picture:
+                # References to it may be left; its pixels must not be.
+                picture.close()
+        except Exception as error:  # Damaged files raise anything: OSError, SyntaxError.
+            raise ImageCorruptError("the image is damaged or incomplete") from error
+        return to_pixels(upright, config)
+
+
+def _room(
+    width: int, height: int, reading: int, config: PreprocessorConfig, reserve: Reserve
+) -> AbstractContextManager[None]:
+    """Reserve what an image takes from its file to the encoder's pixels.
+
+    Args:
+        width: of the upright picture.
+        height: likewise.
+        reading: bytes that it takes until it is upright and RGB.
+        config: as for `preprocess`.
+        reserve: likewise.
+
+    Raises:
+        ImageTooManyPixelsError: if it is so narrow or wide that resizing it takes too many.
+    """
+    new_height, new_width = _resized_size(width, height, config)
+    if new_width * max(height, new_height) > MAX_PIXELS:
+        raise ImageTooManyPixelsError(
+            f"resizing the image, {width} x {height}, takes more than {MAX_PIXELS} pixels"
+        )
+    # The picture between Pillow's two passes: it shrinks in height first only if that makes less.
+    between = max(new_width * height, width * min(height, new_height))
+    return reserve(
+        reading + RGB_BYTES_PER_PIXEL * between + _RESULT_BYTES_PER_PIXEL * new_width * new_height
+    )
+
+
+def _reading_bytes(image: Image.Image, turn: Image.Transpose | None) -> int:
+    """What a picture takes at most until it is upright and RGB."""
+    pixels = image.width * image.height
+    if _is_upright_rgb(image, turn):
+        return decoding_bytes(image)
+    decoded = _SMALL_BYTES_PER_PIXEL.get(image.mode, RGB_BYTES_PER_PIXEL) * pixels
+    converted = RGB_BYTES_PER_PIXEL * pixels + _TILE_BYTES_PER_PIXEL * min(pixels, TILE_PIXELS)
+    return max(decoding_bytes(image), decoded + converted)
+
+
+def _upright_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """Turn a picture, put it on white and convert it."""
+    if _is_upright_rgb(image, turn):
+        return image
+    size = turned_size(image.size, turn)
+    upright = Image.new("RGB", size)
+    # By tiles, so that what lies between the two stays small.
+    for box in tiles(*size):
+        tile = image.crop(source_box(box, size, turn))
+        upright.paste(_rgb(tile if turn is None else tile.transpose(turn)), box)
+    return upright
+
+
+def _is_upright_rgb(image: Image.Image, turn: Image.Transpose | None) -> bool:
+    return turn is None and image.mode == "RGB" and not _is_transparent(image)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """Convert any mode to RGB: 16-bit samples rescaled, what is transparent put on white."""
+    if image.mode.startswith("I"):
+        return _grey_of_16_bits(image).convert("RGB")
+    if _is_transparent(image):
+        return _on_white(image)
+    return image.convert("RGB")
 
 
 def _is_transparent(image: Image.Image) -> bool:
@@ -251,19 +330,6 @@ def _is_transparent(image: Image.Image) -> bool:
         or image.info.get("transparency") is not None
         or (image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA")
     )
-
-
-def _by_tiles(
-    image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]
-) -> Image.Image:
-    """Convert a picture tile by tile, so that what lies between the two stays small."""
-    converted = Image.new(mode, image.size)
-    for top in range(0, image.height, _TILE_EDGE):
-        for left in range(0, image.width, _TILE_EDGE):
-            right, bottom = left + _TILE_EDGE, top + _TILE_EDGE
-            box = (left, top, min(right, image.width), min(bottom, image.height))
-            converted.paste(convert(image.crop(box)), box)
-    return converted
 
 
 def _grey_of_16_bits(image: Image.Image) -> Image.Image:
@@ -280,31 +346,6 @@ def _on_white(image: Image.Image) -> Image.Image:
     picture = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, picture).convert("RGB")
-
-
-def _check_pixels(pixels: int, what: str) -> None:
-    if pixels > MAX_PIXELS:
-        raise ImageTooManyPixelsError(
-            f"{what} has {pixels} pixels, at most {MAX_PIXELS} are accepted"
-        )
-
-
-def _peak_bytes(image: Image.Image, config: PreprocessorConfig) -> int:
-    """What an image takes at most from its file to the encoder's pixels, in bytes."""
-    pixels = image.width * image.height
-    peak = max(decoding_bytes_per_pixel(image), _WORKING_BYTES_PER_PIXEL) * pixels
-    if not config.do_resize:
-        return peak
-    # The orientation may exchange the two.
-    sides = (image.size, image.size[::-1])
-    resizing = max(sum(_resizing_pixels(*size, config)) for size in sides)
-    return max(peak, _RGB_BYTES_PER_PIXEL * (pixels + min(resizing, 2 * MAX_PIXELS)))
-
-
-def _resizing_pixels(width: int, height: int, config: PreprocessorConfig) -> tuple[int, int]:
-    """Pixels of the picture between Pillow's two passes of resizing, and of the resized one."""
-    new_height, new_width = _resized_size(width, height, config)
-    return (0 if new_width == width else new_width * height), new_height * new_width
 
 
 def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) -> Pixels:
@@ -346,17 +387,8 @@ def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) ->
 
 
 def to_pixels(image: Image.Image, config: PreprocessorConfig) -> Pixels:
-    """Resize and crop an RGB picture; uint8 [3, height, width].
-
-    Raises:
-        ImageTooManyPixelsError: if it is so narrow or wide that resizing it takes too many.
-    """
+    """Resize and crop an RGB picture; uint8 [3, height, width]."""
     if config.do_resize:
-        if max(_resizing_pixels(*image.size, config)) > MAX_PIXELS:
-            raise ImageTooManyPixelsError(
-                f"resizing the image, {image.width} x {image.height}, takes more than "
-                f"{MAX_PIXELS} pixels"
-            )
         height, width = _resized_size(*image.size, config)
         image = image.resize((width, height), resample=Image.Resampling(config.resample))
     pixels = np.moveaxis(np.asarray(image), -1, 0)
@@ -367,6 +399,8 @@ def to_pixels(image: Image.Image, config: PreprocessorConfig) -> Pixels:
 
 def _resized_size(width: int, height: int, config: PreprocessorConfig) -> tuple[int, int]:
     """The height and width of a picture after resizing."""
+    if not config.do_resize:
+        return height, width
     if config.height is not None and config.width is not None:
         return config.height, config.width
     assert config.shortest_edge is not None

@@ -6,6 +6,7 @@ for it: it brings gRPC.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from captionserve_server.core.decode_budget import Reserve, without_limit
 from captionserve_server.core.preprocessing import (
@@ -21,6 +22,7 @@ from captionserve_server.core.preprocessing import (
     PreprocessorConfig,
     pixels_of_values,
     preprocess,
+    preprocess_array,
     preprocess_picture,
 )
 
@@ -62,7 +64,8 @@ def image_pixels(
     """Prepare an image for the encoder.
 
     Args:
-        image: paths are read; bytes-like values and file objects are taken as whole image files.
+        image: paths are read; bytes-like values and file objects are taken as whole image files,
+            and so is a JPEG or PNG that Pillow has opened and not yet read.
         config: the checkpoint's image processor.
         reserve: takes the memory that the image will need.
 
@@ -72,19 +75,24 @@ def image_pixels(
     Raises:
         TypeError: if the image is none of the kinds that are taken.
         ValueError: if an array has neither form, or a PIL image has no pixels or a mode without a
-            fixed range, or a path is a URL, a data URI or base64 text.
+            fixed range.
         InvalidRequestError: if a float array is not what the image processor makes.
-        OSError: if a file cannot be read, such as FileNotFoundError.
+        OSError: if a file cannot be read, such as FileNotFoundError; it says so where the path is
+            a URL, a data URI or base64 text.
         ImageCorruptError: empty, truncated or damaged bytes.
         UnsupportedImageFormatError: bytes of another kind.
         ImageTooManyPixelsError: decided from the size, before anything is decoded.
     """
     if isinstance(image, Image.Image):
-        return preprocess_picture(_shown(image), config, reserve)
+        shown = _shown(image)
+        encoded = _file_of(shown)
+        if encoded is None:
+            return preprocess_picture(shown, config, reserve)
+        return preprocess(encoded, config, reserve)
     if _is_floats(image):
         return pixels_of_values(_values(image), config)
     if isinstance(image, np.ndarray):
-        return preprocess_picture(_picture(image), config, reserve)
+        return preprocess_array(_rgb_samples(image), config, reserve)
     return preprocess(_encoded(image), config, reserve)
 
 
@@ -129,7 +137,7 @@ def _read_path(path: str | os.PathLike[str]) -> bytes:
         content = _content_given_as_path(os.fspath(path))
         if content is None:
             raise
-    raise ValueError(f"an image must be a path or its bytes, not {content}")
+    raise FileNotFoundError(errno.ENOENT, f"an image must be a path or its bytes, not {content}")
 
 
 def _content_given_as_path(path: str) -> str | None:
@@ -144,13 +152,13 @@ def _content_given_as_path(path: str) -> str | None:
     return None
 
 
-def _picture(array: NDArray[Any]) -> Image.Image:
+def _rgb_samples(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise ValueError(
             "an image array must be uint8 of shape (height, width, 3), "
             f"is {array.dtype} of shape {array.shape}"
         )
-    return Image.fromarray(array)
+    return array
 
 
 def _shown(image: Image.Image) -> Image.Image:
@@ -159,3 +167,20 @@ def _shown(image: Image.Image) -> Image.Image:
     if image.mode not in _MODES:
         raise ValueError(f"a PIL image of mode {image.mode} must be converted to RGB first")
     return image
+
+
+def _file_of(image: Image.Image) -> bytes | None:
+    """The file of a picture that Pillow has opened and not yet read; None for others.
+
+    Pillow does not read all of it: a 16-bit PNG's colours lose a half, a transparent one does not.
+    """
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.fp is None:
+        return None
+    # A draft is smaller than its file.
+    if image.format not in {"JPEG", "PNG"} or image.tell() != 0 or image.decoderconfig:
+        return None
+    place = image.fp.tell()
+    image.fp.seek(0)
+    encoded = image.fp.read()
+    image.fp.seek(place)
+    return encoded

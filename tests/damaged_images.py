@@ -1,22 +1,11 @@
-"""Image files of all accepted formats, damaged at random, and what becomes of them.
-
-As a program it prepares many of them, for a test that measures the memory of it: the resident peak
-of a process never comes down again, so each run has a process of its own.
-"""
+"""Image files of all accepted formats, damaged at random."""
 
 from __future__ import annotations
 
-import collections
 import io
-import json
 import random
-import resource
-import sys
-import time
 from collections.abc import Iterator
 
-from captionserve_server.core.errors import CaptionServeError
-from captionserve_server.core.preprocessing import PreprocessorConfig, preprocess
 from PIL import Image
 
 from tests.reference import picture
@@ -45,7 +34,7 @@ _KINDS: tuple[tuple[str, str, dict[str, object]], ...] = (
 )
 
 
-def mutated_files(count: int, seed: int = 0) -> Iterator[bytes]:
+def damaged_files(count: int, seed: int) -> Iterator[bytes]:
     """Files of all kinds in turn, each damaged in one to four places."""
     chance = random.Random(seed)
     files = [_file(*kind) for kind in _KINDS]
@@ -84,27 +73,3 @@ def _damage(data: bytearray, chance: random.Random) -> None:
         del data[place:]
     else:
         data[place : place + 4] = chance.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\0\0\x20\0"])
-
-
-def main() -> None:
-    """Prepare so many files, of a seed; print what became of them, as JSON."""
-    count, seed = int(sys.argv[1]), int(sys.argv[2])
-    config = PreprocessorConfig()
-    outcomes: collections.Counter[str] = collections.Counter()
-    slowest = 0.0
-    for encoded in mutated_files(count, seed):
-        begun = time.process_time()
-        try:
-            pixels = preprocess(encoded, config)
-            assert pixels.shape == (3, 224, 224)
-            outcomes["captioned"] += 1
-        except CaptionServeError as error:
-            outcomes[error.reason] += 1
-        slowest = max(slowest, time.process_time() - begun)
-    # Kilobytes on Linux.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    json.dump({"outcomes": outcomes, "slowest_seconds": slowest, "peak_bytes": peak}, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
