@@ -36,7 +36,7 @@ _MALLOC = ":".join(
     (
         "glibc.malloc.hugetlb=1",
         f"glibc.malloc.mmap_threshold={15 << 20}",
-        f"glibc.malloc.trim_threshold={64 << 20}",
+        f"glibc.malloc.trim_threshold={16 << 20}",
     )
 )
 
