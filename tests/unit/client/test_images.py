@@ -15,6 +15,8 @@ from captionserve_server.local.images import image_pixels
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from tests.pictures import BAD_TAG_EXIF
+
 CONFIG = PreprocessorConfig()
 FILE = b"any bytes: the client does not look into files"
 
@@ -137,19 +139,14 @@ def test_a_pillow_image_is_turned_upright_as_its_file_would_be(orientation: int)
 
 
 @pytest.mark.parametrize(
-    "exif",
-    [
-        b"Exif\0\0garbage",
-        # Orientation 6, and a resolution of which the fraction lies far away.
-        b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\3\0\1\0\0\0\6\0\0\0"
-        b"\x1a\x01\x0c\0\x09\0\0\0\x1a\0\0\0\0\0\0\0",
-    ],
+    ("exif", "size"),
+    [(b"Exif\0\0garbage", (4, 5)), (BAD_TAG_EXIF, (5, 4))],
     ids=["no EXIF", "bad tag"],
 )
-def test_metadata_of_a_pillow_image_fail_it_not(exif: bytes) -> None:
+def test_metadata_fail_no_pillow_image(exif: bytes, size: tuple[int, int]) -> None:
     image = Image.fromarray(random_pixels(5, 4, 3))
     image.info["exif"] = exif
-    assert decoded(encode_image(image)).size == ((4, 5) if b"garbage" in exif else (5, 4))
+    assert decoded(encode_image(image)).size == size
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -161,6 +158,15 @@ def test_a_file_that_pillow_has_not_read_is_sent_as_it_is(kind: str) -> None:
     # It can still be read.
     pixels = np.asarray(image)
     assert np.array_equal(np.asarray(decoded(encode_image(image))), pixels)
+
+
+def test_another_picture_of_a_file_is_sent_as_it_is_read() -> None:
+    first, second = (Image.new("RGB", (4, 5), color) for color in ("red", "blue"))
+    file = io.BytesIO()
+    first.save(file, "PNG", save_all=True, append_images=[second])
+    image = Image.open(file)
+    image.seek(1)
+    assert decoded(encode_image(image)).getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_a_draft_is_sent_as_it_is_read() -> None:

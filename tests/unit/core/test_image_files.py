@@ -9,34 +9,24 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from captionserve_server.core.errors import ImageCorruptError, UnsupportedImageFormatError
+from captionserve_server.core import image_files
+from captionserve_server.core.errors import (
+    ImageCorruptError,
+    ImageTooManyPixelsError,
+    UnsupportedImageFormatError,
+)
 from captionserve_server.core.preprocessing import (
     PreprocessorConfig,
     preprocess,
     preprocess_picture,
 )
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
+from tests.pictures import BAD_TAG_EXIF, PNG_START, grey_png, png_chunk
 from tests.reference import picture
 
 AS_IT_IS = PreprocessorConfig(do_resize=False)
-PNG_START = b"\x89PNG\r\n\x1a\n"
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def grey_png(depth: int, rows: bytes, width: int, height: int, key: int) -> bytes:
-    """A grey PNG with a colour key; each row begins with its filter byte, 0."""
-    return (
-        PNG_START
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
-        + chunk(b"tRNS", struct.pack(">H", key))
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
 
 
 def file_of(image: Image.Image, kind: str, **how: object) -> bytes:
@@ -85,16 +75,16 @@ def test_part_of_an_image_is_corrupt(kind: str, share: float) -> None:
 @pytest.mark.parametrize(
     "added",
     [
-        chunk(b"zTXt", b"Workflow\0\0" + zlib.compress(bytes(3 << 20))),
-        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(3 << 20))),
-        chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 << 20))),
-        chunk(b"iCCP", b"profile\0\0no zlib"),
-        chunk(b"eXIf", b"garbage"),
-        chunk(b"eXIf", b"II*\0\x08\0\0\0\xff\xff"),
-        chunk(b"pHYs", b""),
-        chunk(b"gAMA", b""),
-        chunk(b"tIME", b"1")[:-1] + b"?",
-        chunk(b"acTL", b""),
+        png_chunk(b"zTXt", b"Workflow\0\0" + zlib.compress(bytes(3 << 20))),
+        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(3 << 20))),
+        png_chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 << 20))),
+        png_chunk(b"iCCP", b"profile\0\0no zlib"),
+        png_chunk(b"eXIf", b"garbage"),
+        png_chunk(b"eXIf", b"II*\0\x08\0\0\0\xff\xff"),
+        png_chunk(b"pHYs", b""),
+        png_chunk(b"gAMA", b""),
+        png_chunk(b"tIME", b"1")[:-1] + b"?",
+        png_chunk(b"acTL", b""),
     ],
     ids=lambda added: added[4:8].decode(),
 )
@@ -116,19 +106,16 @@ def test_metadata_of_a_jpeg_fail_no_image(marker: int, payload: bytes) -> None:
     np.testing.assert_array_equal(pixels_of(changed), pixels_of(encoded))
 
 
-def test_comments_of_a_gif_fail_no_image() -> None:
-    encoded = file_of(picture(4), "GIF")
-    place = 13 + (3 << (encoded[10] & 7) + 1)
-    comment = b"!\xfe" + (b"\xff" + bytes(255)) * 40_000 + b"\0"
-    changed = encoded[:place] + comment + encoded[place:]
-    np.testing.assert_array_equal(pixels_of(changed), pixels_of(encoded))
+@pytest.fixture(params=[1 << 18, 50], ids=["one tile", "many tiles"])
+def tile_pixels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are put together of tiles, which here may be smaller than a row."""
+    monkeypatch.setattr(image_files, "TILE_PIXELS", request.param)
 
 
+@pytest.mark.usefixtures("tile_pixels")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_orientation_is_kept(kind: str, orientation: int) -> None:
-    from PIL import ImageOps
-
     exif = Image.Exif()
     exif[0x0112] = orientation
     encoded = file_of(picture(5), kind, exif=exif)
@@ -136,14 +123,49 @@ def test_the_orientation_is_kept(kind: str, orientation: int) -> None:
     np.testing.assert_array_equal(pixels_of(encoded), np.moveaxis(np.asarray(turned), -1, 0))
 
 
+XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+RAW_EXIF = b"\nexif\n%8d\n%s\n" % (len(BAD_TAG_EXIF), BAD_TAG_EXIF.hex().encode())
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+        png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)),
+        png_chunk(b"tEXt", b"Raw profile type exif\0" + RAW_EXIF),
+        png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW_EXIF)),
+        png_chunk(b"eXIf", BAD_TAG_EXIF[6:]),
+    ],
+    ids=["XMP", "deflated XMP", "text", "deflated text", "EXIF"],
+)
+@pytest.mark.parametrize("after_pixels", [False, True])
+def test_the_orientation_of_a_png_is_found(added: bytes, after_pixels: bool) -> None:
+    changed = with_png_chunk(file_of(picture(4), "PNG"), added, after_pixels=after_pixels)
+    turned = picture(4).transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(pixels_of(changed), np.moveaxis(np.asarray(turned), -1, 0))
+
+
+def test_the_orientation_of_a_jpegs_xmp_is_found() -> None:
+    encoded = file_of(picture(4), "JPEG")
+    payload = b"http://ns.adobe.com/xap/1.0/\0" + XMP
+    segment = b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload
+    turned = Image.open(io.BytesIO(encoded)).transpose(Image.Transpose.ROTATE_270)
+    seen = pixels_of(encoded[:2] + segment + encoded[2:])
+    np.testing.assert_array_equal(seen, np.moveaxis(np.asarray(turned), -1, 0))
+
+
 def test_a_tag_that_cannot_be_written_back_does_not_matter() -> None:
-    # Orientation 6, and a resolution that is said to be a fraction of 0xffff bytes far away.
-    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", 0x011A, 12, 9, 26)
-    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4)
     good = Image.Exif()
     good[0x0112] = 6
-    seen = pixels_of(file_of(picture(5), "JPEG", exif=exif))
+    seen = pixels_of(file_of(picture(5), "JPEG", exif=BAD_TAG_EXIF))
     np.testing.assert_array_equal(seen, pixels_of(file_of(picture(5), "JPEG", exif=good)))
+
+
+def test_a_canvas_beyond_pillows_own_limit_has_too_many_pixels() -> None:
+    size = (16_383).to_bytes(3, "little") * 2
+    chunk = b"VP8X" + struct.pack("<I", 10) + bytes(4) + size
+    with pytest.raises(ImageTooManyPixelsError):
+        pixels_of(b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
@@ -161,16 +183,17 @@ def test_a_grey_colour_key_is_white(depth: int) -> None:
     assert (seen[:, 1] == 255).all()
 
 
+@pytest.mark.usefixtures("tile_pixels")
 def test_a_colour_key_of_16_bits_is_one_colour() -> None:
     key = (0x1234, 0x5678, 0x9ABC)
     near = (0x1234, 0x5678, 0x9ABD)
     row = b"\0" + struct.pack(">6H", *key, *near)
     encoded = (
         PNG_START
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
-        + chunk(b"tRNS", struct.pack(">3H", *key))
-        + chunk(b"IDAT", zlib.compress(row))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+        + png_chunk(b"tRNS", struct.pack(">3H", *key))
+        + png_chunk(b"IDAT", zlib.compress(row))
+        + png_chunk(b"IEND", b"")
     )
     seen = pixels_of(encoded)[:, 0].T.tolist()
     assert seen == [[255, 255, 255], [0x12, 0x56, 0x9A]]
@@ -206,6 +229,7 @@ def test_the_a_of_lab_is_a_colour() -> None:
     np.testing.assert_array_equal(seen, np.moveaxis(np.asarray(image.convert("RGB")), -1, 0))
 
 
+@pytest.mark.usefixtures("tile_pixels")
 @pytest.mark.parametrize("magic", [b"P5", b"P6"])
 @pytest.mark.parametrize("largest", [1, 100, 254, 256, 1000, 65534])
 def test_odd_largest_values_are_scaled_as_pillow_does(magic: bytes, largest: int) -> None:
@@ -214,6 +238,29 @@ def test_odd_largest_values_are_scaled_as_pillow_does(magic: bytes, largest: int
     encoded = magic + b"\n# odd\n9 7\n%d\n" % largest + body
     pillow = Image.open(io.BytesIO(encoded))
     np.testing.assert_array_equal(pixels_of(encoded), preprocess_picture(loaded(pillow), AS_IT_IS))
+
+
+@pytest.mark.parametrize("magic", [b"P2", b"P3"])
+@pytest.mark.parametrize("largest", [1, 100, 255, 256, 65535])
+@pytest.mark.parametrize("block", [7, 1 << 20])
+def test_plain_samples_are_read_as_pillow_does(
+    magic: bytes, largest: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_files, "_PLAIN_BLOCK_BYTES", block)
+    samples = np.random.default_rng(largest).integers(0, largest + 1, 9 * 7 * 3)
+    numbers = [b"%d" % sample for sample in samples]
+    body = b" \n".join([*numbers[:5], b"# 7 7 7", *numbers[5:]])
+    encoded = magic + b"\n9 7\n%d\n" % largest + body
+    pillow = Image.open(io.BytesIO(encoded))
+    np.testing.assert_array_equal(pixels_of(encoded), preprocess_picture(loaded(pillow), AS_IT_IS))
+
+
+@pytest.mark.parametrize(
+    "body", [b"1 2 3", b"1 2 3 10", b"1 2 3 -4", b"1 2 3 x", b"1 2 3 " + b"9" * 30]
+)
+def test_a_damaged_plain_pnm_is_corrupt(body: bytes) -> None:
+    with pytest.raises(ImageCorruptError):
+        pixels_of(b"P2 2 2 9\n" + body)
 
 
 def loaded(image: Image.Image) -> Image.Image:

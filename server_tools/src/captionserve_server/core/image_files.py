@@ -502,30 +502,12 @@ def _inflated(text: bytes) -> bytes:
     return zlib.decompressobj().decompress(text, _MAX_TEXT_BYTES)
 
 
-def _gif_parts(encoded: bytes) -> tuple[bytes, Metadata]:
-    """A GIF whose first picture has no extensions before it but its own, with its transparency."""
-    if len(encoded) < 13:
-        return encoded, {}
-    flags = encoded[10]
-    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    kept = [encoded[:position]]
-    while encoded[position : position + 1] == b"!":
-        start, label = position, encoded[position + 1 : position + 2]
-        position += 2
-        while position < len(encoded) and encoded[position]:
-            position += 1 + encoded[position]
-        position += 1
-        if label == b"\xf9":
-            kept.append(encoded[start:position])
-    return b"".join([*kept, encoded[position:]]), {}
-
-
 _FORMATS = (
     _Format("JPEG", _is_jpeg, JpegImagePlugin.JpegImageFile, _jpeg_parts),
     _Format("PNG", _is_png, PngImagePlugin.PngImageFile, _png_parts),
     _Format("WEBP", _is_webp, _WebPFile),
     _Format("BMP", _is_bmp, BmpImagePlugin.BmpImageFile),
-    _Format("GIF", _is_gif, GifImagePlugin.GifImageFile, _gif_parts),
+    _Format("GIF", _is_gif, GifImagePlugin.GifImageFile),
     _Format("PPM", _is_pnm, PpmImagePlugin.PpmImageFile),
 )
 # An allow-list: Pillow's other readers run Ghostscript (EPS) or parse what no photo needs.
