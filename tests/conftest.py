@@ -33,9 +33,12 @@ class Repositories(Protocol):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let `make soak` ask for more."""
+    """Let `make soak` and `make soak-images` ask for more."""
     parser.addoption(
         "--soak-requests", type=int, default=300, help="requests of tests/faults/test_soak.py"
+    )
+    parser.addoption(
+        "--soak-images", type=int, default=500, help="files of tests/faults/test_image_soak.py"
     )
 
 
