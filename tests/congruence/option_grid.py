@@ -28,9 +28,12 @@ NOT_IN_GRID = frozenset(
         "seed",
         "output_attentions",
         "allow_partial",
+        "max_new_tokens",
+        "min_new_tokens",
     }
 )
-"""Options that draw tokens, do not change captions, or cut them off."""
+"""Options that draw tokens, do not change captions, cut them off, or are other ways of writing what
+is in the grid."""
 
 _Setting = dict[str, Any]
 

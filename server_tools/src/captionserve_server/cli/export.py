@@ -60,6 +60,9 @@ def export(
         raise typer.Exit(ExitCode.UNSUPPORTED) from error
     except (OtherFormatError, UnsupportedFormatError) as error:
         raise typer.BadParameter(str(error), param_hint="--format") from error
+    except FileExistsError as error:
+        text = f"version {version} is there already"
+        raise typer.BadParameter(text, param_hint="--version") from error
     except GraphMismatchError as error:
         messages.print(f"error: {error}; nothing was written", markup=False)
         raise typer.Exit(ExitCode.FAILED) from error

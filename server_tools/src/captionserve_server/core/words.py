@@ -79,7 +79,7 @@ def _forced_word(word: str, encode: Encode, has_prefix: bool) -> ForcedWord:
 
 
 def _check_room(options: DecodingOptions, words: WordTokens) -> None:
-    room = options.max_length - 1 - len(words.prefix)
+    room = options.new_tokens(1 + len(words.prefix))
     if room < 1:
         text = f"has {len(words.prefix)} tokens, which leaves none of max_length to generate"
         raise InvalidOptionsError({"prefix": text, "max_length": "is too small for the prefix"})

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,13 +68,19 @@ class TritonProcess:
         self._folder = Path(tempfile.mkdtemp(prefix="captionserve-triton-"))
         self._log_path = self._folder / "triton.log"
         self._shared_memory_prefix = self._folder.name
-        backends = self._folder / "backends"
-        backends.mkdir()
-        assemble_backends(installation, backends)
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
         environment = _environment(installation) | {THREADS_VARIABLE: str(threads)}
-        self._process = self._start(installation.binary, repository, backends, ports, environment)
+        # Whoever gets no process cannot end it, which would remove its folder.
+        with ExitStack() as undo:
+            undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            backends = self._folder / "backends"
+            backends.mkdir()
+            assemble_backends(installation, backends)
+            self._process = self._start(
+                installation.binary, repository, backends, ports, environment
+            )
+            undo.pop_all()
 
     @property
     def pid(self) -> int:
