@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test lint format generate evaluate calibrate train-demo soak profile bench perf clean
+.PHONY: setup demo test lint format generate evaluate calibrate train-demo soak soak-checkpoints profile bench perf clean
 
 setup: $(VENV)/installed
 
@@ -52,6 +52,9 @@ train-demo: setup  ## Train the demo checkpoint anew; takes most of an hour on 2
 soak: setup  ## 2,000 mixed requests, a third given up; everything must be back where it was.
 	$(BIN)/python -m pytest tests/faults/test_soak.py --soak-requests 2000 \
 		--log-cli-level INFO
+
+soak-checkpoints: setup  ## 200 checkpoint folders of random settings and damage: as generate(), or refused.
+	$(BIN)/python -m pytest tests/congruence/test_checkpoints.py --soak-checkpoints 200
 
 profile: setup  ## Where the time of full batches goes, on the full-size model with random weights.
 	$(BIN)/captionserve bench --checkpoint full --num-beams 4 --tokens 40 --images 64 --rounds 3 \

@@ -33,9 +33,15 @@ class Repositories(Protocol):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let `make soak` ask for more."""
+    """Let `make soak` and `make soak-checkpoints` ask for more."""
     parser.addoption(
         "--soak-requests", type=int, default=300, help="requests of tests/faults/test_soak.py"
+    )
+    parser.addoption(
+        "--soak-checkpoints",
+        type=int,
+        default=10,
+        help="folders of tests/congruence/test_checkpoints.py",
     )
 
 

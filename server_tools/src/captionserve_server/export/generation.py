@@ -142,6 +142,12 @@ def _special_tokens(given: Mapping[str, Any], vocabulary_size: int) -> SpecialTo
     if isinstance(start, list) and len(start) == 1:
         start = start[0]
     end = _tokens(given, "eos_token_id", vocabulary_size)
+    ends = _several("eos_token_id", given["eos_token_id"])
+    if "exponential_decay_length_penalty" in given and not all(t in end for t in ends):
+        # Where generate() drops such ids otherwise, this processor of its fails.
+        raise UnsupportedSettingError(
+            "exponential_decay_length_penalty needs each eos_token_id to be of the vocabulary"
+        )
     if not end:
         raise UnsupportedSettingError("eos_token_id has no token of the vocabulary")
     return SpecialTokens(start=_token(name, start, vocabulary_size), end=end)
