@@ -30,8 +30,8 @@ from tests.reference import picture
 # The vocabulary has 301 tokens; token 300 starts and ends.
 SETTINGS: dict[str, list[Any]] = {
     "num_beams": [1, 2, 3, 4, 5],
-    "max_length": [6, 14, 20, 100],
-    "max_new_tokens": [3, 9, 12, 500],
+    "max_length": [6, 14, 20, 40],
+    "max_new_tokens": [3, 9, 12, 39],
     "min_length": [0, 4, 8],
     "min_new_tokens": [0, 3, 5],
     "length_penalty": [0.5, 1, 2.0],
