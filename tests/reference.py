@@ -73,6 +73,8 @@ class Reference:
         self.model = VisionEncoderDecoderModel.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor = ViTImageProcessorPil.from_pretrained(folder)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # What a caller writes is text.
+        self._tokenizer.encode_special_tokens = True
         generation = self.model.generation_config
         end = generation.eos_token_id
         self._start: int = generation.decoder_start_token_id
@@ -125,10 +127,14 @@ class Reference:
         )
 
     def constraints(self, options: DecodingOptions) -> list[Constraint]:
-        """The forced words."""
+        """The forced words that the prefix does not have already."""
+        prefix = self._prefix(options)
         variants = [self._variants(word) for word in options.force_words]
-        has_prefix = bool(self._prefix(options))
-        return [Constraint(spaced, None if has_prefix else bare) for bare, spaced in variants]
+        return [
+            Constraint(spaced, None if prefix else bare)
+            for bare, spaced in variants
+            if not Constraint(spaced, bare).is_met(prefix)
+        ]
 
     def _decoded(
         self, image: Image.Image, options: DecodingOptions | None

@@ -180,7 +180,16 @@ def _forced() -> list[DecodingOptions]:
             itertools.product(_FAMILIES, (("at",), ("b", "g")), (3, 6))
         )
     ]
-    return alone + with_family
+    # Of a prefix that has some of the words, or all.
+    with_prefix = [
+        _options(number, num_beams, force_words=words, prefix=prefix)
+        for number, ((words, prefix), num_beams) in enumerate(
+            itertools.product(
+                ((("dog",), "a dog on"), (("on", "at"), "a dog on"), (("a", "b"), "a")), (2, 5)
+            )
+        )
+    ]
+    return alone + with_family + with_prefix
 
 
 OPTION_GRID: tuple[DecodingOptions, ...] = tuple(

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from captionserve import FinishReason, GenerationOptions
+from captionserve import CaptionError, FinishReason, GenerationOptions
 from captionserve._options import to_proto
 from captionserve._results import from_proto
 from captionserve.v1 import caption_pb2
 from captionserve_server.core import captions
+from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.options import (
     EARLY_STOPPING_VALUES,
     OPTIONS,
     DecodingOptions,
     NamedOptions,
 )
-from captionserve_server.gateway.conversion import FINISH_REASONS
+from captionserve_server.gateway.conversion import FINISH_REASONS, decoder_message
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 
 PROTO_FIELDS = caption_pb2.GenerationOptions.DESCRIPTOR.fields_by_name
@@ -107,6 +109,63 @@ def test_every_option_is_taken_by_the_client_and_by_the_core(name: str) -> None:
     assert to_proto(GenerationOptions(**{name: value})).ByteSize() > 0
     assert OPTIONS[name].fault(tuple(value) if isinstance(value, list) else value) is None
     assert value != DecodingOptions().as_given().get(name)
+
+
+EDGES = [
+    True,
+    0,
+    -1,
+    1.0,
+    2**31,
+    -(2**63) - 1,
+    10**400,
+    -(10**400),
+    5e-324,
+    1e-46,
+    math.inf,
+    -math.inf,
+    math.nan,
+    "",
+    "x" * 501,
+    "\ud800",
+    b"red",
+    [],
+    [True],
+    [10**400],
+    ["\ud800"],
+    [[]],
+    {},
+    object(),
+]
+
+
+def refused_by_the_core(given: dict[str, Any]) -> set[str]:
+    try:
+        DecodingOptions().with_given(given)
+    except InvalidOptionsError as error:
+        return {f"options.{name}" for name in error.field_violations}
+    return set()
+
+
+def refused_by_client_or_service(given: dict[str, Any]) -> set[str]:
+    try:
+        options = to_proto(GenerationOptions(**given))
+    except CaptionError as error:
+        # Any other would fail the test by the fields that it does not name.
+        return set(error.field_violations) if error.reason == "INVALID_OPTIONS" else set()
+    request = caption_pb2.CaptionRequest(
+        image=caption_pb2.Image(encoded=b"any"),
+        options=caption_pb2.GenerationOptions.FromString(options.SerializeToString()),
+    )
+    return refused_by_the_core(decoder_message(request).given)
+
+
+@pytest.mark.parametrize("value", EDGES, ids=range(len(EDGES)))
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_values_at_the_edges_are_refused_equally_by_client_and_service(
+    name: str, value: Any
+) -> None:
+    assert refused_by_client_or_service({name: value}) == refused_by_the_core({name: value})
 
 
 def test_the_table_of_options_is_up_to_date() -> None:

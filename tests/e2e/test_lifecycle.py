@@ -129,21 +129,26 @@ def test_triton_ends_with_a_killed_gateway(model_repository: Callable[[str], Pat
         shutil.rmtree(folder)
 
 
-def test_a_repository_that_does_not_load_is_an_error_in_words(tmp_path: Path) -> None:
-    for model in MODELS:
-        broken = tmp_path / "repository" / model
-        broken.mkdir(parents=True)
-        (broken / "config.pbtxt").write_text('backend: "no such backend"\n')
-    process = subprocess.run(
+def served_to_the_end(repository: Path) -> subprocess.CompletedProcess[str]:
+    """`serve`, which ends by itself."""
+    return subprocess.run(
         [
             *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
-            *("--model-repository", str(broken.parent), "--listen", "127.0.0.1:0"),
+            *("--model-repository", str(repository), "--listen", "127.0.0.1:0"),
         ],
         capture_output=True,
         text=True,
         timeout=WAIT_SECONDS,
         check=False,
     )
+
+
+def test_a_repository_that_does_not_load_is_an_error_in_words(tmp_path: Path) -> None:
+    for model in MODELS:
+        broken = tmp_path / "repository" / model
+        broken.mkdir(parents=True)
+        (broken / "config.pbtxt").write_text('backend: "no such backend"\n')
+    process = served_to_the_end(broken.parent)
     assert process.returncode == 4
     assert "error: Triton ended while starting" in process.stderr
     assert "Traceback" not in process.stderr
@@ -151,16 +156,7 @@ def test_a_repository_that_does_not_load_is_an_error_in_words(tmp_path: Path) ->
 
 def test_an_older_export_is_refused_by_name_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "decoder_step").mkdir()
-    process = subprocess.run(
-        [
-            *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
-            *("--model-repository", str(tmp_path), "--listen", "127.0.0.1:0"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=WAIT_SECONDS,
-        check=False,
-    )
+    process = served_to_the_end(tmp_path)
     assert process.returncode == 4
     assert "older export (it holds decoder_step): export the checkpoint again" in process.stderr
 

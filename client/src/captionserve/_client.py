@@ -79,9 +79,9 @@ class CaptionClient:
             bypass_cache: have the answer computed anew, whatever the server remembers.
 
         Raises:
-            CaptionError: if the call failed.
-            TypeError: if the image or an option has the wrong type.
-            ValueError: if the image, an option or the timeout cannot be sent.
+            CaptionError: if the call failed, or an option cannot be sent.
+            TypeError: if the image has the wrong type.
+            ValueError: if the image or the timeout cannot be sent.
             OSError: if the image's file cannot be read.
         """
         seconds = self._timeout_seconds if timeout is None else checked_timeout(timeout)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Literal
 
+import grpc
+from google.protobuf.descriptor import FieldDescriptor
+
+from captionserve._errors import CaptionError
 from captionserve.v1 import caption_pb2
 
 _EARLY_STOPPING = {
@@ -20,8 +26,8 @@ class GenerationOptions:
     """How a caption is decoded; names and meanings are those of transformers' GenerationConfig.
 
     Words are text, which the server tokenises. None leaves an option to the server's checkpoint.
-    Ranges are checked by the server, which answers with a CaptionError that names every field at
-    fault.
+    Types are checked when the options are sent, ranges by the server; either way a CaptionError
+    names every field at fault.
 
     Attributes:
         num_beams: beams of the beam search; 1 is greedy search, or sampling with do_sample.
@@ -78,47 +84,108 @@ class GenerationOptions:
     allow_partial: bool | None = None
 
 
+_BITS = {FieldDescriptor.TYPE_INT32: 32, FieldDescriptor.TYPE_INT64: 64}
+_WANTED = {
+    FieldDescriptor.TYPE_BOOL: "true or false",
+    FieldDescriptor.TYPE_INT32: "an integer",
+    FieldDescriptor.TYPE_INT64: "an integer",
+    FieldDescriptor.TYPE_DOUBLE: "a number",
+    FieldDescriptor.TYPE_STRING: "text",
+    FieldDescriptor.TYPE_ENUM: 'true or false or "never"',
+}
+_TYPE_NAMES = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    dict: "an object",
+}
+_SHOWN_CHARACTERS = 40
+
+
 def to_proto(options: GenerationOptions) -> caption_pb2.GenerationOptions:
     """Write the options that are set as a message.
 
     Raises:
-        TypeError: if a value has the wrong type.
-        ValueError: if a value cannot be sent: an integer that is too large, or no way of early
-            stopping.
+        CaptionError: if values have the wrong type or cannot be sent; INVALID_OPTIONS with every
+            field named, as the service answers to those that are out of range.
     """
     message = caption_pb2.GenerationOptions()
+    faults: dict[str, str] = {}
     for name, value in vars(options).items():
         if value is not None:
-            _set(message, name, value)
+            try:
+                _set(message, name, value)
+            except ValueError as error:
+                faults[name] = str(error)
+    if faults:
+        raise CaptionError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "INVALID_OPTIONS",
+            "; ".join(f"{name}: {fault}" for name, fault in faults.items()),
+            {f"options.{name}": fault for name, fault in faults.items()},
+        )
     return message
 
 
 def _set(message: caption_pb2.GenerationOptions, name: str, value: object) -> None:
-    if name == "early_stopping":
-        value = _early_stopping(value)
+    """Set a field; ValueError says what is wrong with the value."""
     field = message.DESCRIPTOR.fields_by_name[name]
-    try:
-        if field.message_type is None:
-            setattr(message, name, value)
-        else:
-            values = getattr(message, name)
-            # An empty list is set too: it is not the checkpoint's default.
-            values.SetInParent()
-            values.values.extend(_several(value))
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{name} cannot be sent: {value}") from error
-    except TypeError as error:
-        raise TypeError(f"{name} has the wrong type: {type(value).__name__}") from error
-
-
-def _several(value: object) -> Sequence[object]:
+    if field.message_type is None:
+        setattr(message, name, _plain(field, value))
+        return
     # Text is a sequence of letters, which nobody means.
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise TypeError("a sequence is wanted")
-    return value
+        raise ValueError(f"must be a list, is {_type_name(value)}")
+    element = field.message_type.fields_by_name["values"]
+    try:
+        plain = [_plain(element, each) for each in value]
+    except ValueError as error:
+        raise ValueError(f"each {error}") from error
+    values = getattr(message, name)
+    # An empty list is set too: it is not the checkpoint's default.
+    values.SetInParent()
+    values.values.extend(plain)
 
 
-def _early_stopping(value: object) -> caption_pb2.EarlyStopping.ValueType:
-    if not isinstance(value, (bool, str)) or value not in _EARLY_STOPPING:
-        raise ValueError(f'early_stopping must be True, False or "never", is {value!r}')
-    return _EARLY_STOPPING[value]
+def _plain(field: FieldDescriptor, value: object) -> object:
+    """A value as the field takes it. What protobuf itself takes for a number is more than that."""
+    kind = field.type
+    if kind == FieldDescriptor.TYPE_ENUM and isinstance(value, (bool, str)):
+        if value not in _EARLY_STOPPING:
+            raise ValueError(f"must be {_WANTED[kind]}, is {_short(value)!r}")
+        return _EARLY_STOPPING[value]
+    if kind == FieldDescriptor.TYPE_BOOL and isinstance(value, bool):
+        return value
+    if kind == FieldDescriptor.TYPE_STRING and isinstance(value, str):
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("must be valid Unicode")
+        return value
+    if kind in _BITS and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        most = 2 ** (_BITS[kind] - 1)
+        if not -most <= value < most:
+            raise ValueError(f"must be an integer of at most {_BITS[kind]} bits")
+        return int(value)
+    if (
+        kind == FieldDescriptor.TYPE_DOUBLE
+        and isinstance(value, numbers.Real)
+        and not isinstance(value, bool)
+    ):
+        try:
+            return float(value)
+        except OverflowError:
+            # An integer beyond all floats: out of every range.
+            return -math.inf if isinstance(value, int) and value < 0 else math.inf
+    raise ValueError(f"must be {_WANTED[kind]}, is {_type_name(value)}")
+
+
+def _type_name(value: object) -> str:
+    return _TYPE_NAMES.get(type(value), _short(type(value).__name__))
+
+
+def _short(text: object) -> str:
+    """What the caller wrote, short enough for an error."""
+    shown = str(text)
+    return shown if len(shown) <= _SHOWN_CHARACTERS else shown[: _SHOWN_CHARACTERS - 3] + "..."

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 from captionserve_server.bench.benchmark import NothingToMeasureError, compare
 from captionserve_server.bench.report import Comparison
+from captionserve_server.export.precision import Precision
 
 
 def comparison(checkpoint: Path, repository: Path, pattern: str) -> Comparison:
     return Comparison(
         command="captionserve bench",
-        name="tiny",
         checkpoint=str(checkpoint),
-        repositories={"int8": repository},
-        precisions=(),
+        repositories={Precision.INT8: repository},
         patterns=(pattern,),
         references=("bare",),
         num_beams=(1,),
@@ -40,8 +39,8 @@ def test_a_system_that_does_not_start_is_in_the_report(
     asked = comparison(checkpoint_folder("projected"), tmp_path, "bare")
     report = compare(asked, lambda stage: None)
     assert report.summaries() == []
-    assert set(report.measurements.failures) == {"bare graphs int8"}
-    assert "ModelFolderError" in report.measurements.failures["bare graphs int8"]
+    assert set(report.failures) == {"bare graphs int8"}
+    assert "ModelFolderError" in report.failures["bare graphs int8"]
 
 
 def test_who_interrupts_keeps_what_has_been_measured(
@@ -55,5 +54,5 @@ def test_who_interrupts_keeps_what_has_been_measured(
     report = compare(asked, interrupt)
     (summary,) = report.summaries()
     assert summary.row.label == "bare graphs int8, batch 16, greedy"
-    assert summary.medians["tokens"] == 3
-    assert report.measurements.failures == {"the rest": "interrupted"}
+    assert summary.medians.tokens == 3
+    assert report.failures == {"the rest": "interrupted"}

@@ -13,6 +13,7 @@ from captionserve_server.bench.cost_model import (
     images_per_second_at_most,
     stages_of,
 )
+from captionserve_server.export.precision import Precision
 from captionserve_server.export.random_checkpoint import make_checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import VisionEncoderDecoderModel
@@ -42,8 +43,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return loaded.eval()
 
 
-def flops(stages: list[Stage]) -> dict[str, float]:
-    return {stage.name: stage.weight_flops + stage.float_flops for stage in stages}
+def flops(*stages: Stage) -> float:
+    return sum(stage.weight_flops + stage.float_flops for stage in stages)
 
 
 @torch.no_grad()
@@ -52,8 +53,8 @@ def test_encoding_costs_what_pytorch_counts(model: Any) -> None:
     model.encoder.pooler = None  # Captioning does without.
     with FlopCounterMode(display=False) as counter:
         model.encoder(torch.zeros(1, 3, size, size))
-    stages = stages_of(model.config, batch=1, num_beams=1, tokens=1)
-    assert flops(stages)["encode"] == counter.get_total_flops()
+    encode, _, _ = stages_of(model.config, batch=1, num_beams=1, tokens=1)
+    assert flops(encode) == counter.get_total_flops()
 
 
 @torch.no_grad()
@@ -73,8 +74,8 @@ def test_decoding_costs_what_pytorch_counts(model: Any, num_beams: int) -> None:
                 encoder_hidden_states=projected.repeat(num_beams, 1, 1),
                 past_key_values=output.past_key_values,
             )
-    counted = flops(stages_of(model.config, batch=1, num_beams=num_beams, tokens=tokens))
-    assert counted["prefill"] + counted["steps"] == counter.get_total_flops()
+    _, prefill, steps = stages_of(model.config, batch=1, num_beams=num_beams, tokens=tokens)
+    assert flops(prefill, steps) == counter.get_total_flops()
 
 
 def test_weights_are_those_of_the_model(model: Any) -> None:
@@ -105,7 +106,7 @@ def test_a_batch_shares_weights_but_not_work() -> None:
     together = stages_of(CONFIG, batch=8, num_beams=4, tokens=3)
     for one, many in zip(alone, together, strict=True):
         assert one.weights == 8 * many.weights
-        assert flops([one]) == flops([many])
+        assert flops(one) == flops(many)
         assert one.state_bytes == many.state_bytes
 
 
@@ -117,32 +118,34 @@ def test_what_a_step_reads_by_hand() -> None:
     assert steps.state_bytes == 3 * cross + (1 + 2 * 2 + 2 * 3) * entry
 
 
+STAGE = Stage(weight_flops=100, float_flops=20, weights=40, state_bytes=8)
+
+
 @pytest.mark.parametrize(
     ("precision", "seconds"),
     [
         # 100 + 20 operations at 10 a second; 40 weights of 4 bytes and 8 bytes at 20 a second.
-        ("fp32", 12.0),
+        (Precision.FP32, 12.0),
         # 100 at 50 and 20 at 10; 40 weights of a byte and 8 bytes.
-        ("int8", 4.0),
-        ("int4", 4.0),
+        (Precision.INT8, 4.0),
+        (Precision.INT4, 4.0),
     ],
 )
-def test_the_slower_of_computing_and_reading_counts(precision: str, seconds: float) -> None:
-    stage = Stage("steps", weight_flops=100, float_flops=20, weights=40, state_bytes=8)
+def test_computing_may_be_what_takes_longest(precision: Precision, seconds: float) -> None:
     rates = MachineRates(fp32_flops=10, int8_flops=50, bytes=20)
-    assert stage.seconds_at_least(rates, precision) == seconds
+    assert images_per_second_at_most([STAGE], rates, precision) == 1 / seconds
 
 
-def test_reading_may_be_what_takes_longest() -> None:
-    stage = Stage("steps", weight_flops=100, float_flops=20, weights=40, state_bytes=8)
+@pytest.mark.parametrize(
+    ("precision", "bytes_read"),
+    [(Precision.FP32, 40 * 4 + 8), (Precision.INT8, 40 + 8), (Precision.INT4, 20 + 8)],
+)
+def test_reading_may_be_what_takes_longest(precision: Precision, bytes_read: float) -> None:
     rates = MachineRates(fp32_flops=1e9, int8_flops=1e9, bytes=2)
-    assert stage.seconds_at_least(rates, "fp32") == (40 * 4 + 8) / 2
-    assert stage.seconds_at_least(rates, "int8") == (40 + 8) / 2
-    assert stage.seconds_at_least(rates, "int4") == (20 + 8) / 2
+    assert images_per_second_at_most([STAGE], rates, precision) == 2 / bytes_read
 
 
 def test_stages_follow_each_other() -> None:
-    stages = stages_of(CONFIG, batch=2, num_beams=1, tokens=5)
-    rates = MachineRates(fp32_flops=1e6, int8_flops=2e6, bytes=1e5)
-    seconds = sum(stage.seconds_at_least(rates, "fp32") for stage in stages)
-    assert images_per_second_at_most(stages, rates, "fp32") == pytest.approx(1 / seconds)
+    rates = MachineRates(fp32_flops=10, int8_flops=50, bytes=20)
+    reading = Stage(weight_flops=0, float_flops=0, weights=0, state_bytes=60)
+    assert images_per_second_at_most([STAGE, reading], rates, Precision.FP32) == 1 / (12 + 3)

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import subprocess
 import sys
-import zipfile
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 from captionserve_server.bench import perf_analyzer
 from captionserve_server.bench.perf_analyzer import (
-    PerfAnalyzerError,
     find_perf_analyzer,
     input_data,
-    latency_table,
     run_sweep,
 )
+from captionserve_server.bench.programs import ProgramError
 from captionserve_server.triton import wire
-from rich.console import Console
 
 # As a real run of 16 requests in flight left it.
 CSV = (Path(__file__).parent / "in_flight_16.csv").read_text()
-RUNS = "#!/bin/sh\nexit 0\n"
-DOES_NOT_RUN = "#!/bin/sh\necho libb64.so.0d is missing >&2\nexit 127\n"
-IN_WHEEL = "tritonclient-2.50.0.data/data/bin/perf_analyzer"
 # Writes the CSV of the load that it is asked for; fails at 99, and is not stable at 64.
 PROGRAM = """
 import sys
@@ -39,73 +31,40 @@ if load in ("64", "99"):
 with open(arguments[arguments.index("-f") + 1], "w") as table:
     table.write({csv!r}.replace("\\n16,", "\\n" + load + ","))
 """
-COMMAND = [sys.executable, "-c", PROGRAM.format(csv=CSV)]
-FLAGS = ["--concurrency-range"]
-
-
-@pytest.fixture
-def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-
-
-def wheel_with(name: str, content: str, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Have a wheel with one file downloaded; the list fills with where to."""
-    folders: list[Path] = []
-
-    def download(folder: Path) -> Path:
-        folders.append(folder)
-        wheel = folder / "tritonclient-2.50.0-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            archive.writestr(name, content)
-        return wheel
-
-    monkeypatch.setattr(perf_analyzer, "_download", download)
-    return folders
+COMMAND = [sys.executable, "-c", PROGRAM.format(csv=CSV), "--concurrency-range"]
 
 
 def test_a_program_on_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "perf_analyzer"
-    program.write_text(RUNS)
+    program.write_text("")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_perf_analyzer(tmp_path / "folder") == [str(program)]
     assert not (tmp_path / "folder").exists()
 
 
-@pytest.mark.usefixtures("empty_path")
-def test_the_wheels_program_is_fetched_once_and_finds_its_libraries(
+def test_the_wheels_program_finds_its_libraries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundled = tmp_path / "packages" / "nvidia_pytriton.libs"
     bundled.mkdir(parents=True)
     (bundled / "libb64-98cb6333.so.0d").write_bytes(b"b64")
     (bundled / "libcudart-09529672.so.12.6.77").write_bytes(b"cudart")
-    origin = str(tmp_path / "packages" / "pytriton" / "__init__.py")
-    spec = ModuleSpec("pytriton", None, origin=origin)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
-    says_where = "#!/bin/sh\n/bin/cat ${LD_LIBRARY_PATH%%:*}/libb64.so.0d\n"
-    folders = wheel_with(IN_WHEEL, says_where, monkeypatch)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "packages"))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+
+    def install(folder: Path, wheel: str) -> Path:
+        program = folder / "bin" / "perf_analyzer"
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text("#!/bin/sh\n/bin/cat ${LD_LIBRARY_PATH%%:*}/libb64.so.0d\n")
+        program.chmod(0o755)
+        return folder
+
+    monkeypatch.setattr(perf_analyzer, "packages_in", install)
     program = find_perf_analyzer(tmp_path / "kept")
     assert find_perf_analyzer(tmp_path / "kept") == program
-    assert folders == [tmp_path / "kept"]
     assert subprocess.run(program, capture_output=True, check=True).stdout == b"b64"
     assert (tmp_path / "kept" / "lib" / "libcudart.so.12").read_bytes() == b"cudart"
-
-
-@pytest.mark.usefixtures("empty_path")
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (IN_WHEEL, DOES_NOT_RUN, "libb64.so.0d is missing"),
-        ("tritonclient/__init__.py", "", "there is one for x86-64 only"),
-    ],
-)
-def test_what_is_missing_is_said(
-    name: str, content: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wheel_with(name, content, monkeypatch)
-    with pytest.raises(PerfAnalyzerError, match=message):
-        find_perf_analyzer(tmp_path)
 
 
 def test_requests_are_tensors_of_the_captioner() -> None:
@@ -121,7 +80,7 @@ def test_requests_are_tensors_of_the_captioner() -> None:
 
 def test_a_sweep_keeps_what_the_program_wrote(tmp_path: Path) -> None:
     output = tmp_path / "new" / "concurrency.txt"
-    rows = run_sweep(COMMAND, FLAGS, [1, 16], output)
+    rows = run_sweep(COMMAND, [1, 16], output)
     assert [row["Concurrency"] for row in rows] == ["1", "16"]
     header, first, sixteenth = output.with_suffix(".csv").read_text().splitlines()
     assert [header, sixteenth] == CSV.splitlines()
@@ -130,21 +89,12 @@ def test_a_sweep_keeps_what_the_program_wrote(tmp_path: Path) -> None:
 
 
 def test_a_load_that_is_not_stable_is_left_out(tmp_path: Path) -> None:
-    rows = run_sweep(COMMAND, FLAGS, [16, 64], tmp_path / "concurrency.txt")
+    rows = run_sweep(COMMAND, [16, 64], tmp_path / "concurrency.txt")
     assert [row["Concurrency"] for row in rows] == ["16"]
-    with pytest.raises(PerfAnalyzerError, match="no load was stable\na report of 64"):
-        run_sweep(COMMAND, FLAGS, [64], tmp_path / "concurrency.txt")
+    with pytest.raises(ProgramError, match="no load was stable\na report of 64"):
+        run_sweep(COMMAND, [64], tmp_path / "concurrency.txt")
 
 
 def test_a_failure_tells_what_was_printed(tmp_path: Path) -> None:
-    with pytest.raises(PerfAnalyzerError, match="a report of 99"):
-        run_sweep(COMMAND, FLAGS, [16, 99], tmp_path / "concurrency.txt")
-
-
-def test_the_table_has_what_callers_saw(tmp_path: Path) -> None:
-    rows = run_sweep(COMMAND, FLAGS, [16], tmp_path / "concurrency.txt")
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(latency_table(rows))
-    text = console.export_text()
-    for expected in ("Concurrency", "16", "45.2886", "344", "443", "472", "519"):
-        assert expected in text
+    with pytest.raises(ProgramError, match="a report of 99"):
+        run_sweep(COMMAND, [16, 99], tmp_path / "concurrency.txt")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import pytest
-from captionserve_server.bench.rows import Load, PeerPlan, Row, rows_of
+from captionserve_server.bench.peers.system import Load
+from captionserve_server.bench.rows import PeerPlan, Row, rows_of
+from captionserve_server.export.precision import Precision
 
 PLANS = [
-    PeerPlan("transformers", "fp32", [Load(1, "batch"), Load(8, "batch")], nullcontext),  # type: ignore[arg-type]
-    PeerPlan("ours int8", "int8", [Load(4, "in flight")], nullcontext),  # type: ignore[arg-type]
+    PeerPlan("transformers", Precision.FP32, [Load(1, "batch"), Load(8, "batch")], nullcontext),  # type: ignore[arg-type]
+    PeerPlan("ours int8", Precision.INT8, [Load(4, "in flight")], nullcontext),  # type: ignore[arg-type]
 ]
 
 
@@ -26,7 +28,7 @@ PLANS = [
     ],
 )
 def test_a_row_says_what_is_measured(load: Load, num_beams: int, label: str) -> None:
-    assert Row("peer", "fp32", load, num_beams).label == label
+    assert Row("peer", Precision.FP32, load, num_beams).label == label
 
 
 @pytest.mark.parametrize(

@@ -176,30 +176,45 @@ def test_early_stopping_is_sent_as_its_enum(
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "faults"),
     [
-        ({"num_beams": 2**40}, ValueError, "num_beams cannot be sent"),
-        ({"num_beams": "four"}, TypeError, "num_beams has the wrong type: str"),
-        ({"seed": 2**63}, ValueError, "seed cannot be sent"),
-        ({"temperature": 10**400}, ValueError, "temperature cannot be sent"),
-        ({"prefix": "\ud800"}, ValueError, "prefix cannot be sent"),
-        ({"bad_words": "red"}, TypeError, "bad_words has the wrong type: str"),
-        ({"force_words": b"red"}, TypeError, "force_words has the wrong type: bytes"),
-        ({"force_words": "red"}, TypeError, "force_words has the wrong type: str"),
-        ({"suppress_tokens": "7"}, TypeError, "suppress_tokens has the wrong type: str"),
-        ({"suppress_tokens": 7}, TypeError, "suppress_tokens has the wrong type: int"),
-        ({"suppress_tokens": ["a"]}, TypeError, "suppress_tokens has the wrong type: list"),
-        ({"early_stopping": "always"}, ValueError, "early_stopping must be True, False"),
-        ({"early_stopping": []}, ValueError, "early_stopping must be True, False"),
+        ({"num_beams": 2**40}, {"num_beams": "must be an integer of at most 32 bits"}),
+        ({"max_length": 10**500}, {"max_length": "must be an integer of at most 32 bits"}),
+        ({"num_beams": "four"}, {"num_beams": "must be an integer, is text"}),
+        ({"num_beams": True}, {"num_beams": "must be an integer, is a boolean"}),
+        ({"num_beams": 4.0}, {"num_beams": "must be an integer, is a number"}),
+        ({"do_sample": 1}, {"do_sample": "must be true or false, is an integer"}),
+        ({"temperature": True}, {"temperature": "must be a number, is a boolean"}),
+        ({"seed": 2**63}, {"seed": "must be an integer of at most 64 bits"}),
+        ({"prefix": "\ud800"}, {"prefix": "must be valid Unicode"}),
+        ({"bad_words": "red"}, {"bad_words": "must be a list, is text"}),
+        ({"force_words": b"red"}, {"force_words": "must be a list, is bytes"}),
+        ({"suppress_tokens": 7}, {"suppress_tokens": "must be a list, is an integer"}),
+        ({"suppress_tokens": ["a"]}, {"suppress_tokens": "each must be an integer, is text"}),
+        (
+            {"early_stopping": "always" * 1000, "top_k": []},
+            {
+                "early_stopping": 'must be true or false or "never", '
+                "is 'alwaysalwaysalwaysalwaysalwaysalwaysa...'",
+                "top_k": "must be an integer, is a list",
+            },
+        ),
+        ({"early_stopping": []}, {"early_stopping": 'must be true or false or "never", is a list'}),
     ],
+    ids=range(15),  # An integer of hundreds of digits is no name for a test.
 )
-def test_options_that_cannot_be_sent_are_refused(
-    server: Server, caption: Call, options: Any, error: type[Exception], message: str
+def test_options_that_cannot_be_sent_are_refused_as_the_service_refuses_them(
+    server: Server, caption: Call, options: Any, faults: dict[str, str]
 ) -> None:
     target, servicer = server
-    with pytest.raises(error, match=message):
+    with pytest.raises(CaptionError) as caught:
         caption(target, IMAGE, GenerationOptions(**options))
     assert servicer.requests == []
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.reason == "INVALID_OPTIONS"
+    assert caught.value.field_violations == {
+        f"options.{name}": text for name, text in faults.items()
+    }
 
 
 def test_every_call_has_a_deadline(server: Server, caption: Call) -> None:

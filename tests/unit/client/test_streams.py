@@ -117,8 +117,8 @@ def test_the_deadline_ends_a_stream_on_both_sides(server: Server, collect: Colle
     ("call", "error_type"),
     [
         ({"timeout": 0.0}, ValueError),
-        ({"options": GenerationOptions(seed=2**63)}, ValueError),
-        ({"options": GenerationOptions(bad_words="red")}, TypeError),
+        ({"options": GenerationOptions(seed=2**63)}, CaptionError),
+        ({"options": GenerationOptions(bad_words="red")}, CaptionError),
     ],
 )
 def test_what_cannot_be_sent_is_refused(

@@ -71,6 +71,10 @@ def test_new_tokens_are_counted_after_start_and_prefix(
         ({"max_new_tokens": 0}, {"max_new_tokens"}),
         ({"max_new_tokens": 255, "prefix": "abc"}, {"max_new_tokens"}),
         ({"max_new_tokens": 29, "prefix": "abc"}, {"max_new_tokens"}),
+        (
+            {"max_new_tokens": 3, "num_beams": 2, "force_words": ["abcd"]},
+            {"max_new_tokens", "force_words"},
+        ),
         ({"max_new_tokens": 255, "num_beams": 16}, {"max_new_tokens", "num_beams"}),
     ],
 )
@@ -80,6 +84,12 @@ def test_lengths_that_cannot_be_are_refused_by_field(
     with pytest.raises(InvalidOptionsError) as caught:
         BUNDLE.plan(given, encode)
     assert set(caught.value.field_violations) == fields
+
+
+def test_a_bad_word_as_long_as_the_caption_may_get_is_kept() -> None:
+    word = "a" * 25
+    plan = BUNDLE.plan({"max_new_tokens": 28, "bad_words": [word]}, encode)
+    assert tuple(encode(word)) in plan.words.bad
 
 
 @pytest.mark.parametrize("rules", [RULES, CheckpointRules()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from captionserve_server.core.detokenise import TextStream, caption_text, token_texts
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 END = 256
@@ -36,11 +36,21 @@ def test_an_incomplete_end_is_shown() -> None:
     assert token_texts(decode, [], [97, 0xC3]) == ["a", "\N{REPLACEMENT CHARACTER}"]
 
 
-@given(texts)
-def test_a_stream_is_the_text_without_what_surrounds_it(text: str) -> None:
-    tokens = [*text.encode(), END]
+@given(st.lists(st.integers(0, 256)))
+@example([*b"ab", 0xC3])
+@example([*b"a ", 0xF0, 0x9F])
+@example([0xE2, 0x82, *b" ", END])
+def test_the_parts_of_a_stream_are_the_text(tokens: list[int]) -> None:
     stream = TextStream(decode)
-    pieces = [stream.next_text(tokens[:count]) for count in range(1, len(tokens) + 1)]
-    whole = caption_text(decode, tokens)
-    # What cannot be told from an incomplete character is held back.
-    assert "".join(pieces) == whole.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
+    parts = [stream.next_text(tokens[:count]) for count in range(1, len(tokens) + 1)]
+    assert "".join([*parts, stream.last_text(tokens)]) == caption_text(decode, tokens)
+
+
+@given(texts)
+def test_what_is_incomplete_is_held_back(text: str) -> None:
+    stream = TextStream(decode)
+    tokens = text.encode()
+    for count in range(1, len(tokens) + 1):
+        part = stream.next_text(list(tokens[:count]))
+        assert text.startswith(part) or part.strip() in text
+        assert not part.endswith("\N{REPLACEMENT CHARACTER}")

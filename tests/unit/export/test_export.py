@@ -29,6 +29,7 @@ from captionserve_server.runtime.graph_format import GraphFormat
 from huggingface_hub.errors import LocalEntryNotFoundError
 from onnx.numpy_helper import from_array, to_array
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from tests.conftest import Repositories
@@ -73,6 +74,48 @@ def test_another_image_processor_is_refused_by_name(checkpoint: Path) -> None:
     )
     with pytest.raises(UnsupportedCheckpointError, match="CLIPImageProcessor"):
         load_checkpoint(str(checkpoint))
+
+
+def change_tokenizer(checkpoint: Path, change: Callable[[Tokenizer], object]) -> None:
+    path = checkpoint / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    change(tokenizer)
+    tokenizer.save(str(path))
+
+
+def with_vocabulary(checkpoint: Path, keep: Callable[[int], bool]) -> None:
+    def change(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        content["model"]["vocab"] = {text: n for text, n in vocabulary.items() if keep(n)}
+
+    edit(checkpoint / "tokenizer.json", change)
+
+
+@pytest.mark.parametrize("left", [0, 1, 150, 299])
+def test_a_tokenizer_that_is_too_small_for_the_model_is_refused(
+    checkpoint: Path, left: int
+) -> None:
+    with_vocabulary(checkpoint, lambda token: token < left)
+    # The end of text is an added token, which stays.
+    with pytest.raises(UnsupportedCheckpointError, match=f"has {left + 1} tokens of the model's"):
+        load_checkpoint(str(checkpoint))
+
+
+def test_a_vocabulary_that_is_filled_up_is_not_larger_than_its_tokenizer(
+    checkpoint_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # 520 is a multiple of 8.
+    filled_up = Path(shutil.copytree(checkpoint_folder("two_ends"), tmp_path / "filled_up"))
+    with_vocabulary(filled_up, lambda token: token not in (517, 518))
+    assert load_checkpoint(str(filled_up)).unknown_tokens == 0
+    with_vocabulary(filled_up, lambda token: token < 511)
+    with pytest.raises(UnsupportedCheckpointError, match="tokens of the model's 520"):
+        load_checkpoint(str(filled_up))
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_said(checkpoint: Path) -> None:
+    change_tokenizer(checkpoint, lambda tokenizer: tokenizer.add_tokens(["#unknown#", "<pad>"]))
+    assert load_checkpoint(str(checkpoint)).unknown_tokens == 2
 
 
 @pytest.mark.parametrize("filename", ["config.json", "preprocessor_config.json"])

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from captionserve_server.core.engine.engine_thread import Caller, EngineThread
 from captionserve_server.core.engine.scheduler import SchedulerLimits
 from captionserve_server.core.errors import (
     ImageCorruptError,
+    ImageTooManyPixelsError,
     InvalidOptionsError,
     ModelFaultError,
     ModelUnavailableError,
@@ -32,6 +35,7 @@ from captionserve_server.local import model_folder as model_folder_module
 from captionserve_server.runtime.graph_tensors import PIXELS, TOKENS
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 from PIL import Image
+from tokenizers import Tokenizer
 
 from tests.reference import picture
 
@@ -47,6 +51,14 @@ FILES = [
 ]
 NOT_NEEDED = ("torch", "transformers", "onnx", "grpc", "google", "tritonclient", "pytriton")
 PICTURES = [picture(seed) for seed in range(6)]
+WAIT_SECONDS = 60.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.002)
 
 
 @pytest.fixture
@@ -145,11 +157,20 @@ def test_captions_are_the_same_with_any_number_of_threads(
         assert texts(several.caption_all(PICTURES)) == texts(captioner.caption_all(PICTURES))
 
 
-@pytest.mark.parametrize("wrong", [{"threads": -1}, {"limits": SchedulerLimits(slots=0)}])
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"threads": -1}, "threads must be 0 or more"),
+        ({"limits": SchedulerLimits(slots=0)}, "slots"),
+        ({"limits": SchedulerLimits(max_rows=0)}, "max_rows"),
+        ({"limits": SchedulerLimits(max_entries=-1)}, "max_entries"),
+        ({"limits": SchedulerLimits(max_admissions=0)}, "max_admissions"),
+    ],
+)
 def test_numbers_that_mean_nothing_are_refused(
-    wrong: dict[str, Any], model_repository: Callable[[str], Path]
+    wrong: dict[str, Any], named: str, model_repository: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(ValueError, match="threads must be 0 or more, slots 1 or more"):
+    with pytest.raises(ValueError, match=named):
         LocalCaptioner(model_repository(NAME), **wrong)
 
 
@@ -248,9 +269,154 @@ def test_who_looks_at_no_more_results_is_not_captioned_for(
     captions = captioner.caption_each(PICTURES)
     assert isinstance(captions, Iterator)
     next(captions)
+    # Four ahead of the result that has been looked at.
+    wait_until(lambda: len(callers) == 4)
     assert not all(caller.has_gone for caller in callers)
     captions.close()  # type: ignore[attr-defined]  # A generator.
-    assert all(caller.has_gone for caller in callers)
+    wait_until(lambda: all(caller.has_gone for caller in callers))
+    assert len(callers) <= 5
+
+
+def test_a_caption_is_given_out_before_the_next_image_comes(captioner: LocalCaptioner) -> None:
+    given_out = threading.Semaphore(0)
+
+    def images() -> Iterator[Image.Image]:
+        for image in PICTURES:
+            yield image
+            assert given_out.acquire(timeout=WAIT_SECONDS)
+
+    found: list[str] = []
+    for outcome in captioner.caption_each(images()):
+        assert isinstance(outcome, LocalResult)
+        found.append(outcome.text)
+        given_out.release()
+    assert found == texts(captioner.caption_all(PICTURES))
+
+
+def test_what_the_images_raise_comes_after_the_captions_before_it(
+    captioner: LocalCaptioner,
+) -> None:
+    def images() -> Iterator[Any]:
+        yield PICTURES[0]
+        raise KeyError("the source has failed")
+
+    captions = captioner.caption_each(images())
+    assert isinstance(next(captions), LocalResult)
+    with pytest.raises(KeyError, match="the source has failed"):
+        next(captions)
+    wrong: Any = [PICTURES[0], 7]
+    captions = captioner.caption_each(wrong)
+    assert isinstance(next(captions), LocalResult)
+    with pytest.raises(TypeError, match="an image must be a path"):
+        next(captions)
+
+
+def test_threads_that_look_ahead_end(captioner: LocalCaptioner) -> None:
+    def looking_ahead() -> list[threading.Thread]:
+        return [each for each in threading.enumerate() if each.name == "images-ahead"]
+
+    never = threading.Event()
+
+    def images() -> Iterator[Image.Image]:
+        yield PICTURES[0]
+        never.wait(WAIT_SECONDS)
+        yield PICTURES[1]
+
+    captioner.caption_all(PICTURES)
+    captions = captioner.caption_each(images())
+    next(captions)
+    captions.close()  # type: ignore[attr-defined]  # A generator.
+    never.set()
+    wait_until(lambda: not looking_ahead())
+
+
+def test_no_warning_filter_is_changed_while_images_are_captioned(
+    captioner: LocalCaptioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(*_: Any, **__: Any) -> None:
+        raise AssertionError("the filters are the whole process's")
+
+    content = io.BytesIO()
+    PICTURES[0].save(content, "PNG")
+    for name in ("catch_warnings", "simplefilter", "filterwarnings"):
+        monkeypatch.setattr(warnings, name, changed)
+    assert captioner.caption(content.getvalue()).text
+
+
+@pytest.mark.parametrize("action", ["error", "ignore"])
+def test_a_picture_that_pillow_warns_of_has_too_many_pixels(
+    captioner: LocalCaptioner, action: Any
+) -> None:
+    content = io.BytesIO()
+    Image.new("1", (10_000, 9_000)).save(content, "PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        with pytest.raises(ImageTooManyPixelsError):
+            captioner.caption(content.getvalue())
+
+
+SPECIAL_TEXT = "<|endoftext|>"
+
+
+@pytest.mark.parametrize("num_beams", [2, 4])
+def test_a_special_token_in_a_text_is_text(captioner: LocalCaptioner, num_beams: int) -> None:
+    options: dict[str, Any] = {"num_beams": num_beams, "max_length": 40, "min_length": 34}
+    prefixed = captioner.caption(PICTURES[0], prefix=f"a {SPECIAL_TEXT} b", **options)
+    assert prefixed.text.startswith(f"a {SPECIAL_TEXT} b")
+    assert len(prefixed.text) > len(f"a {SPECIAL_TEXT} b")
+    assert (
+        SPECIAL_TEXT in captioner.caption(PICTURES[0], force_words=[SPECIAL_TEXT], **options).text
+    )
+    # To ban the end of a caption is not to ban these letters.
+    banned = captioner.caption(PICTURES[0], bad_words=[SPECIAL_TEXT], num_beams=num_beams)
+    assert banned == captioner.caption(PICTURES[0], num_beams=num_beams)
+
+
+def test_a_forced_word_that_the_prefix_has_is_there(captioner: LocalCaptioner) -> None:
+    plain = captioner.caption(PICTURES[0], prefix="a dog b", num_beams=3, max_length=10)
+    words = ["a", "dog", "g b"]
+    forced = captioner.caption(
+        PICTURES[0], prefix="a dog b", num_beams=3, max_length=10, force_words=words[:2]
+    )
+    assert forced == plain
+    with pytest.raises(InvalidOptionsError) as refused:
+        # "g b" stands within a word there.
+        captioner.caption(
+            PICTURES[0], prefix="a dog b", num_beams=3, max_length=10, force_words=words
+        )
+    assert set(refused.value.field_violations) == {"force_words", "max_length"}
+
+
+@pytest.fixture
+def with_more_tokens(repository: Path) -> Path:
+    """A repository whose tokenizer has tokens that the model does not know."""
+    path = repository / "decoder" / "1" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens(["#unknown#"])
+    tokenizer.add_special_tokens(["<pad>"])
+    # As training leaves it; neither may reach what a caller writes.
+    tokenizer.enable_padding(length=30)
+    tokenizer.enable_truncation(max_length=3)
+    tokenizer.save(str(path))
+    return repository
+
+
+@pytest.mark.parametrize("name", ["prefix", "bad_words", "force_words"])
+def test_a_token_that_the_model_does_not_know_is_its_callers_fault(
+    name: str, with_more_tokens: Path, captioner: LocalCaptioner
+) -> None:
+    def value(text: str) -> Any:
+        return text if name == "prefix" else [text]
+
+    options: dict[str, Any] = {"num_beams": 2, "max_length": 30}
+    with LocalCaptioner(with_more_tokens, threads=1) as larger:
+        with pytest.raises(InvalidOptionsError) as refused:
+            larger.caption(PICTURES[0], **options, **{name: value("a #unknown# b")})
+        assert set(refused.value.field_violations) == {name}
+        # A special token's text is text, of tokens that the model knows.
+        given = {name: value("<pad> and a few letters")}
+        expected = captioner.caption(PICTURES[0], **options, **given)
+        assert larger.caption(PICTURES[0], **options, **given) == expected
 
 
 class FaultyOnce:

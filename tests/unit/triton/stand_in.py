@@ -206,3 +206,6 @@ def installed() -> Iterator[types.ModuleType]:
     for name in itertools.chain([module.__name__], set(sys.modules) - before):
         if name == module.__name__ or name.startswith("captionserve_server.triton."):
             sys.modules.pop(name, None)
+            package, _, last = name.rpartition(".")
+            if package in sys.modules:  # `from package import last` would find it there.
+                vars(sys.modules[package]).pop(last, None)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.runtime.open_graph import find_graph, open_graph
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 from tests.conftest import Repositories
 from tests.pictures import png
 from tests.reference import picture
+from tests.unit.triton.answered import WAIT_SECONDS, answer_of, error_of, wait_until
 from tests.unit.triton.stand_in import (
     InferenceRequest,
     InferenceResponse,
@@ -27,8 +26,6 @@ from tests.unit.triton.stand_in import (
     outputs_of,
     request_of,
 )
-
-WAIT_SECONDS = 60.0
 
 
 class Setup:
@@ -97,30 +94,6 @@ def setup(model_repository: Repositories) -> Iterator[Setup]:
     made.model.finalize()
 
 
-def answer_of(request: InferenceRequest) -> InferenceResponse:
-    assert request.sender.final.wait(WAIT_SECONDS)
-    return request.sender.responses[-1]
-
-
-def error_of(request: InferenceRequest) -> CaptionServeError:
-    from captionserve_server.triton.wire import error_of_text
-
-    answer = answer_of(request)
-    assert answer.has_error()
-    error = answer.error()
-    assert error is not None
-    found = error_of_text(error.message())
-    assert found is not None
-    return found
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def test_a_message_is_answered_with_every_tensor_of_a_caption(setup: Setup) -> None:
     outputs = outputs_of(answer_of(setup.ask()))
     from captionserve_server.triton import wire
@@ -139,6 +112,59 @@ def test_a_stream_and_a_plain_call_say_the_same(setup: Setup) -> None:
     assert last["TEXT"][0] == final["TEXT"][0]
     tokens = np.concatenate([part["NEW_TOKEN_IDS"] for part in parts])
     assert tokens.tolist() == final["TOKEN_IDS"][0].tolist()
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 5, 17, 34])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefix": "a \u00e9 "}])
+def test_the_parts_of_a_stream_add_up_to_the_text(
+    setup: Setup, max_length: int, options: dict[str, Any]
+) -> None:
+    # The tokens of this checkpoint are bytes, so that captions end within characters.
+    given = {"max_length": max_length + 6, "min_length": max_length + 6, **options}
+    for seed in range(3):
+        stream = setup.ask(IMAGE=png(picture(seed)), OPTIONS=json.dumps(given), STREAM=True)
+        answer_of(stream)
+        *parts, last = [outputs_of(response) for response in stream.sender.responses]
+        assert b"".join(part["NEW_TEXT"][0] for part in parts) == last["TEXT"][0]
+
+
+class NoText(InferenceRequest):
+    """A request whose id is no UTF-8, as Triton takes it over HTTP."""
+
+    def request_id(self) -> str:
+        return b"\xff".decode()
+
+
+def test_a_request_whose_id_is_no_text_is_answered_like_any(setup: Setup) -> None:
+    neighbour = request_of(IMAGE=IMAGE, OPTIONS=SHORT)
+    nameless = NoText(request_of(IMAGE=IMAGE, OPTIONS=SHORT).tensors.values())
+    setup.model.execute([nameless, neighbour])
+    assert outputs_of(answer_of(nameless))["TEXT"] == outputs_of(answer_of(neighbour))["TEXT"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        (b"\xff", {"options"}),
+        (b'{"prefix": "\xff"}', {"options"}),
+        (b'{"prefix": "\\ud800"}', {"prefix"}),
+        (b'{"\\ud800": 1}', {"\\ud800"}),
+        (b'{"seed": ' + b"9" * 400 + b', "do_sample": true}', {"seed"}),
+        (b'{"max_length": -' + b"9" * 9000 + b"}", {"max_length"}),
+        (b'{"num_beams": true}', {"num_beams"}),
+        (b'{"repetition_penalty": 1e-46}', {"repetition_penalty"}),
+        (b'{"suppress_tokens": [301]}', {"suppress_tokens"}),
+    ],
+    ids=range(9),
+)
+def test_what_no_caller_of_the_gateway_can_send_is_refused_by_its_field(
+    setup: Setup, options: bytes, fields: set[str]
+) -> None:
+    neighbour = setup.ask()
+    error = error_of(setup.ask(OPTIONS=options))
+    assert error.reason == "INVALID_OPTIONS"
+    assert set(error.field_violations) == fields
+    assert not answer_of(neighbour).has_error()
 
 
 def test_pixel_values_of_the_processor_give_the_caption_of_the_file(setup: Setup) -> None:
@@ -216,6 +242,14 @@ def test_an_answer_that_cannot_be_sent_is_lost_alone(setup: Setup) -> None:
         assert not answer_of(neighbour).has_error()
     assert lost.sender.final.wait(WAIT_SECONDS)
     wait_until(lambda: setup.unanswered == 0)
+
+
+def test_a_refusal_that_cannot_be_sent_costs_its_neighbours_no_caption(setup: Setup) -> None:
+    lost = request_of(IMAGE=IMAGE, OPTIONS="[]")
+    lost.sender.fails = True
+    neighbour = request_of(IMAGE=IMAGE, OPTIONS=SHORT)
+    setup.model.execute([lost, neighbour])
+    assert not answer_of(neighbour).has_error()
 
 
 def test_a_metric_that_raises_costs_nobody_a_caption(setup: Setup) -> None:

@@ -392,7 +392,7 @@ class GenerationOptions(_message.Message):
     same step. Range: above 0 to 100 with more than one group.
     """
     repetition_penalty: _builtins.float
-    """Above 1 makes tokens that have occurred unlikelier. Range: above 0 to 100."""
+    """Above 1 makes tokens that have occurred unlikelier. Range: 0.01 to 100."""
     no_repeat_ngram_size: _builtins.int
     """No n-gram of this many tokens occurs twice; 0 is off."""
     prefix: _builtins.str

@@ -1,4 +1,4 @@
-"""Putting a benchmark together: images, systems, rounds, machine, report."""
+"""Putting a benchmark together: systems, rounds, machine, report."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from captionserve_server.bench.peers.engine import BareGraphs, Edge
 from captionserve_server.bench.peers.generate import load_transformers, optimum_peer
 from captionserve_server.bench.peers.naive import naive_triton_peer
 from captionserve_server.bench.peers.service import service_peer
+from captionserve_server.bench.peers.system import Load, Peer
 from captionserve_server.bench.peers.worker import running_worker
 from captionserve_server.bench.report import Comparison, Report
 from captionserve_server.bench.rounds import Rounds
-from captionserve_server.bench.rows import Load, Options, Peer, PeerPlan, rows_of
+from captionserve_server.bench.rows import PeerPlan, rows_of
+from captionserve_server.export.precision import Precision
+from captionserve_server.export.repository import export_checkpoint
 
-WORK_FOLDER = Path("build/bench")
-"""Kept for the next time: full-size weights, optimum."""
-
-# Different pictures; a run that captions more begins again with the first.
+# Different pictures.
 _PICTURES = 32
+_OPTIMUM_FOLDER = Path("build/bench/optimum")
 
 Progress = Callable[[str], None]
 """Told what begins."""
@@ -33,21 +34,6 @@ Progress = Callable[[str], None]
 
 class NothingToMeasureError(ValueError):
     """No row is asked for."""
-
-
-def full_size_checkpoint() -> Path:
-    """A random checkpoint of nlpconnect's shapes, made when it is not there."""
-    # Imported here: PyTorch takes seconds to import, and most runs do without it in this process.
-    from captionserve_server.export.random_checkpoint import CheckpointShape, make_checkpoint
-
-    checkpoint = WORK_FOLDER / "full-size"
-    if not checkpoint.exists():
-        WORK_FOLDER.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=WORK_FOLDER) as draft:
-            made = Path(draft) / "checkpoint"
-            make_checkpoint(made, CheckpointShape())
-            made.rename(checkpoint)
-    return checkpoint
 
 
 def compare(comparison: Comparison, progress: Progress) -> Report:
@@ -61,14 +47,13 @@ def compare(comparison: Comparison, progress: Progress) -> Report:
     """
     config = AutoConfig.from_pretrained(comparison.checkpoint)
     report = Report(comparison, machine_facts(), config)
-    measurements = report.measurements
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="captionserve-")))
         plans = _plans(comparison.checkpoint, _exported(comparison, folder, progress))
-        report.rows = rows_of(plans, comparison.num_beams, comparison.patterns)
-        if not report.rows:
+        rows = rows_of(plans, comparison.num_beams, comparison.patterns)
+        if not rows:
             raise NothingToMeasureError("no row is called that")
-        wanted = {row.peer for row in report.rows}
+        wanted = {row.peer for row in rows}
         peers: dict[str, Peer] = {}
         for plan in plans:
             if plan.name in wanted:
@@ -76,65 +61,51 @@ def compare(comparison: Comparison, progress: Progress) -> Report:
                 try:
                     peers[plan.name] = stack.enter_context(plan.start())
                 except Exception as error:  # Each system fails in its own way.
-                    measurements.failures[plan.name] = f"{type(error).__name__}: {error}"
-        report.versions = {name: peer.versions for name, peer in peers.items()}
-        probe = MachineProbe()
-        lengths: Options = {}
-        if comparison.forced_tokens is not None:
-            # Lengths count the start token.
-            lengths = dict.fromkeys(("min_length", "max_length"), comparison.forced_tokens + 1)
-        rounds = Rounds(peers, comparison.images, lengths, measurements, progress)
+                    report.failures[plan.name] = f"{type(error).__name__}: {error}"
         try:
-            rounds.measure(
-                report.rows, comparison.rounds, lambda: report.rates.append(probe.measure())
-            )
-        except (KeyboardInterrupt, SystemExit):
-            if not measurements.samples:
+            rounds = Rounds(peers, bench_images(_PICTURES), report, progress)
+            rounds.measure(rows, MachineProbe().measure)
+        except KeyboardInterrupt:
+            if not report.rounds:
                 raise
-            measurements.failures["the rest"] = "interrupted"
+            report.failures["the rest"] = "interrupted"
     return report
 
 
-def _exported(comparison: Comparison, folder: Path, progress: Progress) -> Mapping[str, Path]:
-    """Model repositories by precision: those that are there, and what is exported into `folder`."""
-    repositories = dict(comparison.repositories)
-    for precision in comparison.precisions:
-        # Imported here: as above.
-        from captionserve_server.export.logs import quiet_libraries
-        from captionserve_server.export.repository import export_checkpoint
-
-        # Once more: onnxruntime's quantisers turn the root logger up when they are imported.
-        quiet_libraries()
-        progress(f"exporting {precision.value}")
-        repositories[precision.value] = folder / precision.value
-        export_checkpoint(comparison.checkpoint, repositories[precision.value], precision=precision)
+def _exported(comparison: Comparison, folder: Path, progress: Progress) -> dict[Precision, Path]:
+    """All model repositories: those that are there, and what is exported into `folder`."""
+    repositories = {}
+    for precision, repository in comparison.repositories.items():
+        if repository is None:
+            progress(f"exporting {precision.value}")
+            repository = folder / precision.value
+            export_checkpoint(comparison.checkpoint, repository, precision=precision)
+        repositories[precision] = repository
     return repositories
 
 
-def _plans(checkpoint: str, repositories: Mapping[str, Path]) -> list[PeerPlan]:
+def _plans(checkpoint: str, repositories: Mapping[Precision, Path]) -> list[PeerPlan]:
     """The systems that can be compared."""
-    images = bench_images(_PICTURES)
     batches = [Load(1, "batch"), Load(8, "batch")]
     few_calls = [Load(calls, "in flight") for calls in (1, 16)]
     calls = [Load(calls, "in flight") for calls in (1, 4, 16, 32, 64)]
+    streams_among_calls = Load(32, "in flight", streams=16)
     at_once = [Load(calls, "at once") for calls in (1, 16)]
-    transformers = partial(running_worker, partial(load_transformers, checkpoint, images))
-    optimum = partial(optimum_peer, checkpoint, images, WORK_FOLDER / "optimum")
-    naive = partial(naive_triton_peer, checkpoint, images)
+    transformers = partial(running_worker, partial(load_transformers, checkpoint))
+    optimum = partial(optimum_peer, checkpoint, _OPTIMUM_FOLDER)
     plans = [
-        PeerPlan("transformers", "fp32", batches, transformers),
-        PeerPlan("naive Triton", "fp32", few_calls, naive),
-        PeerPlan("optimum", "fp32", batches, optimum),
+        PeerPlan("transformers", Precision.FP32, batches, transformers),
+        PeerPlan("naive Triton", Precision.FP32, few_calls, partial(naive_triton_peer, checkpoint)),
+        PeerPlan("optimum", Precision.FP32, batches, optimum),
     ]
-    for name, repository in repositories.items():
-        graphs = partial(running_worker, partial(BareGraphs, repository, images))
-        edge = partial(running_worker, partial(Edge, repository, images))
-        service = partial(service_peer, repository, images)
+    for precision, repository in repositories.items():
+        name = precision.value
+        graphs = partial(running_worker, partial(BareGraphs, repository))
+        edge = partial(running_worker, partial(Edge, repository))
+        service = partial(service_peer, repository)
         plans += [
-            PeerPlan(f"bare graphs {name}", name, [Load(16, "batch")], graphs),
-            PeerPlan(f"edge {name}", name, at_once, edge),
-            PeerPlan(
-                f"captionserve {name}", name, [*calls, Load(32, "in flight", streams=16)], service
-            ),
+            PeerPlan(f"bare graphs {name}", precision, [Load(16, "batch")], graphs),
+            PeerPlan(f"edge {name}", precision, at_once, edge),
+            PeerPlan(f"captionserve {name}", precision, [*calls, streams_among_calls], service),
         ]
     return plans

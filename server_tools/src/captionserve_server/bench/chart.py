@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,14 +13,8 @@ from captionserve_server.bench.report import Report, Summary
 from captionserve_server.bench.rows import beams_text
 
 _PANEL_INCHES = (5.5, 3.6)
-_DOTS_PER_INCH = 110
 # Of a decade; more would run into each other.
 _TICKS = (1.0, 2.0, 5.0)
-
-
-def write_chart(report: Report, path: Path) -> None:
-    """Write the chart of a report as a PNG file."""
-    draw_chart(report).savefig(path, format="png", dpi=_DOTS_PER_INCH)
 
 
 def draw_chart(report: Report) -> Figure:
@@ -36,47 +29,40 @@ def draw_chart(report: Report) -> Figure:
     figure = Figure((2 * width, height * len(num_beams)), layout="constrained")
     panels = figure.subplots(len(num_beams), 2, squeeze=False)
     for (throughput, latency), beams in zip(panels, num_beams, strict=True):
+        of_beams = [each for each in summaries if each.row.num_beams == beams]
         for peer, colour in colours.items():
-            of_beams = [each for each in summaries if each.row.num_beams == beams]
             own = [each for each in of_beams if each.row.peer == peer]
             if own:
                 _draw(throughput, latency, own, colour)
         loads = sorted({each.row.load.at_once for each in of_beams})
-        _finish(throughput, loads, beams_text(beams), "images per second")
-        throughput.set_ylim(bottom=0)
+        for axes in (throughput, latency):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(loads, [str(load) for load in loads])
+            axes.set_xlabel("images at once (in a batch or in flight)")
+            axes.grid(alpha=0.3)
+        throughput.set(title=beams_text(beams), ylabel="images per second", ylim=(0, None))
+        latency.set(title="median, dotted: 99th percentile", ylabel="seconds per image")
         latency.set_yscale("log")
         latency.yaxis.set_major_locator(LogLocator(subs=_TICKS))
         latency.yaxis.set_major_formatter("{x:g}")
         latency.yaxis.set_minor_formatter(NullFormatter())
-        _finish(latency, loads, "median, dotted: 99th percentile", "seconds per image")
     keys = [
         Line2D([], [], color=colour, marker="o", label=peer) for peer, colour in colours.items()
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=4, fontsize="small")
     processor, cores = report.machine["processor"], report.machine["cores"]
-    name = report.comparison.name
-    figure.suptitle(f"{name} checkpoint, {processor}, {cores} cores")
+    figure.suptitle(f"{report.comparison.title}, {processor}, {cores} cores")
     return figure
 
 
 def _draw(throughput: Axes, latency: Axes, own: Sequence[Summary], colour: str) -> None:
     """One system's lines in the two panels of a number of beams."""
     loads = [each.row.load.at_once for each in own]
-    middle = [each.images_per_second for each in own]
-    below = [each.images_per_second - each.lowest for each in own]
-    above = [each.highest - each.images_per_second for each in own]
+    middle = [each.medians.images_per_second for each in own]
+    below = [each.medians.images_per_second - each.lowest for each in own]
+    above = [each.highest - each.medians.images_per_second for each in own]
     throughput.errorbar(loads, middle, (below, above), color=colour, marker="o", capsize=3)
-    latency.plot(
-        loads, [each.medians["latency_p50_ms"] / 1e3 for each in own], color=colour, marker="o"
-    )
-    p99 = [each.medians["latency_p99_ms"] / 1e3 for each in own]
+    p50 = [each.medians.latency_p50_ms / 1e3 for each in own]
+    latency.plot(loads, p50, color=colour, marker="o")
+    p99 = [each.medians.latency_p99_ms / 1e3 for each in own]
     latency.plot(loads, p99, color=colour, marker=".", linestyle=":")
-
-
-def _finish(axes: Axes, loads: Sequence[int], title: str, quantity: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(loads, [str(load) for load in loads])
-    axes.set_xlabel("images at once (in a batch or in flight)")
-    axes.set_ylabel(quantity)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)

@@ -9,13 +9,13 @@ that nobody reaches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-WEIGHT_BYTES = {"fp32": 4.0, "int8": 1.0, "int4": 0.5}
-"""Bytes of one weight. What goes with blocks of quantised weights is not counted."""
+from captionserve_server.export.precision import Precision
 
 _FLOAT_BYTES = 4
 
@@ -40,38 +40,38 @@ class Stage:
     """What one stage costs for one image.
 
     Attributes:
-        name: "encode", "prefill" or "steps".
         weight_flops: operations of products with weights, which quantisation makes cheaper.
         float_flops: operations that stay in float32: attention, and the patches' convolution.
         weights: weights read, which quantisation makes smaller; shared by a batch.
         state_bytes: keys and values written or read, float32.
     """
 
-    name: str
     weight_flops: float
     float_flops: float
     weights: float
     state_bytes: float
 
-    def seconds_at_least(self, rates: MachineRates, precision: str) -> float:
-        """The shortest time for one image: computing and reading overlap at best.
 
-        Args:
-            rates: the machine.
-            precision: a key of WEIGHT_BYTES. int4 weights are multiplied as whichever is faster.
-        """
-        weight_flops = {
-            "fp32": rates.fp32_flops,
-            "int8": rates.int8_flops,
-            "int4": max(rates.fp32_flops, rates.int8_flops),
-        }[precision]
-        computing = self.weight_flops / weight_flops + self.float_flops / rates.fp32_flops
-        reading = (self.weights * WEIGHT_BYTES[precision] + self.state_bytes) / rates.bytes
-        return max(computing, reading)
+def images_per_second_at_most(
+    stages: Sequence[Stage], rates: MachineRates, precision: Precision
+) -> float:
+    """The machine's limit: stages follow each other; in each, computing and reading overlap."""
+    weight_flops, weight_bytes = {
+        Precision.FP32: (rates.fp32_flops, 4.0),
+        Precision.INT8: (rates.int8_flops, 1.0),
+        # Its weights are multiplied as whichever is faster. What goes with blocks is not counted.
+        Precision.INT4: (max(rates.fp32_flops, rates.int8_flops), 0.5),
+    }[precision]
+    seconds = 0.0
+    for stage in stages:
+        computing = stage.weight_flops / weight_flops + stage.float_flops / rates.fp32_flops
+        reading = (stage.weights * weight_bytes + stage.state_bytes) / rates.bytes
+        seconds += max(computing, reading)
+    return 1.0 / seconds
 
 
-def stages_of(config: Any, batch: int, num_beams: int, tokens: float) -> list[Stage]:
-    """What one image costs in each stage, when a batch shares the weights.
+def stages_of(config: Any, batch: int, num_beams: int, tokens: float) -> tuple[Stage, Stage, Stage]:
+    """What one image costs to encode, to prefill and to decode, when a batch shares the weights.
 
     Args:
         config: transformers' VisionEncoderDecoderConfig of ViT or DeiT with GPT-2.
@@ -89,7 +89,6 @@ def stages_of(config: Any, batch: int, num_beams: int, tokens: float) -> list[St
     embedding = encoder.num_channels * int(np.prod(patch_sides)) * wide
     encoder_weights = blocks * (4 * wide**2 + 2 * wide * encoder.intermediate_size)
     encode = Stage(
-        "encode",
         weight_flops=2.0 * image_tokens * encoder_weights,
         float_flops=2.0 * (blocks * 2 * image_tokens**2 * wide + patches * embedding),
         weights=(encoder_weights + embedding) / batch,
@@ -102,7 +101,6 @@ def stages_of(config: Any, batch: int, num_beams: int, tokens: float) -> list[St
     cross_weights = projection + layers * 2 * width**2
     entry_bytes = 2 * layers * width * _FLOAT_BYTES
     prefill = Stage(
-        "prefill",
         weight_flops=2.0 * image_tokens * cross_weights,
         float_flops=0.0,
         weights=cross_weights / batch,
@@ -116,15 +114,9 @@ def stages_of(config: Any, batch: int, num_beams: int, tokens: float) -> list[St
     rows = 1 + (tokens - 1) * num_beams
     entries = 1 + num_beams * (tokens * (tokens + 1) / 2 - 1)
     steps = Stage(
-        "steps",
         weight_flops=2.0 * rows * row_weights,
         float_flops=2.0 * layers * 2 * (entries + rows * image_tokens) * width,
         weights=tokens * row_weights / batch,
         state_bytes=entry_bytes * (tokens * image_tokens + entries),
     )
-    return [encode, prefill, steps]
-
-
-def images_per_second_at_most(stages: list[Stage], rates: MachineRates, precision: str) -> float:
-    """The machine's limit: the stages follow each other, each at its shortest."""
-    return 1.0 / sum(stage.seconds_at_least(rates, precision) for stage in stages)
+    return encode, prefill, steps

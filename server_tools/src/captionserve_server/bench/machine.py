@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-import platform
 import timeit
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import psutil
 from numpy.typing import NDArray
 from onnx import numpy_helper, parser
+from onnxruntime import InferenceSession
 
 from captionserve_server.bench.cost_model import MachineRates
 from captionserve_server.runtime.cores import available_cores
@@ -24,10 +26,12 @@ _READ_BYTES = 512 * 2**20
 _REPEATS = 5
 # Instruction sets that decide how fast these are.
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
+# Optimum's are said where it is installed.
+_PACKAGES = ("captionserve-server", "onnxruntime", "torch", "transformers", "tritonclient")
 
 
 def machine_facts() -> dict[str, object]:
-    """Cores, processor and memory; no names and no paths."""
+    """Cores, processor, memory and the packages that are measured; no names and no paths."""
     pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
     cpu = {name.strip(): value.strip() for name, _, value in pairs}
     return {
@@ -35,8 +39,7 @@ def machine_facts() -> dict[str, object]:
         "processor": cpu.get("model name", "unknown"),
         "instructions": [flag for flag in _TELLING_FLAGS if flag in cpu.get("flags", "").split()],
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "system": platform.system(),
-        "architecture": platform.machine(),
+        "versions": {name: version(name) for name in _PACKAGES},
     }
 
 
@@ -47,11 +50,12 @@ class MachineProbe:
         """Make the products and the arrays to read."""
         rows, inner, columns = _PRODUCT
         rng = np.random.default_rng(0)
-        self._left = rng.standard_normal((rows, inner), np.float32)
+        left = rng.standard_normal((rows, inner), np.float32)
         right = rng.standard_normal((inner, columns), np.float32)
-        self._fp32 = _product("MatMul(left, right)", right=right)
+        self._fp32 = _product("MatMul(left, right)", left, right=right)
         self._int8 = _product(
             "com.microsoft.DynamicQuantizeMatMul(left, right, scale)",
+            left,
             right=rng.integers(-64, 64, (inner, columns), np.int8),
             scale=np.full(1, 0.01, np.float32),
         )
@@ -60,26 +64,23 @@ class MachineProbe:
 
     def measure(self) -> MachineRates:
         """What the machine does now, at its best of a few times."""
-        inputs, operations = {"left": self._left}, 2.0 * math.prod(_PRODUCT)
-
-        def read() -> None:
-            # Each array has a core of its own.
-            with ThreadPoolExecutor(len(self._arrays)) as pool:
-                list(pool.map(lambda array: np.dot(array, array), self._arrays))
-
         fp32, int8, reading = (
             min(timeit.repeat(work, number=1, repeat=_REPEATS))
-            for work in (
-                lambda: self._fp32.run(None, inputs),
-                lambda: self._int8.run(None, inputs),
-                read,
-            )
+            for work in (self._fp32, self._int8, self._read)
         )
+        operations = 2.0 * math.prod(_PRODUCT)
         return MachineRates(operations / fp32, operations / int8, _READ_BYTES / reading)
 
+    def _read(self) -> None:
+        # Each array has a core of its own.
+        with ThreadPoolExecutor(len(self._arrays)) as pool:
+            list(pool.map(lambda array: np.dot(array, array), self._arrays))
 
-def _product(expression: str, **weights: NDArray[np.generic]) -> onnxruntime.InferenceSession:
-    """A graph of one product with constant weights, which ONNX Runtime packs once."""
+
+def _product(
+    expression: str, left: NDArray[np.float32], **weights: NDArray[np.generic]
+) -> Callable[[], object]:
+    """What runs a graph of one product with constant weights, which ONNX Runtime packs once."""
     model = parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]> '
         f"product (float[rows, inner] left) => (float[rows, columns] out) {{ out = {expression} }}"
@@ -87,6 +88,5 @@ def _product(expression: str, **weights: NDArray[np.generic]) -> onnxruntime.Inf
     model.graph.initializer.extend(
         numpy_helper.from_array(array, name) for name, array in weights.items()
     )
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return partial(session.run, None, {"left": left})

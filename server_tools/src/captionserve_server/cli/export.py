@@ -74,6 +74,11 @@ def export(
         f"difference from PyTorch: {report.verification.logprobs:.1e} in log-probabilities, "
         f"{report.verification.encoder_states:.1e} in encoder states"
     )
+    if report.unknown_tokens:
+        output.print(
+            f"the tokenizer has {report.unknown_tokens} more tokens than the model; options whose "
+            "text has one of them are refused"
+        )
     if report.agreement:
         output.print(
             "of {images} held-out scenes of the demo, {same_captions:.1%} get the same caption as "

@@ -19,7 +19,7 @@ from captionserve import (
 from numpy.typing import NDArray
 
 from captionserve_server.core.errors import CaptionServeError
-from captionserve_server.gateway.status import CODES
+from captionserve_server.gateway.status import CODES, field_violations
 from captionserve_server.local import FinishedCaption, LocalCaptioner, LocalResult
 
 
@@ -40,7 +40,12 @@ def local_outcomes(
             if isinstance(outcome, LocalResult):
                 yield _result(outcome)
             elif isinstance(outcome, CaptionServeError):
-                yield CaptionError(CODES[type(outcome)], outcome.reason, outcome.message)
+                yield CaptionError(
+                    CODES[type(outcome)],
+                    outcome.reason,
+                    outcome.message,
+                    field_violations(outcome),
+                )
             else:
                 yield outcome
 

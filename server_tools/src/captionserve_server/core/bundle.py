@@ -12,7 +12,7 @@ from captionserve_server.core.confidence import Calibration
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.words import Encode, word_tokens
+from captionserve_server.core.words import Encode, check_tokens, word_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Bundle:
         """
         options = self.defaults.with_given(given)
         words = word_tokens(options, encode)
+        check_tokens(words, self.geometry.vocabulary_size)
         counted = options.counted_from(1 + len(words.prefix))
-        self.check(counted, "max_length" if options.max_new_tokens is None else "max_new_tokens")
+        self.check(counted, options.length_name)
         return CaptionPlan(counted, words, self.rules)
 
     def check(self, options: DecodingOptions, length_name: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.words import NO_WORDS, WordTokens
+from captionserve_server.core.words import NO_WORDS, TokenRuns, WordTokens
 
 FinishReason = Literal["eos", "length", "deadline"]
 
@@ -50,6 +51,11 @@ class CheckpointRules:
     sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
     exponential_decay_length_penalty: tuple[int, float] | None = None
     renormalize_logits: bool = False
+
+    @cached_property
+    def bias_runs(self) -> TokenRuns:
+        """The runs of sequence_bias, laid side by side once and not at each step."""
+        return TokenRuns.of([run for run, _ in self.sequence_bias])
 
 
 NO_RULES = CheckpointRules()

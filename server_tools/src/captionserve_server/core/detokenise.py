@@ -53,6 +53,12 @@ class TextStream:
             token_ids: all tokens so far. A character that is incomplete is held back, and so are
                 spaces, which a caption does not end with.
         """
-        text = self._decode(token_ids).strip().rstrip(_INCOMPLETE).rstrip()
+        return self._added(self._decode(token_ids).strip().rstrip(_INCOMPLETE).rstrip())
+
+    def last_text(self, token_ids: Sequence[int]) -> str:
+        """What is left of the text of a whole caption, which may end within a character."""
+        return self._added(caption_text(self._decode, token_ids))
+
+    def _added(self, text: str) -> str:
         added, self._shown = text[len(self._shown) :], text
         return added

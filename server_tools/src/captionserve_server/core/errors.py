@@ -13,15 +13,29 @@
     ├── ModelUnavailableError       the model server does not answer
     └── ModelFaultError             the model misbehaved; trying again will not help
 
-Messages are written for the caller: no path, no stack trace, no other exception's text. The table
-from this tree to gRPC status codes is in gateway/status.py.
+Messages are written for the caller: no path, no stack trace, no other exception's text. They are
+bounded, whatever a caller wrote that is repeated in them. The table from this tree to gRPC status
+codes is in gateway/status.py.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
+
+# Errors travel as headers, of which gRPC mangles or drops more than 8 KiB: the message as it is and
+# once more beside the fields, in base64. With these bounds a status stays below 4 KiB.
+MAX_MESSAGE_BYTES = 480
+MAX_FIELDS_BYTES = 1900
+_MAX_NAME_BYTES = 60
+# Tried in turn until all fields have room.
+_MAX_TEXT_BYTES = (200, 100, 60, 40)
+# What a field takes beside its name and text: its place in the request, and punctuation.
+_FIELD_BYTES = 20
+_CUT = "..."
 
 
 class CaptionServeError(Exception):
@@ -29,15 +43,15 @@ class CaptionServeError(Exception):
 
     Attributes:
         reason: stable machine-readable name in UPPER_SNAKE_CASE.
-        message: one sentence for a person.
+        message: one sentence for a person, cut where it is too long to be sent.
     """
 
     reason: ClassVar[str] = "INTERNAL"
 
     def __init__(self, message: str) -> None:
         """Store the sentence that the caller will read."""
-        super().__init__(message)
-        self.message = message
+        self.message = shortened(message, MAX_MESSAGE_BYTES)
+        super().__init__(self.message)
 
     @property
     def field_violations(self) -> Mapping[str, str]:
@@ -81,8 +95,8 @@ class InvalidOptionsError(InvalidRequestError):
     reason = "INVALID_OPTIONS"
 
     def __init__(self, violations: Mapping[str, str]) -> None:
-        """Store what is wrong with each option: {field name: sentence}."""
-        self._violations = dict(violations)
+        """Store what is wrong with each option, {field name: sentence}, as far as there is room."""
+        self._violations = _bounded(violations)
         super().__init__("; ".join(f"{name}: {text}" for name, text in self._violations.items()))
 
     @property
@@ -127,3 +141,53 @@ def all_error_types() -> tuple[type[CaptionServeError], ...]:
     for error_type in found:
         found.extend(error_type.__subclasses__())
     return tuple(found)
+
+
+def shortened(text: str, most_bytes: int) -> str:
+    """A text that may be a caller's, as an error can repeat it.
+
+    Args:
+        text: halves of surrogate pairs, which cannot be sent, are written out.
+        most_bytes: what it may take on its way, where letters beyond ASCII are escaped; a longer
+            one is cut and ends with dots.
+    """
+    # Each character takes at least a byte, so that no more of a long text need be looked at.
+    begin = text[: most_bytes + 1].encode(errors="backslashreplace").decode()
+    if len(text) <= most_bytes and _bytes_sent(begin) <= most_bytes:
+        return begin
+    room, end = most_bytes - len(_CUT), 0
+    while end < len(begin) and (room := room - _bytes_sent(begin[end])) >= 0:
+        end += 1
+    return begin[:end] + _CUT
+
+
+def _bytes_sent(text: str) -> int:
+    """What a text takes at most, in JSON as Triton's error or percent-encoded as gRPC's."""
+    if text.isascii() and text.isprintable() and not set(text) & set('%"\\'):
+        return len(text)
+    in_json = len(json.dumps(text)) - 2
+    return max(in_json, sum(1 if " " <= c <= "~" and c != "%" else 3 for c in _utf_8(text)))
+
+
+def _utf_8(text: str) -> str:
+    """Its bytes in UTF-8, as characters of their own."""
+    return text.encode().decode("latin-1")
+
+
+def _bounded(violations: Mapping[str, str]) -> dict[str, str]:
+    """The violations with names and texts cut, and the last ones left out, until there is room."""
+    first = list(itertools.islice(violations.items(), MAX_FIELDS_BYTES // _FIELD_BYTES))
+    bounded: dict[str, str] = {}
+    for most in _MAX_TEXT_BYTES:
+        bounded = {shortened(name, _MAX_NAME_BYTES): shortened(text, most) for name, text in first}
+        if _fields_bytes(bounded) <= MAX_FIELDS_BYTES:
+            return bounded
+    while _fields_bytes(bounded) > MAX_FIELDS_BYTES:
+        bounded.popitem()
+    return bounded
+
+
+def _fields_bytes(violations: Mapping[str, str]) -> int:
+    return sum(
+        _FIELD_BYTES + _bytes_sent(name) + _bytes_sent(text) for name, text in violations.items()
+    )

@@ -14,7 +14,7 @@ import numbers
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from captionserve_server.core.errors import InvalidOptionsError
+from captionserve_server.core.errors import InvalidOptionsError, shortened
 
 EarlyStopping = bool | Literal["never"]
 EARLY_STOPPING_VALUES: tuple[EarlyStopping, ...] = (False, True, "never")
@@ -32,8 +32,10 @@ MAX_SEED = 2**63 - 1
 # Full lists of words, each character written as two escapes, take about 165,000 bytes.
 MAX_OPTIONS_BYTES = 256 * 1024
 
-# Errors travel in gRPC's trailing metadata, which has 8 KB: what a caller wrote is cut.
-_SHOWN_CHARACTERS = 40
+# Python reads no integer of more than 4,300 digits; one of so many is beyond every range already.
+_MAX_DIGITS = 100
+# Of what a caller wrote an error repeats the beginning.
+_SHOWN_BYTES = 60
 _SHOWN_UNKNOWN_NAMES = 8
 
 # Options that count generated tokens only, and those whose place they take.
@@ -251,9 +253,9 @@ class DecodingOptions:
         1.0,
         float,
         "Above 1 makes tokens that have occurred unlikelier.",
-        least=0.0,
+        # Logits divided by less may leave float32.
+        least=0.01,
         most=100.0,
-        above_least=True,
     )
     no_repeat_ngram_size: int = _option(
         0,
@@ -305,6 +307,11 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         """Refuse what cannot be decoded, all fields at once."""
         _raise_if_any(_violations(vars(self), given=()))
+
+    @property
+    def length_name(self) -> str:
+        """The option that says the most tokens."""
+        return "max_length" if self.max_new_tokens is None else "max_new_tokens"
 
     def new_tokens(self, given: int) -> int:
         """Most tokens generated after `given` of them; negative where these are too many."""
@@ -388,7 +395,7 @@ class DecodingOptions:
         Raises:
             InvalidOptionsError: if a name is unknown or the options are invalid.
         """
-        unknown = sorted(values.keys() - OPTIONS.keys())
+        unknown = sorted(values.keys() - OPTIONS.keys())[:_SHOWN_UNKNOWN_NAMES]
         _raise_if_any(dict.fromkeys(map(_short, unknown), "is not an option"))
         plain: dict[str, Any] = {
             name: _plain(OPTIONS[name], value) for name, value in values.items()
@@ -446,8 +453,8 @@ def parse_options(text: str | bytes) -> dict[str, object]:
         encoded = text.encode() if isinstance(text, str) else text
         if len(encoded) > MAX_OPTIONS_BYTES:
             raise InvalidOptionsError({"options": f"must be at most {MAX_OPTIONS_BYTES} bytes"})
-        values = json.loads(encoded.decode(), object_pairs_hook=_object)
-    # RecursionError: lists within lists. ValueError: bad UTF-8 or JSON, or thousands of digits.
+        values = json.loads(encoded.decode(), object_pairs_hook=_object, parse_int=_integer)
+    # RecursionError: lists within lists. ValueError: bad UTF-8 or JSON.
     except (ValueError, RecursionError) as error:
         if isinstance(error, InvalidOptionsError):
             raise
@@ -464,6 +471,11 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
             raise InvalidOptionsError({_short(name): "is given twice"})
         values[name] = value
     return values
+
+
+def _integer(digits: str) -> int:
+    """An integer as JSON writes it; of one beyond every range only the sign and that it is."""
+    return int(digits) if len(digits) <= _MAX_DIGITS else int(digits[:_MAX_DIGITS])
 
 
 def _plain(option: Option, value: object) -> object:
@@ -507,13 +519,12 @@ def _type_name(value: object) -> str:
 
 
 def _short(text: str) -> str:
-    """What a caller wrote, short enough for an error and without half pairs of characters."""
-    shown = text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
-    return shown.encode(errors="backslashreplace").decode()
+    """What a caller wrote, short enough for an error."""
+    return shortened(text, _SHOWN_BYTES)
 
 
 def _shown_number(number: float) -> str:
-    # Python refuses to write an integer of thousands of digits.
+    # Python writes no integer of thousands of digits, and nobody wants to read one of hundreds.
     if isinstance(number, int) and number.bit_length() > 64:
         return "an integer beyond 64 bits"
     return str(number) if isinstance(number, int) else f"{number:g}"
@@ -637,7 +648,7 @@ def _lengths(options: DecodingOptions) -> dict[str, str]:
 
 
 def _size(options: DecodingOptions) -> dict[str, str]:
-    longest, _ = _length_names(options)
+    longest = options.length_name
     if options.rows * _whole(options, longest) <= MAX_ROWS_TIMES_LENGTH:
         return {}
     name = "num_return_sequences" if options.do_sample else "num_beams"
@@ -648,7 +659,7 @@ def _size(options: DecodingOptions) -> dict[str, str]:
 def _length_names(options: DecodingOptions) -> tuple[str, str]:
     """Which options say the most and the fewest tokens."""
     return (
-        "max_length" if options.max_new_tokens is None else "max_new_tokens",
+        options.length_name,
         "min_length" if options.min_new_tokens is None else "min_new_tokens",
     )
 

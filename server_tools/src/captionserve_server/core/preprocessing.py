@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -300,16 +299,14 @@ def _open(encoded: bytes) -> Image.Image:
     if not encoded:
         raise ImageCorruptError("the image is empty")
     try:
-        with warnings.catch_warnings():
-            # Our own limit, read from the header below, is lower than Pillow's.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(encoded), formats=ACCEPTED_FORMATS)
+        return Image.open(io.BytesIO(encoded), formats=ACCEPTED_FORMATS)
     except UnidentifiedImageError as error:
         if encoded.startswith(_SIGNATURES):
             raise ImageCorruptError("the image is damaged or incomplete") from error
         names = ", ".join(ACCEPTED_FORMATS)
         raise UnsupportedImageFormatError(f"not an image of an accepted format: {names}") from error
-    except Image.DecompressionBombError as error:
+    # Pillow's limits are above ours. A warning is raised where the process has it so.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooManyPixelsError(
             f"the image has more than {MAX_PIXELS} pixels, which is the most accepted"
         ) from error

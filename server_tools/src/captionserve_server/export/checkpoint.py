@@ -39,6 +39,9 @@ from captionserve_server.export.generation import (
 SUPPORTED_ENCODERS = ("vit", "deit")
 SUPPORTED_DECODERS = ("gpt2",)
 CALIBRATION_FILE = "confidence.json"
+# A model's vocabulary is often filled up to a multiple of one of these, for speed; nothing is
+# trained to say what fills it.
+_VOCABULARY_MULTIPLES = (8, 16, 32, 64, 128, 256, 512)
 
 PREPROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 WEIGHTS_FILES = (
@@ -64,12 +67,14 @@ class Checkpoint:
         tokenizer: its fast tokenizer.
         preprocessor: its image processor's settings.
         bundle: what serving must know beside the graphs.
+        unknown_tokens: tokens of the tokenizer that the model does not know.
     """
 
     model: VisionEncoderDecoderModel
     tokenizer: PreTrainedTokenizerFast
     preprocessor: PreprocessorConfig
     bundle: Bundle
+    unknown_tokens: int
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -85,7 +90,7 @@ def load_checkpoint(name: str) -> Checkpoint:
 
     Raises:
         UnsupportedCheckpointError: if its architecture, weights or image processor cannot be
-        served, or its confidence.json cannot be read.
+        served, its tokenizer lacks tokens of the model, or its confidence.json cannot be read.
     """
     _check_files(name)
     with _reading("config.json"):
@@ -104,7 +109,8 @@ def load_checkpoint(name: str) -> Checkpoint:
         generation = _load_generation(model)
     with _reading("config.json"):
         bundle = _bundle(model, calibration, generation)
-    return Checkpoint(model, tokenizer, preprocessor, bundle)
+    unknown = _unknown_tokens(tokenizer, bundle.geometry.vocabulary_size)
+    return Checkpoint(model, tokenizer, preprocessor, bundle, unknown)
 
 
 @contextmanager
@@ -284,6 +290,23 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UnsupportedCheckpointError("the checkpoint has no tokenizer.json or GPT-2 vocabulary")
     return tokenizer
+
+
+def _unknown_tokens(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) -> int:
+    """How many of the tokenizer's tokens the model does not know.
+
+    Raises:
+        UnsupportedCheckpointError: if it lacks tokens that the model may say: their text is lost.
+    """
+    ids = set(tokenizer.get_vocab().values())
+    known = sum(token < vocabulary_size for token in ids)
+    filled_up = any(-known % each + known == vocabulary_size for each in _VOCABULARY_MULTIPLES)
+    if known < vocabulary_size and not (known and filled_up):
+        raise UnsupportedCheckpointError(
+            f"its tokenizer has {known} tokens of the model's {vocabulary_size}: "
+            "it is not this model's"
+        )
+    return len(ids) - known
 
 
 def _load_generation(model: VisionEncoderDecoderModel) -> Generation:

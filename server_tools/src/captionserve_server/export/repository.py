@@ -81,6 +81,8 @@ class ExportReport:
         bytes_on_disk: size of that version over all models.
         verification: how far the graphs are from PyTorch.
         agreement: what was compared with fp32; empty in fp32.
+        unknown_tokens: tokens of the tokenizer that the model does not know; options whose text
+            has them are refused.
     """
 
     repository: Path
@@ -90,6 +92,7 @@ class ExportReport:
     bytes_on_disk: int
     verification: Verification
     agreement: Mapping[str, float]
+    unknown_tokens: int
 
     def as_json(self) -> dict[str, object]:
         """The report as JSON values."""
@@ -151,7 +154,16 @@ def export_checkpoint(
         verification = verify_export(checkpoint, graphs, precision)
         written = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
         _publish(checkpoint, staging, output, version, graph_format)
-    return ExportReport(output, version, graph_format, precision, written, verification, agreement)
+    return ExportReport(
+        repository=output,
+        version=version,
+        graph_format=graph_format,
+        precision=precision,
+        bytes_on_disk=written,
+        verification=verification,
+        agreement=agreement,
+        unknown_tokens=checkpoint.unknown_tokens,
+    )
 
 
 def static_repository() -> Path:

@@ -172,56 +172,30 @@ class DecoderClient:
         )
         request.parameters[_WANT_FINAL].bool_param = True
         kept = self._take_idle()
-        stream = kept or self._stub.ModelStreamInfer()
-        ended = expired = False
-
-        def expire() -> None:
-            nonlocal expired
-            expired = True
-            stream.cancel()
-
-        # gRPC's deadline would be the stream's, not the call's; wait_for() makes a task each time.
-        timer = asyncio.get_running_loop().call_later(time_limit.call_seconds, expire)
+        call = _Call(kept or self._stub.ModelStreamInfer(), request.id)
+        timer = asyncio.get_running_loop().call_later(time_limit.call_seconds, call.expire)
         try:
             if kept is None:
                 # Cancelling a stream does not wake who waits for its connection.
-                await asyncio.wait_for(stream.wait_for_connection(), time_limit.call_seconds)
-            try:
-                await stream.write(request)
-            except grpc.aio.AioRpcError as error:
-                # The stream has broken; gRPC may not know yet by what.
-                raise ModelUnavailableError(_UNAVAILABLE) from error
-            while not ended:
-                response: Any = await stream.read()
-                if response is grpc.aio.EOF:
-                    raise ModelFaultError(_NO_ANSWER)
-                received = response.infer_response
-                if received.id and received.id != request.id:
-                    # What the call before, which had its answer, has left behind.
-                    continue
-                if response.error_message:
-                    ended = True
-                    raise error_of_triton(grpc.StatusCode.INTERNAL, response.error_message)
-                answer = _answer(received)
-                ended = answer.is_final
-                if not ended and received.parameters[_IS_FINAL].bool_param:
-                    raise ModelFaultError(_NO_ANSWER)
-                yield answer
+                await asyncio.wait_for(call.stream.wait_for_connection(), time_limit.call_seconds)
+            await call.send(request)
+            while not call.ended:
+                yield await call.next_answer()
         except grpc.aio.AioRpcError as error:
             raise error_of_triton(error.code(), error.details() or "") from error
         except asyncio.TimeoutError as error:
             raise DeadlineExceededError(_TOO_LATE) from error
         except asyncio.CancelledError as error:
             # Waiting for a cancelled stream ends as in a cancelled task.
-            if expired:
+            if call.expired:
                 raise DeadlineExceededError(_TOO_LATE) from error
             raise
         finally:
             timer.cancel()
-            if ended and len(self._idle) < _KEPT_STREAMS:
-                self._idle.append(stream)
+            if call.ended and len(self._idle) < _KEPT_STREAMS:
+                self._idle.append(call.stream)
             else:
-                stream.cancel()
+                call.stream.cancel()
 
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
@@ -236,6 +210,55 @@ class DecoderClient:
             if not stream.done():
                 return stream
         return None
+
+
+class _Call:
+    """One call on a stream that it has for itself while it lasts.
+
+    Attributes:
+        stream: which may have had other calls before.
+        ended: whether Triton has said all there is to say, so that the stream may be used again.
+        expired: whether the time was up. gRPC's deadline would be the stream's, not the call's, and
+            wait_for() around each read would make a task each time.
+    """
+
+    def __init__(self, stream: _Stream, request_id: str) -> None:
+        self.stream = stream
+        self.ended = False
+        self.expired = False
+        self._request_id = request_id
+
+    def expire(self) -> None:
+        """End the call, because its time is up."""
+        self.expired = True
+        self.stream.cancel()
+
+    async def send(self, request: service_pb2.ModelInferRequest) -> None:
+        """Send the call's only message."""
+        try:
+            await self.stream.write(request)
+        except grpc.aio.AioRpcError as error:
+            # The stream has broken; gRPC may not know yet by what.
+            raise ModelUnavailableError(_UNAVAILABLE) from error
+
+    async def next_answer(self) -> Answer:
+        """The next response; CaptionServeError where there is an error in its place, or an end."""
+        while True:
+            response: Any = await self.stream.read()
+            if response is grpc.aio.EOF:
+                raise ModelFaultError(_NO_ANSWER)
+            received = response.infer_response
+            # What the call before, which had its answer, has left behind, is none of this one's.
+            if not received.id or received.id == self._request_id:
+                break
+        if response.error_message:
+            self.ended = True
+            raise error_of_triton(grpc.StatusCode.INTERNAL, response.error_message)
+        answer = _answer(received)
+        self.ended = answer.is_final
+        if not self.ended and received.parameters[_IS_FINAL].bool_param:
+            raise ModelFaultError(_NO_ANSWER)
+        return answer
 
 
 def _answer(response: service_pb2.ModelInferResponse) -> Answer:

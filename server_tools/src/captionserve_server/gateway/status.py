@@ -71,7 +71,7 @@ def rpc_status(error: errors.CaptionServeError) -> RpcStatus:
 
 def _details(error: errors.CaptionServeError) -> list[Message]:
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
-    violations = _field_violations(error)
+    violations = field_violations(error)
     if violations:
         bad_request = error_details_pb2.BadRequest()
         for field, description in violations.items():
@@ -83,7 +83,7 @@ def _details(error: errors.CaptionServeError) -> list[Message]:
     return details
 
 
-def _field_violations(error: errors.CaptionServeError) -> dict[str, str]:
+def field_violations(error: errors.CaptionServeError) -> dict[str, str]:
     """What is wrong, by field path in CaptionRequest."""
     if isinstance(error, errors.InvalidOptionsError):
         return {f"options.{name}": text for name, text in error.field_violations.items()}

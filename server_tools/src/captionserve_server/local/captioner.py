@@ -1,7 +1,7 @@
 """The captioner in this process: the service's own core and graphs, without its server.
 
-Images are prepared by the thread that asks; the engine's thread encodes and decodes those of all
-askers together.
+An image is prepared by the thread that asks, several by a thread that is ahead of it; the engine's
+thread encodes and decodes those of all askers together.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import deque
+import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,7 @@ from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.engine.engine_thread import EngineThread
 from captionserve_server.core.engine.scheduler import Outcome as EngineOutcome
 from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
+from captionserve_server.core.engine.worker import Worker
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.core.options import NamedOptions
 from captionserve_server.core.results import FinishedCaption, Finisher
@@ -96,12 +98,11 @@ class LocalCaptioner:
 
         Raises:
             ModelFolderError: if something in the folder is missing or damaged; names it.
-            ValueError: if threads is below 0, or there is no slot.
+            ValueError: if threads is below 0, or one of the limits below 1.
         """
-        if threads < 0 or limits.slots < 1:
-            raise ValueError(
-                f"threads must be 0 or more, slots 1 or more; are {threads}, {limits.slots}"
-            )
+        if threads < 0:
+            raise ValueError(f"threads must be 0 or more, is {threads}")
+        limits.check()
         model = load_model(Path(bundle_dir), version=version, threads=threads)
         self._model = model
         self._images_ahead = _IMAGES_AHEAD * limits.slots
@@ -178,7 +179,8 @@ class LocalCaptioner:
         """Caption several images together, of which some may fail.
 
         Args:
-            images: as for `caption_all`.
+            images: as for `caption_all`; iterated by a thread of its own, a few images ahead, so
+                that what is known need not wait for an image that is still to come.
             options: likewise.
             **named: likewise.
 
@@ -214,11 +216,7 @@ class LocalCaptioner:
         given: dict[str, object] = {each.name: getattr(options, each.name) for each in own}
         # What is None is not set, and hides no value of the dataclass.
         given |= {name: value for name, value in named.items() if value is not None}
-        return self._model.bundle.plan(given, self._encode_text)
-
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._model.bundle.plan(given, self._model.tokenizer.encode)
 
     def _begin(self, image: ImageInput, plan: CaptionPlan) -> _Begun:
         """Prepare an image and queue it; what its caller did not get wrong is told later."""
@@ -240,17 +238,12 @@ class LocalCaptioner:
         return LocalResult(finished, self.model_version)
 
     def _outcomes(self, images: Iterable[ImageInput], plan: CaptionPlan) -> Iterator[Outcome]:
-        begun: deque[_Begun] = deque()
+        ahead = _Ahead(images, lambda image: self._begin(image, plan), self._images_ahead)
         try:
-            for image in images:
-                begun.append(self._begin(image, plan))
-                if len(begun) == self._images_ahead:
-                    yield self._outcome(begun.popleft(), plan)
-            while begun:
-                yield self._outcome(begun.popleft(), plan)
+            while (begun := ahead.next()) is not None:
+                yield self._outcome(begun, plan)
         finally:
-            for each in begun:
-                each.has_gone = True
+            ahead.close()
 
     def _outcome(self, begun: _Begun, plan: CaptionPlan) -> Outcome:
         try:
@@ -282,6 +275,85 @@ class _Begun:
             self.captions.set_exception(outcome)
         else:
             self.captions.set_result(outcome)
+
+
+@dataclass(frozen=True)
+class _End:
+    """No image follows.
+
+    Attributes:
+        error: what ended them; None where there are just no more.
+    """
+
+    error: BaseException | None = None
+
+
+class _Ahead:
+    """Pulls images and begins with them, in a thread of its own, so many ahead of the results."""
+
+    def __init__(
+        self, images: Iterable[ImageInput], begin: Callable[[ImageInput], _Begun], most: int
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            images: pulled by the thread.
+            begin: what is done with each.
+            most: images begun with whose results have not been dealt with.
+        """
+        self._images = images
+        self._begin = begin
+        self._room = threading.Semaphore(most)
+        self._begun: queue.SimpleQueue[_Begun | _End] = queue.SimpleQueue()
+        self._waits_for_room = False
+        self._closing = False
+        self._worker = Worker("images-ahead", self._run, lambda error: self._begun.put(_End(error)))
+
+    def next(self) -> _Begun | None:
+        """The next image's; None after the last. The one before has been dealt with.
+
+        Raises:
+            BaseException: what pulling or beginning raised, after those before it.
+        """
+        if self._waits_for_room:
+            self._room.release()
+        self._waits_for_room = True
+        begun = self._begun.get()
+        if isinstance(begun, _Begun):
+            return begun
+        if begun.error is not None:
+            raise begun.error
+        return None
+
+    def close(self) -> None:
+        """Begin with no more, and let go of those whose results nobody has asked for."""
+        self._closing = True
+        self._room.release()
+        # Not waited for: it may be waiting for an image that never comes.
+        self._let_go()
+
+    def _run(self) -> None:
+        images = iter(self._images)
+        while self._has_room():
+            try:
+                image = next(images)
+            except StopIteration:
+                break
+            if not self._closing:
+                self._begun.put(self._begin(image))
+        self._begun.put(_End())
+        if self._closing:
+            self._let_go()
+
+    def _has_room(self) -> bool:
+        self._room.acquire()
+        return not self._closing
+
+    def _let_go(self) -> None:
+        while not self._begun.empty():
+            begun = self._begun.get()
+            if isinstance(begun, _Begun):
+                begun.has_gone = True
 
 
 class _Encoder:

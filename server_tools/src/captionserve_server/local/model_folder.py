@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.preprocessing import PreprocessorConfig
 from captionserve_server.runtime import model_repository as files
 from captionserve_server.runtime.decoder_graphs import DecoderGraphs, TimedGraph
 from captionserve_server.runtime.onnx_graph import OnnxGraph
+from captionserve_server.runtime.tokenizer import CaptionTokenizer
 
 
 class ModelFolderError(OSError):
@@ -36,7 +35,7 @@ class LoadedModel:
 
     version: int
     bundle: Bundle
-    tokenizer: Tokenizer
+    tokenizer: CaptionTokenizer
     preprocessor: PreprocessorConfig
     encoder: OnnxGraph
     decoder: DecoderGraphs
@@ -58,7 +57,7 @@ def load_model(folder: Path, *, version: int | None, threads: int) -> LoadedMode
     with found.reading(files.DECODER, files.BUNDLE_FILE) as path:
         bundle = Bundle.from_json(path.read_text())
     with found.reading(files.DECODER, files.TOKENIZER_FILE) as path:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = CaptionTokenizer.from_file(path)
     with found.reading(files.DECODER, files.PREPROCESSOR_FILE) as path:
         preprocessor = PreprocessorConfig.from_json(json.loads(path.read_text()))
     encoder = found.graph(files.VISION_ENCODER, files.ENCODER_GRAPH_FILE, threads)

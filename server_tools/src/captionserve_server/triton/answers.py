@@ -51,20 +51,27 @@ class Answering:
                 raise OverloadedError("too many requests are waiting")
             self._unanswered += 1
 
-    def send_part(self, caller: Caller, text: TextStream, given: Sequence[int], seen: int) -> None:
-        """Send what has become certain.
+    def send_part(
+        self, caller: Caller, text: TextStream, given: Sequence[int], seen: int, *, last: bool
+    ) -> None:
+        """Send what has become certain, if there is any.
 
         Args:
             caller: who listens.
             text: what of the caption has been sent already.
             given: all tokens that are certain, the prefix included.
             seen: how many of them the caller has, or does not count.
+            last: whether these are all there will be.
         """
 
         def send() -> None:
+            new_text = text.last_text(given) if last else text.next_text(given)
+            new_token_ids = given[seen:]
+            if not (new_text or new_token_ids):
+                return
             part = {
-                wire.NEW_TEXT: text_array(text.next_text(given)),
-                wire.NEW_TOKEN_IDS: np.array(given[seen:], np.int32),
+                wire.NEW_TEXT: text_array(new_text),
+                wire.NEW_TOKEN_IDS: np.array(new_token_ids, np.int32),
             }
             caller.send(response(part))
 
@@ -136,13 +143,16 @@ class Captioning:
 
     def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
         """Have new words sent, where they are wanted."""
-        if self._stream is not None:
-            self._tell(self._stream, certain_tokens())
+        if self._stream is None:
+            return
+        certain = certain_tokens()
+        if len(certain) > self._known:
+            self._tell(self._stream, certain, last=False)
 
     def end(self, outcome: Outcome) -> None:
         """Have the last answer sent."""
         if self._stream is not None and not isinstance(outcome, CaptionServeError):
-            self._tell(self._stream, outcome[0].token_ids)
+            self._tell(self._stream, outcome[0].token_ids, last=True)
         self._answering.send_last(self._caller, self.plan, outcome)
 
     def fail(self, error: Exception) -> None:
@@ -152,11 +162,10 @@ class Captioning:
             error = ModelFaultError("the model failed")
         self.end(error)
 
-    def _tell(self, stream: TextStream, certain: tuple[int, ...]) -> None:
-        if len(certain) > self._known:
-            prefix = self.plan.words.prefix
-            seen, self._known = len(prefix) + self._known, len(certain)
-            self._answering.send_part(self._caller, stream, (*prefix, *certain), seen)
+    def _tell(self, stream: TextStream, certain: tuple[int, ...], *, last: bool) -> None:
+        prefix = self.plan.words.prefix
+        seen, self._known = len(prefix) + self._known, len(certain)
+        self._answering.send_part(self._caller, stream, (*prefix, *certain), seen, last=last)
 
 
 def caption_tensors(captions: Sequence[FinishedCaption]) -> dict[wire.TensorSpec, Array]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import triton_python_backend_utils as pb_utils
 
 from captionserve_server.core.engine.worker import OnDeath, Worker
-from captionserve_server.triton.pb import Request, Response, log_error
+from captionserve_server.triton.pb import Request, Response, error_response, log_error
 
 _INTERVAL_SECONDS = 0.2
 
@@ -23,7 +23,7 @@ class Caller:
 
     Attributes:
         deadline: when the answer must be there, by time.monotonic().
-        request_id: as the caller named the request.
+        request_id: as the caller named the request; empty where that is no text.
         has_gone: whether the caller has cancelled, or its connection's deadline has passed, as far
             as is known.
     """
@@ -34,7 +34,7 @@ class Caller:
         # Microseconds; 0 where the request has no limit of its own.
         allowed = request.timeout()
         self.deadline = time.monotonic() + allowed / 1e6 if allowed else float("inf")
-        self.request_id = str(request.request_id())
+        self.request_id = _text_of_id(request)
         self.has_gone = False
         self._answered = False
         self._asking = threading.Lock()
@@ -68,6 +68,20 @@ class Caller:
             else:
                 self._sender.send(answer, flags=final)
 
+    def fail(self, error: Exception) -> None:
+        """Send an error as the last response; one that cannot be sent is this caller's loss."""
+        try:
+            self.finish(error_response(error))
+        except Exception as unsent:
+            log_error(f"an error could not be sent: {type(unsent).__name__}: {unsent}")
+
+
+def _text_of_id(request: Request) -> str:
+    try:
+        return str(request.request_id())
+    except UnicodeDecodeError:  # Over HTTP Triton takes any bytes.
+        return ""
+
 
 class CallerWatch:
     """The thread that looks after callers until they have their answer or have gone."""
@@ -95,6 +109,8 @@ class CallerWatch:
 
     def cancel(self, request_id: str) -> None:
         """Take it that the caller of a request has gone; one that is not here is ignored."""
+        if not request_id:  # Of all whose request has no name, it would be anybody.
+            return
         with self._wake:
             for caller in self._callers:
                 if caller.request_id == request_id:

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.detokenise import TextStream
@@ -44,6 +43,7 @@ from captionserve_server.runtime import model_repository as files
 from captionserve_server.runtime.cores import available_cores
 from captionserve_server.runtime.decoder_graphs import open_decoder
 from captionserve_server.runtime.graph_step_model import GraphStepModel
+from captionserve_server.runtime.tokenizer import CaptionTokenizer
 from captionserve_server.triton import wire
 from captionserve_server.triton.answers import Answering, Captioning
 from captionserve_server.triton.callers import Caller, CallerWatch
@@ -53,7 +53,6 @@ from captionserve_server.triton.pb import (
     Request,
     call_model,
     die,
-    error_response,
     log_error,
     read,
     read_bytes,
@@ -78,7 +77,7 @@ class TritonPythonModel:
         folder = Path(arguments.repository) / str(arguments.version)
         self._version = arguments.version
         self._bundle = Bundle.from_json((folder / files.BUNDLE_FILE).read_text())
-        self._tokenizer = Tokenizer.from_file(str(folder / files.TOKENIZER_FILE))
+        self._tokenizer = CaptionTokenizer.from_file(folder / files.TOKENIZER_FILE)
         settings = json.loads((folder / files.PREPROCESSOR_FILE).read_text())
         self._preprocessor = PreprocessorConfig.from_json(settings)
         graphs = open_decoder(
@@ -119,7 +118,7 @@ class TritonPythonModel:
             try:
                 self._accept(request, caller)
             except Exception as error:  # Whatever goes wrong is this request's answer.
-                caller.finish(error_response(error))
+                caller.fail(error)
 
     def finalize(self) -> None:
         """Answer everybody, and end the threads."""
@@ -141,7 +140,7 @@ class TritonPythonModel:
             return
         pixels = self._pixels(request)
         given = parse_options(read_bytes(request, wire.OPTIONS) or b"{}")
-        plan = self._bundle.plan(given, self._encode_text)
+        plan = self._bundle.plan(given, self._tokenizer.encode)
         stream = TextStream(self._tokenizer.decode) if read_flag(request, wire.STREAM) else None
         self._answering.enter()
         captioning = Captioning(self._answering, caller, plan, stream)
@@ -175,10 +174,6 @@ class TritonPythonModel:
         with self._metrics.image():
             image = pixels()
         self._engine.submit(image, captioning.plan, captioning)
-
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
 
     def _description(self) -> str:
         defaults = self._bundle.defaults.as_given()

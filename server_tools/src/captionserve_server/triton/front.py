@@ -16,7 +16,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from captionserve_server.core.engine.worker import WorkerPool
-from captionserve_server.core.errors import DeadlineExceededError, ModelFaultError
+from captionserve_server.core.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    ModelFaultError,
+)
 from captionserve_server.triton import wire
 from captionserve_server.triton.callers import Caller, CallerWatch
 from captionserve_server.triton.pb import (
@@ -25,7 +29,6 @@ from captionserve_server.triton.pb import (
     Request,
     call_decoupled,
     die,
-    error_response,
     read,
     text_array,
 )
@@ -61,7 +64,7 @@ class Front(ABC):
             try:
                 self._accept(request, caller)
             except Exception as error:  # Whatever goes wrong is this request's answer.
-                caller.finish(error_response(error))
+                caller.fail(error)
 
     def finalize(self) -> None:
         """End the threads; the decoder, which ends too, answers what is in flight."""
@@ -79,10 +82,7 @@ class Front(ABC):
             if (array := read(request, spec)) is not None
         }
         self._watch.add(caller)
-        self._asking.submit(
-            lambda: self._serve(caller, inputs),
-            lambda error: caller.finish(error_response(error)),
-        )
+        self._asking.submit(lambda: self._serve(caller, inputs), caller.fail)
 
     def _serve(self, caller: Caller, inputs: Tensors) -> None:
         self._pass_on(caller, self._ask(inputs, caller))
@@ -96,13 +96,17 @@ class Front(ABC):
             raise DeadlineExceededError("the deadline passed before the caption was begun")
         name = self._names[caller] = uuid.uuid4().hex
         try:
+            # Asked behind the naming: of whoever goes later, the decoder is told by the name.
+            if caller.has_gone:
+                raise CancelledError("the caller has gone")
             yield from call_decoupled(
                 wire.DECODER,
                 self._version,
                 {**inputs, wire.STREAM: np.array([self.streams])},
                 (*wire.PART, *wire.CAPTIONS),
                 request_id=name,
-                timeout_microseconds=0 if math.isinf(left) else int(left * 1e6),
+                # Rounded up: 0 would be no limit.
+                timeout_microseconds=0 if math.isinf(left) else math.ceil(left * 1e6),
             )
         finally:
             del self._names[caller]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from captionserve_server.bench.peers.service import stage_seconds_of
+from captionserve_server.bench.peers.service import stage_seconds_of, standing_still
 
 METRICS = """
 # TYPE nv_inference_compute_infer_duration_us counter
@@ -31,3 +31,14 @@ def test_stages_are_read_from_metrics_and_labels_are_summed() -> None:
         "engine": 8.0,
         "request": 11.0,
     }
+
+
+def test_figures_that_lag_are_waited_for() -> None:
+    readings = iter([{"step": 1.0}, {"step": 2.0}, {"step": 3.0}, {"step": 3.0}, {"step": 4.0}])
+    assert standing_still(lambda: next(readings), pause=0.0) == {"step": 3.0}
+
+
+def test_figures_that_never_stand_still_are_not_waited_for_without_end() -> None:
+    readings = iter(range(1000))
+    found = standing_still(lambda: {"step": float(next(readings))}, pause=0.0)
+    assert found["step"] < 100.0

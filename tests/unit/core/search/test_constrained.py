@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from captionserve_server.core.captions import CaptionPlan
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions, EarlyStopping
-from captionserve_server.core.search.constrained import Requirement
 from captionserve_server.core.words import ForcedWord, WordTokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,18 +62,3 @@ def test_every_lane_is_what_the_reference_finds(
         assert [each.token_ids for each in captions] == [e.hypothesis.tokens for e in expected]
         scores = [each.score for each in captions]
         assert scores == pytest.approx([each.score for each in expected], rel=1e-5)
-
-
-@settings(max_examples=200)
-@given(words, st.lists(st.sampled_from([5, 6, 7, 8, 21, 22, 23, 24, 1]), max_size=7))
-def test_a_requirement_is_what_its_definition_says(
-    forced: tuple[ForcedWord, ...], tokens: list[int]
-) -> None:
-    generated = tuple(tokens)
-    found = Requirement(forced, generated)
-    constraints = [Constraint(word.spaced, word.initial) for word in forced]
-    unmet = [each for each in constraints if not each.is_met(generated)]
-    met = sum(each.length for each in constraints if each.is_met(generated))
-    assert found.complete == (not unmet)
-    assert found.bank == met + max((each.progress(generated) for each in unmet), default=0)
-    assert found.advancing == {token for each in unmet for token in each.advancing(generated)}

@@ -6,17 +6,15 @@ import asyncio
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from importlib.metadata import version
-from importlib.resources import files
+from importlib.resources import files as resources
 from pathlib import Path
 
 import numpy as np
 from tritonclient.grpc import InferenceServerClient, InferInput
 
-from captionserve_server.bench.peers.loads import CALL_SECONDS, CalledPeer
-from captionserve_server.bench.rows import Options, TokenIds
+from captionserve_server.bench.peers.system import CALL_SECONDS, Options, Peer, System, TokenIds
 from captionserve_server.serving.installation import find_triton
 from captionserve_server.serving.triton_process import TritonProcess
 
@@ -24,20 +22,32 @@ _MODEL = "naive"
 _START_SECONDS = 300.0
 
 
-@contextmanager
-def naive_triton_peer(checkpoint: str, images: Sequence[bytes]) -> Iterator[CalledPeer]:
-    """The model on a Triton of its own, ended on leaving.
+class _NaiveTriton(System):
+    """The model, asked by Triton's own client."""
 
-    Args:
-        checkpoint: a local folder or a hub id.
-        images: JPEG files.
+    def __init__(self, client: InferenceServerClient) -> None:
+        self._client = client
+
+    def caption(self, files: list[bytes], options: Options, streamed: bool) -> list[TokenIds]:
+        """Caption a file; there are no streams."""
+        inputs = []
+        for name, value in (("IMAGE", files[0]), ("OPTIONS", json.dumps(options).encode())):
+            inputs.append(InferInput(name, [1], "BYTES"))
+            inputs[-1].set_data_from_numpy(np.array([value], dtype=np.object_))
+        answer = self._client.infer(_MODEL, inputs, client_timeout=CALL_SECONDS)
+        return [tuple(answer.as_numpy("TOKEN_IDS").tolist())]
+
+
+@contextmanager
+def naive_triton_peer(checkpoint: str) -> Iterator[Peer]:
+    """The model of a checkpoint on a Triton of its own, ended on leaving.
 
     Raises:
         TritonNotFoundError: if there is no tritonserver.
         TritonStartError: if it does not become ready.
     """
     with tempfile.TemporaryDirectory(prefix="captionserve-naive-") as folder:
-        source = Path(str(files("captionserve_server.bench.peers.naive_triton")))
+        source = Path(str(resources("captionserve_server.bench.peers.naive_triton")))
         model = Path(folder, _MODEL)
         (model / "1").mkdir(parents=True)
         shutil.copy(source / "model.py", model / "1" / "model.py")
@@ -49,17 +59,6 @@ def naive_triton_peer(checkpoint: str, images: Sequence[bytes]) -> Iterator[Call
         try:
             asyncio.run(triton.wait_ready(_START_SECONDS))
             with closing(InferenceServerClient(triton.addresses.grpc)) as client:
-
-                def call(file: bytes, options: Options, _: bool) -> TokenIds:
-                    inputs = []
-                    for name, value in (("IMAGE", file), ("OPTIONS", json.dumps(options).encode())):
-                        inputs.append(InferInput(name, [1], "BYTES"))
-                        inputs[-1].set_data_from_numpy(np.array([value], dtype=np.object_))
-                    answer = client.infer(_MODEL, inputs, client_timeout=CALL_SECONDS)
-                    return tuple(answer.as_numpy("TOKEN_IDS").tolist())
-
-                server = client.get_server_metadata().version
-                versions = {"tritonserver": server, "transformers": version("transformers")}
-                yield CalledPeer(triton.pid, versions, call, images)
+                yield Peer(triton.pid, _NaiveTriton(client).run)
         finally:
             triton.stop()

@@ -3,32 +3,60 @@
 from __future__ import annotations
 
 import re
+import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 from captionserve import CaptionClient, GenerationOptions
 from prometheus_client.parser import text_string_to_metric_families
 
-from captionserve_server.bench.peers.loads import CALL_SECONDS, CalledPeer
-from captionserve_server.bench.rows import Options, TokenIds
+from captionserve_server.bench.peers.system import CALL_SECONDS, Options, Peer, System, TokenIds
 from captionserve_server.runtime.model_repository import VISION_ENCODER
 from captionserve_server.serving.launch import launched_service
 
 _COMPUTE = "nv_inference_compute_infer_duration_us_total"
 _OWN = re.compile(r"captionserve_(\w+)_seconds_(?:total|sum)")
 
+# The decoder shows its figures every tenth of a second; on busy cores it may be late.
+_PAUSE_SECONDS = 0.5
+_MOST_PAUSES = 20
+
+
+class _Service(System):
+    """A service, asked by the typed client."""
+
+    def __init__(self, client: CaptionClient, *metrics: str) -> None:
+        self._client = client
+        self._metrics = metrics
+
+    def caption(self, files: list[bytes], options: Options, streamed: bool) -> list[TokenIds]:
+        """Caption a file, past the cache."""
+        (file,) = files
+        chosen = GenerationOptions(**options)  # type: ignore[arg-type]
+        if not streamed:
+            result = self._client.caption(file, chosen, bypass_cache=True)
+            return [result.captions[0].token_ids]
+        *_, last = self._client.caption_stream(file, chosen)
+        assert last.result is not None
+        return [last.result.captions[0].token_ids]
+
+    def stage_seconds(self) -> dict[str, float]:
+        """What Triton and the gateway count, the last captions included."""
+        return standing_still(self._counted, _PAUSE_SECONDS)
+
+    def _counted(self) -> dict[str, float]:
+        text = ""
+        for address in self._metrics:
+            with urllib.request.urlopen(f"http://{address}/metrics") as answer:
+                text += answer.read().decode()
+        return stage_seconds_of(text)
+
 
 @contextmanager
-def service_peer(repository: Path, images: Sequence[bytes]) -> Iterator[CalledPeer]:
+def service_peer(repository: Path) -> Iterator[Peer]:
     """A service of its own on free loopback ports, ended on leaving; nothing is cached.
-
-    Args:
-        repository: an exported model repository.
-        images: JPEG files.
 
     Raises:
         LaunchError: if it does not start.
@@ -37,43 +65,28 @@ def service_peer(repository: Path, images: Sequence[bytes]) -> Iterator[CalledPe
         launched_service(repository, "--cache-megabytes", "0") as service,
         CaptionClient(service.grpc, timeout=CALL_SECONDS) as client,
     ):
-
-        def call(file: bytes, options: Options, streamed: bool) -> TokenIds:
-            chosen = GenerationOptions(**options)  # type: ignore[arg-type]
-            if not streamed:
-                return client.caption(file, chosen, bypass_cache=True).captions[0].token_ids
-            *_, last = client.caption_stream(file, chosen)
-            assert last.result is not None
-            return last.result.captions[0].token_ids
-
-        yield CalledPeer(
-            # Triton and its models are the gateway's descendants.
-            service.pids["gateway"],
-            {name: version(name) for name in ("captionserve-server", "onnxruntime")},
-            call,
-            images,
-            partial(_stage_seconds, service.triton_metrics, service.metrics),
-        )
+        # Triton and its models are the gateway's descendants.
+        pid = service.pids["gateway"]
+        yield Peer(pid, _Service(client, service.triton_metrics, service.metrics).run)
 
 
-def _stage_seconds(*addresses: str) -> dict[str, float]:
-    text = ""
-    for address in addresses:
-        with urllib.request.urlopen(f"http://{address}/metrics") as answer:
-            text += answer.read().decode()
-    return stage_seconds_of(text)
+def standing_still(read: Callable[[], dict[str, float]], pause: float) -> dict[str, float]:
+    """What is read twice in a row, so many seconds apart; the last reading where nothing is."""
+    last = read()
+    for _ in range(_MOST_PAUSES):
+        time.sleep(pause)
+        before, last = last, read()
+        if last == before:
+            break
+    return last
 
 
 def stage_seconds_of(metrics: str) -> dict[str, float]:
-    """The time that a service has spent, by stage, from Triton's and the gateway's metrics.
+    """The seconds that a service has spent by stage, from its metrics in Prometheus' text format.
 
-    Args:
-        metrics: in Prometheus' text format.
-
-    Returns:
-        "vision_encoder", the encoder's graph; "prefill", "step" and "top", the decoder's; "engine",
-        the engine's thread, which waits for all of those; "image", decoding and resizing, beside
-        it; "request", what the gateway took for its calls. And whatever else it comes to count.
+    "vision_encoder", the encoder's graph; "prefill", "step" and "top", the decoder's; "engine", its
+    thread, which waits for all of those; "image", decoding and resizing, beside it; "request", what
+    the gateway took for its calls. And whatever else a service comes to count.
     """
     seconds: dict[str, float] = {}
     for family in text_string_to_metric_families(metrics):

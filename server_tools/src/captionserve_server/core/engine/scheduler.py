@@ -95,6 +95,12 @@ class SchedulerLimits:
     max_entries: int = 8192
     max_admissions: int = 4
 
+    def check(self) -> None:
+        """Refuse limits under which nothing would ever be decoded; ValueError names them."""
+        wrong = [f"{name}, which is {value}" for name, value in vars(self).items() if value < 1]
+        if wrong:
+            raise ValueError(f"limits must be 1 or more, not {', '.join(wrong)}")
+
 
 @dataclass
 class _Batch:
@@ -143,7 +149,11 @@ class Scheduler:
             step_model: the decoder, with at least `slots` slots, all of them free.
             vocabulary: the checkpoint's tokens.
             limits: what running requests may take together.
+
+        Raises:
+            ValueError: if nothing would ever be decoded under the limits.
         """
+        limits.check()
         self._encoder = encoder
         self._step_model = step_model
         self._vocabulary = vocabulary

@@ -104,6 +104,28 @@ class Lanes(LaneRecord):
 
 
 @dataclass(frozen=True)
+class Probes:
+    """The log-probabilities that were wanted in any case; every array is [probes].
+
+    Attributes:
+        lanes: whose they are.
+        rows: which of the lane's rows.
+        tokens: what may follow it.
+        logprobs: float32.
+    """
+
+    lanes: Int64Array
+    rows: Int64Array
+    tokens: Int64Array
+    logprobs: Float32Array
+
+    def of_lane(self, lane: int) -> Probes:
+        """Those of one lane."""
+        own = self.lanes == lane
+        return Probes(*(array[own] for array in vars(self).values()))
+
+
+@dataclass(frozen=True)
 class Choices:
     """What may follow each row of the lanes that take a token now.
 
@@ -112,14 +134,14 @@ class Choices:
         logprobs: float32 [taking, rows, candidates], descending; -inf for rows that did not run.
         tokens: int64, likewise.
         origins: int64 [taking, rows], the row of the decoder that each row was.
-        probes: the log-probabilities that were wanted in any case, by lane, row and token.
+        probes: the log-probabilities that were wanted in any case.
     """
 
     lanes: Int64Array
     logprobs: Float32Array
     tokens: Int64Array
     origins: Int64Array
-    probes: dict[tuple[int, int, int], float]
+    probes: Probes
 
 
 @dataclass(frozen=True)
@@ -179,11 +201,8 @@ class SearchStep:
             before = self.search.lanes
             single = (before.seen < before.given)[lanes, None]
             logprobs[~(ran | single)] = -np.inf
-        probes = {}
-        if len(self.rows.probe_rows):
-            of_lane, of_row = (index[self.rows.probe_rows].tolist() for index in self.ran.nonzero())
-            asked = zip(of_lane, of_row, self.rows.probe_tokens.tolist(), strict=True)
-            probes = dict(zip(asked, answer.probe_logprobs.tolist(), strict=True))
+        of_lane, of_row = (index[self.rows.probe_rows] for index in self.ran.nonzero())
+        probes = Probes(of_lane, of_row, self.rows.probe_tokens, answer.probe_logprobs)
         return Choices(lanes, logprobs, tokens, origins, probes)
 
 

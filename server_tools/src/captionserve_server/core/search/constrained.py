@@ -9,192 +9,175 @@ as the words have tokens. Only hypotheses that have all words may end.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
-from captionserve_server.core.search.base import Choices
-from captionserve_server.core.search.beam import BeamSearch, Continuations
+from captionserve_server.core.captions import CaptionPlan
+from captionserve_server.core.search.base import Choices, Vocabulary
+from captionserve_server.core.search.beam import BeamLanes, BeamSearch, Continuations
 from captionserve_server.core.search.hypotheses import Hypotheses
 from captionserve_server.core.search.logits_processors import forbid_all, joined
+from captionserve_server.core.search.required_words import Progress
 from captionserve_server.core.step_model import (
     BoolArray,
+    Float32Array,
     Int64Array,
     ScoreEdits,
 )
-from captionserve_server.core.words import ForcedWord, TokenIds
 
 
-class Requirement:
-    """What a sequence of tokens has, and lacks, of the required words."""
+@dataclass(frozen=True)
+class ConstrainedLanes(BeamLanes):
+    """Lanes of beams with what they have of their words.
 
-    def __init__(self, words: Sequence[ForcedWord], generated: TokenIds) -> None:
-        """Look through the tokens generated so far."""
-        self.met = [any(_occurs(form, generated) for form in _forms(word)) for word in words]
-        self._unmet = [
-            [_progress(form, generated) for form in _forms(word)]
-            for word, is_met in zip(words, self.met, strict=True)
-            if not is_met
-        ]
-        self._words = words
+    Attributes:
+        progress: [lanes], of the running rows.
+    """
 
-    @property
-    def complete(self) -> bool:
-        """Whether every word is there."""
-        return not self._unmet
-
-    @property
-    def bank(self) -> int:
-        """Tokens of all words that are there, and of the one that has begun."""
-        finished = sum(word.length for word, met in zip(self._words, self.met, strict=True) if met)
-        begun = max((have for forms in self._unmet for have, _ in forms), default=0)
-        return finished + begun
-
-    @property
-    def advancing(self) -> set[int]:
-        """The tokens that bring an unmet word forward."""
-        return {token for forms in self._unmet for _, token in forms if token is not None}
-
-
-class _Form:
-    """One way of writing a word."""
-
-    def __init__(self, tokens: TokenIds, *, initial: bool) -> None:
-        self.tokens = tokens
-        self.initial = initial
-
-
-def _forms(word: ForcedWord) -> list[_Form]:
-    forms = [_Form(word.spaced, initial=False)]
-    if word.initial is not None:
-        forms.append(_Form(word.initial, initial=True))
-    return forms
-
-
-def _occurs(form: _Form, generated: TokenIds) -> bool:
-    size = len(form.tokens)
-    last = 0 if form.initial else len(generated) - size
-    return any(generated[begin : begin + size] == form.tokens for begin in range(last + 1))
-
-
-def _progress(form: _Form, generated: TokenIds) -> tuple[int, int | None]:
-    """How many of the form's tokens end `generated`, and which follows; None where none can."""
-    if form.initial:
-        have = len(generated)
-        fits = have < len(form.tokens) and generated == form.tokens[:have]
-        return (have, form.tokens[have]) if fits else (0, None)
-    have = next(
-        size
-        for size in range(len(form.tokens) - 1, -1, -1)
-        if size <= len(generated) and generated[len(generated) - size :] == form.tokens[:size]
-    )
-    return have, form.tokens[have]
+    progress: tuple[Progress, ...]
 
 
 @dataclass(frozen=True)
 class ConstrainedBeamSearch(BeamSearch):
     """Beam search under required words; one group."""
 
+    lanes: ConstrainedLanes
+
+    @classmethod
+    def new_lane(cls, vocabulary: Vocabulary, plan: CaptionPlan) -> ConstrainedLanes:
+        """One lane before its first step, without any of its words."""
+        lane = super().new_lane(vocabulary, plan)
+        begun = Progress.begin(plan.words.forced, plan.options.rows)
+        return ConstrainedLanes(**vars(lane), progress=(begun,))
+
     def _is_valid(self, hypotheses: Hypotheses, lane: int, row: int) -> bool:
         """Whether every word is there; what the deadline cuts off may lack one."""
-        return self._requirement(hypotheses, lane, row).complete
-
-    def _requirement(
-        self, hypotheses: Hypotheses, lane: int, row: int, *next_token: int
-    ) -> Requirement:
-        """What a row has and lacks of the words, with the token that may follow it."""
-        part = slice(int(self.lanes.given[lane]), int(hypotheses.lengths[lane, row]))
-        generated = (*hypotheses.tokens[lane, row, part].tolist(), *next_token)
-        return Requirement(self.lanes.plans[lane].words.forced, generated)
+        # Only what has all words is ever completed.
+        is_completed = hypotheses is self.lanes.completed
+        return is_completed or bool(self.lanes.progress[lane].complete[row])
 
     def _wanted(
         self, of_lane: Int64Array, of_row: Int64Array, takes: BoolArray
     ) -> tuple[ScoreEdits, Int64Array, Int64Array]:
         """Also no end for rows that lack a word, and all tokens that bring one forward."""
         edits, _, _ = super()._wanted(of_lane, of_row, takes)
-        required = [
-            self._requirement(self.lanes.running, lane, row)
-            for lane, row in zip(of_lane.tolist(), of_row.tolist(), strict=True)
-        ]
-        lacking = [number for number, each in enumerate(required) if not each.complete]
-        open_end = forbid_all(np.array(lacking, np.int64), self.vocabulary.special.end)
-        probes = [
-            (number, token)
-            for number in np.flatnonzero(takes)
-            for token in sorted(required[number].advancing)
-        ]
-        probe_rows, probe_tokens = np.array(probes, np.int64).reshape(-1, 2).T
-        return joined([edits, open_end]), probe_rows, probe_tokens
+        incomplete, probe_rows, probe_tokens = [], [], []
+        for lane, progress in enumerate(self.lanes.progress):
+            own = np.flatnonzero(of_lane == lane)
+            rows = of_row[own]
+            incomplete.append(own[~progress.complete[rows]])
+            advancing = progress.prospects.advancing[rows] & takes[own, None]
+            row, column = np.nonzero(advancing)
+            probe_rows.append(own[row])
+            probe_tokens.append(progress.words.tokens[column])
+        open_end = forbid_all(np.concatenate(incomplete), self.vocabulary.special.end)
+        return joined([edits, open_end]), np.concatenate(probe_rows), np.concatenate(probe_tokens)
 
     def _continuations(self, choices: Choices, own: slice) -> Continuations:
-        """The best over all beams, each beam's best, and what advances a word; best first."""
-        pools = [self._pool(choices, number) for number in range(len(choices.lanes))]
-        most = max(self.rows, *(len(pool) for pool in pools))
-        shape = (len(pools), most)
-        scores, logprobs = np.full(shape, -np.inf, np.float32), np.zeros(shape, np.float32)
-        beams, tokens = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for number, pool in enumerate(pools):
-            for column, entry in enumerate(pool):
-                scores[number, column], logprobs[number, column] = entry.score, entry.logprob
-                beams[number, column], tokens[number, column] = entry.beam, entry.token
-        return Continuations(scores, beams, tokens, logprobs, self._ended(choices.lanes, tokens))
-
-    def _pool(self, choices: Choices, number: int) -> list[_Continuation]:
-        """The continuations of one of the lanes that take a token, best first."""
-        lane = int(choices.lanes[number])
-        logprobs, tokens = choices.logprobs[number], choices.tokens[number]
-        sums = self.lanes.running.scores[lane]
-        likely = np.argsort(-(logprobs + sums[:, None]), axis=None, kind="stable")
-        cells = {divmod(int(cell), logprobs.shape[1]) for cell in likely[: self._per_group()]}
-        cells |= {(beam, 0) for beam in range(self.rows)}
-        found = {
-            (beam, int(tokens[beam, rank])): float(logprobs[beam, rank]) for beam, rank in cells
-        }
-        found |= {
-            (beam, token): value
-            for (of, beam, token), value in choices.probes.items()
-            if of == lane
-        }
-        pool = [
-            _Continuation(float(sums[beam] + np.float32(logprob)), beam, token, logprob)
-            for (beam, token), logprob in found.items()
-        ]
-        return sorted(
-            (entry for entry in pool if entry.score > -np.inf),
-            key=lambda entry: (-entry.score, entry.beam, entry.token),
+        """What completes captions, best first, then what the beams become, [taking, 2 x rows]."""
+        shape = (len(choices.lanes), 2 * self.rows)
+        found = Continuations(
+            scores=np.full(shape, -np.inf, np.float32),
+            beams=np.zeros(shape, np.int64),
+            tokens=np.zeros(shape, np.int64),
+            logprobs=np.zeros(shape, np.float32),
+            ended=np.zeros(shape, np.bool_),
         )
+        for number, lane in enumerate(choices.lanes.tolist()):
+            pool = self._pool(choices, number)
+            ended = self._ended(choices.lanes[number : number + 1], pool.tokens[None])[0]
+            competing, going_on = pool.allocated(self.lanes.progress[lane], ended, self.rows)
+            for begin, chosen in ((0, competing), (self.rows, going_on)):
+                place = number, slice(begin, begin + len(chosen))
+                found.scores[place] = pool.scores[chosen]
+                found.beams[place] = pool.beams[chosen]
+                found.tokens[place] = pool.tokens[chosen]
+                found.logprobs[place] = pool.logprobs[chosen]
+                found.ended[place] = ended[chosen]
+        return found
+
+    def _pool(self, choices: Choices, number: int) -> _Pool:
+        """The likely continuations of one of the lanes, and those that advance a word."""
+        lane = int(choices.lanes[number])
+        progress, sums = self.lanes.progress[lane], self.lanes.running.scores[lane]
+        logprobs, tokens = choices.logprobs[number], choices.tokens[number]
+        # The best over all beams, and each beam's best.
+        likely = np.argsort(-(logprobs + sums[:, None]), axis=None, kind="stable")
+        chosen = np.zeros(logprobs.shape, np.bool_)
+        chosen.flat[likely[: self._per_group()]] = True
+        chosen[:, 0] = True
+        beams, ranks = np.nonzero(chosen)
+        # What advances a word was asked for in any case.
+        columns = progress.words.columns(tokens[beams, ranks])
+        others = ~progress.prospects.advancing[beams, columns]
+        beams, ranks = beams[others], ranks[others]
+        asked = choices.probes.of_lane(lane)
+        beams = np.concatenate((beams, asked.rows))
+        logprob = np.concatenate((logprobs[chosen][others], asked.logprobs))
+        token = np.concatenate((tokens[chosen][others], asked.tokens))
+        return _Pool(sums[beams] + logprob, beams, token, logprob).best_first()
 
     def _pruned(
         self, lanes: Int64Array, found: Continuations, beams: int
     ) -> tuple[BoolArray, Int64Array]:
-        """Those complete captions that have all words; the best of each bank go on in turn."""
-        complete = np.zeros(found.scores.shape, np.bool_)
-        going_on = np.empty((len(lanes), beams), np.int64)
-        for number, lane in enumerate(lanes.tolist()):
-            alive = found.scores[number] > -np.inf
-            banks, ranks = np.zeros(len(alive), np.int64), np.zeros(len(alive), np.int64)
-            members: Counter[int] = Counter()
-            for column in np.flatnonzero(alive).tolist():
-                beam, token = int(found.beams[number, column]), int(found.tokens[number, column])
-                required = self._requirement(self.lanes.running, lane, beam, token)
-                complete[number, column] = required.complete
-                banks[column] = required.bank
-                # Continuations stand best first, so the count within a bank is the rank in it.
-                if not found.ended[number, column]:
-                    ranks[column] = members[required.bank]
-                    members[required.bank] += 1
-            goes = alive & ~found.ended[number]
-            going_on[number] = np.lexsort((-banks, ranks, ~goes))[:beams]
-        # As in plain beam search, but only among those that have all words.
-        first = np.cumsum(complete, axis=1) <= beams
-        return found.ended & complete & first, going_on
+        """As `_continuations` has put them."""
+        columns = np.arange(2 * beams)
+        going_on = np.broadcast_to(columns[beams:], (len(lanes), beams))
+        return (columns < beams) & (found.scores > -np.inf), going_on
+
+    def _advanced(self, choices: Choices, own: slice, found: Continuations) -> BeamSearch:
+        """Also the progress of the new beams."""
+        search = super()._advanced(choices, own, found)
+        progress = list(self.lanes.progress)
+        for number, lane in enumerate(choices.lanes.tolist()):
+            progress[lane] = progress[lane].followed_by(
+                found.beams[number, self.rows :], found.tokens[number, self.rows :]
+            )
+        lanes = search.lanes.with_fields(progress=tuple(progress))
+        return dataclasses.replace(search, lanes=lanes)
 
 
 @dataclass(frozen=True)
-class _Continuation:
-    score: float
-    beam: int
-    token: int
-    logprob: float
+class _Pool:
+    """What one lane's beams may become; fields as those of Continuations, [continuations]."""
+
+    scores: Float32Array
+    beams: Int64Array
+    tokens: Int64Array
+    logprobs: Float32Array
+
+    def best_first(self) -> _Pool:
+        """Without what cannot be; among equals the lower beam, then the lower token comes first."""
+        order = np.lexsort((self.tokens, self.beams, -self.scores))
+        order = order[: int((self.scores > -np.inf).sum())]
+        return _Pool(*(array[order] for array in vars(self).values()))
+
+    def allocated(
+        self, progress: Progress, ended: BoolArray, beams: int
+    ) -> tuple[Int64Array, Int64Array]:
+        """Which complete captions, and which go on: the best of each bank in turn.
+
+        Args:
+            progress: what the beams have of the words.
+            ended: bool [continuations], whether nothing may follow.
+            beams: how many there are.
+
+        Returns:
+            at most `beams` each.
+        """
+        columns = progress.words.columns(self.tokens)
+        complete = progress.prospects.complete[self.beams, columns]
+        # As in plain beam search, but only among those that have all words.
+        first = np.flatnonzero(complete)[:beams]
+        going = np.flatnonzero(~ended)
+        fullest = -progress.prospects.banks[self.beams[going], columns[going]]
+        # Continuations stand best first, so the place within a bank is the rank in it.
+        by_bank = np.argsort(fullest, kind="stable")
+        places = np.arange(len(going))
+        begins = np.searchsorted(fullest[by_bank], fullest[by_bank])
+        ranks = np.empty(len(going), np.int64)
+        ranks[by_bank] = places - begins
+        in_turn = np.lexsort((fullest, ranks))
+        return first[ended[first]], going[in_turn[:beams]]

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from captionserve_server.core.captions import CaptionPlan, SpecialTokens
+from captionserve_server.core.search.hypotheses import is_one_of
 from captionserve_server.core.step_model import (
     FORBIDDEN,
     BoolArray,
@@ -25,6 +26,7 @@ from captionserve_server.core.step_model import (
     Int64Array,
     ScoreEdits,
 )
+from captionserve_server.core.words import TokenRuns
 
 _MOST_GROWTH = 69.0
 """Largest natural logarithm of what ExponentialDecay multiplies by."""
@@ -80,10 +82,10 @@ class SequenceBias:
         """One edit for each row and token that any run changes."""
         biases: dict[tuple[int, int], float] = {}
         for caption, plan in enumerate(rows.plans):
-            own = rows.rows_of(caption)
-            for run, bias in plan.rules.sequence_bias:
-                for row in own[_ends_with(rows, own, run[:-1])].tolist():
-                    biases[row, run[-1]] = biases.get((row, run[-1]), 0.0) + bias
+            runs, own = plan.rules.bias_runs, rows.rows_of(caption)
+            for row, run in np.argwhere(_completing(runs, rows, own)).tolist():
+                cell = int(own[row]), int(runs.last[run])
+                biases[cell] = biases.get(cell, 0.0) + plan.rules.sequence_bias[run][1]
         cells = np.array(list(biases), np.int64).reshape(-1, 2)
         return _edits(Edit.ADD, cells[:, 0], cells[:, 1], list(biases.values()))
 
@@ -148,28 +150,33 @@ class BadWords:
 
     def edits(self, rows: RowHistories) -> ScoreEdits:
         """One edit for each run that a row is about to complete."""
-        changed: list[Int64Array] = [np.zeros(0, np.int64)]
-        tokens: list[int] = []
+        parts: list[ScoreEdits] = []
         for caption, plan in enumerate(rows.plans):
-            own = rows.rows_of(caption)
-            for run in plan.words.bad:
-                # As in transformers, the end of a caption is not a word.
-                if len(run) == 1 and run[0] in rows.special.end:
-                    continue
-                matching = own[_ends_with(rows, own, run[:-1])]
-                changed.append(matching)
-                tokens += [run[-1]] * len(matching)
-        return forbid(np.concatenate(changed), np.array(tokens, np.int64))
+            if not plan.words.bad:
+                continue
+            runs, own = plan.words.bad_runs, rows.rows_of(caption)
+            # As in transformers, the end of a caption is not a word.
+            words = (runs.lengths > 0) | ~is_one_of(runs.last, np.array(rows.special.end, np.int64))
+            row, run = np.nonzero(_completing(runs, rows, own) & words)
+            parts.append(forbid(own[row], runs.last[run]))
+        return joined(parts)
 
 
-def _ends_with(rows: RowHistories, chosen: Int64Array, run: tuple[int, ...]) -> BoolArray:
-    """Whether each chosen row ends with `run`, [chosen]."""
-    lengths = rows.lengths[chosen]
-    columns = np.maximum(lengths[:, None] - len(run) + np.arange(len(run)), 0)
-    matches: BoolArray = (rows.tokens[chosen[:, None], columns] == np.array(run, np.int64)).all(
-        axis=1
-    )
-    return matches & (lengths >= len(run))
+def _completing(runs: TokenRuns, rows: RowHistories, chosen: Int64Array) -> BoolArray:
+    """Whether each chosen row ends with all of each run but its last token, [chosen, runs]."""
+    longest = runs.before.shape[1]
+    completing = np.tile(runs.lengths == 0, (len(chosen), 1))
+    if not longest:
+        return completing
+    columns = rows.lengths[chosen, None] - longest + np.arange(longest)
+    tails = rows.tokens[chosen[:, None], np.maximum(columns, 0)].astype(np.int32)
+    # No run has this where a row has no token.
+    tails[columns < 0] = -2
+    # Nearly all differ in the token that comes first to hand.
+    row, run = np.nonzero(tails[:, -1:] == runs.before[:, -1])
+    equal = np.count_nonzero(tails[row] == runs.before[run], axis=1)
+    completing[row, run] = equal == runs.lengths[run]
+    return completing
 
 
 class MinLength:

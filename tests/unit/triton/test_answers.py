@@ -1,0 +1,302 @@
+"""Answers: what callers are sent, in which order, and the room that comes back with the last."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from captionserve_server.core.captions import CaptionPlan, DecodedCaption
+from captionserve_server.core.detokenise import TextStream
+from captionserve_server.core.errors import (
+    CancelledError,
+    CaptionServeError,
+    ModelFaultError,
+    ModelUnavailableError,
+    OverloadedError,
+)
+from captionserve_server.core.options import DecodingOptions
+from captionserve_server.core.results import FinishedCaption, Finisher
+from captionserve_server.core.words import WordTokens
+from captionserve_server.triton import wire
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.triton.answered import WAIT_SECONDS, answer_of, error_of, wait_until
+from tests.unit.triton.stand_in import InferenceRequest, Logger, outputs_of, request_of
+
+many = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+
+ROOM = 2
+
+
+class PlainFinisher(Finisher):
+    """Makes of a caption what can be told apart, without a checkpoint."""
+
+    def __init__(self) -> None:
+        self.fails = False
+
+    def finished(self, caption: DecodedCaption, plan: CaptionPlan) -> FinishedCaption:
+        if self.fails:
+            raise RuntimeError("a secret")
+        return finished(caption.token_ids)
+
+
+class Setup:
+    """The thread that answers, with little room."""
+
+    def __init__(self) -> None:
+        from captionserve_server.triton.answers import Answering
+
+        self.finisher = PlainFinisher()
+        self.died: list[BaseException] = []
+        self.answering = Answering(self.finisher, ROOM, self.died.append)
+
+    def accept(
+        self, *, streams: bool = False, prefix: tuple[int, ...] = ()
+    ) -> tuple[InferenceRequest, Any]:
+        """A request that has entered, and its captioning."""
+        from captionserve_server.triton.answers import Captioning
+        from captionserve_server.triton.callers import Caller
+
+        request = request_of()
+        plan = CaptionPlan(DecodingOptions(), WordTokens(prefix))
+        self.answering.enter()
+        stream = TextStream(decode) if streams else None
+        return request, Captioning(self.answering, Caller(request), plan, stream)
+
+
+@pytest.fixture
+def setup() -> Iterator[Setup]:
+    made = Setup()
+    yield made
+    made.answering.close(WAIT_SECONDS)
+    assert not made.died
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    return "".join(chr(ord("a") + token) for token in token_ids)
+
+
+def decoded(*token_ids: int) -> DecodedCaption:
+    return DecodedCaption(token_ids, (-0.5,) * len(token_ids), -0.5, "eos")
+
+
+def finished(
+    token_ids: tuple[int, ...], attention: np.ndarray[Any, Any] | None = None
+) -> FinishedCaption:
+    """A caption whose every figure follows from its tokens."""
+    return FinishedCaption(
+        text=decode(token_ids),
+        score=-float(sum(token_ids)),
+        token_ids=token_ids,
+        token_logprobs=tuple(-token / 8 for token in token_ids),
+        finish_reason="eos" if len(token_ids) % 2 else "length",
+        token_texts=tuple(decode([token]) for token in token_ids),
+        confidence=1 / (1 + len(token_ids)),
+        degenerate=len(token_ids) % 3 == 0,
+        attention=attention,
+    )
+
+
+def parts_of(request: InferenceRequest) -> list[dict[str, Any]]:
+    """The responses before the last one."""
+    return [outputs_of(each) for each in request.sender.responses[:-1]]
+
+
+def has_room(setup: Setup) -> bool:
+    return setup.answering.unanswered == 0
+
+
+captions = st.lists(st.lists(st.integers(0, 20), max_size=5).map(tuple), min_size=1, max_size=4)
+
+
+@many
+@given(ids=captions, grids=st.booleans())
+def test_captions_of_any_lengths_can_be_read_from_their_tensors(
+    ids: list[tuple[int, ...]], grids: bool
+) -> None:
+    from captionserve_server.triton.answers import caption_tensors
+
+    told = [
+        finished(each, np.full((len(each), 2, 3), row + 1, np.float32) if grids else None)
+        for row, each in enumerate(ids)
+    ]
+    tensors = caption_tensors(told)
+    longest = max(map(len, ids))
+    wanted = set(wire.CAPTIONS) - (set() if grids else {wire.ATTENTIONS})
+    assert set(tensors) == wanted
+    for row, caption in enumerate(told):
+        length = len(caption.token_ids)
+        assert tensors[wire.TEXT][row] == caption.text.encode()
+        assert tensors[wire.SCORE][row] == caption.score
+        assert tensors[wire.FINISH_REASON][row] == caption.finish_reason.encode()
+        assert tensors[wire.CONFIDENCE][row] == caption.confidence
+        assert tensors[wire.DEGENERATE][row] == caption.degenerate
+        padding = longest - length
+        assert tensors[wire.TOKEN_IDS][row].tolist() == [
+            *caption.token_ids,
+            *[wire.PADDING_TOKEN_ID] * padding,
+        ]
+        assert tensors[wire.TOKEN_LOGPROBS][row].tolist() == [
+            *caption.token_logprobs,
+            *[0.0] * padding,
+        ]
+        assert tensors[wire.TOKEN_TEXTS][row].tolist() == [
+            *(text.encode() for text in caption.token_texts),
+            *[b""] * padding,
+        ]
+        if grids:
+            attentions = tensors[wire.ATTENTIONS][row]
+            assert attentions.shape == (longest, 2, 3)
+            assert (attentions[:length] == row + 1).all()
+            assert not attentions[length:].any()
+
+
+def test_tensors_have_the_types_that_their_specs_say() -> None:
+    from captionserve_server.triton.answers import caption_tensors
+
+    types = {
+        "TYPE_STRING": np.object_,
+        "TYPE_BOOL": np.bool_,
+        "TYPE_INT32": np.int32,
+        "TYPE_FP32": np.float32,
+        "TYPE_FP64": np.float64,
+    }
+    tensors = caption_tensors([finished((1, 2), np.zeros((2, 2, 2), np.float32))])
+    for spec, array in tensors.items():
+        assert array.dtype == types[spec.data_type], spec.name
+        assert array.ndim == len(spec.dims), spec.name
+
+
+def test_one_more_than_there_is_room_for_is_refused_until_one_is_answered(setup: Setup) -> None:
+    first, captioning = setup.accept()
+    for _ in range(ROOM - 1):
+        setup.accept()
+    with pytest.raises(OverloadedError):
+        setup.accept()
+    assert setup.answering.unanswered == ROOM
+    captioning.end([decoded(1)])
+    answer_of(first)
+    wait_until(lambda: setup.answering.unanswered == ROOM - 1)
+    setup.accept()
+
+
+def test_all_captions_of_an_image_are_one_answer(setup: Setup) -> None:
+    request, captioning = setup.accept()
+    captioning.end([decoded(1, 2), decoded(3)])
+    assert outputs_of(answer_of(request))["TEXT"].tolist() == [b"bc", b"d"]
+    assert len(request.sender.responses) == 1
+
+
+@many
+@given(
+    prefix=st.lists(st.integers(0, 20), max_size=3).map(tuple),
+    tokens=st.lists(st.integers(0, 20), min_size=1, max_size=8).map(tuple),
+    heard=st.lists(st.integers(0, 8), max_size=6).map(sorted),
+)
+def test_words_heard_at_any_pace_make_the_caption(
+    setup: Setup, prefix: tuple[int, ...], tokens: tuple[int, ...], heard: list[int]
+) -> None:
+    request, captioning = setup.accept(streams=True, prefix=prefix)
+    for certain in heard:
+        captioning.hear(lambda certain=certain: tokens[:certain])
+    captioning.end([decoded(*tokens)])
+    assert not answer_of(request).has_error()
+    parts = parts_of(request)
+    news = [part["NEW_TOKEN_IDS"].tolist() for part in parts]
+    # The prefix is text that the caller has not seen, but no tokens that were generated.
+    assert tuple(itertools.chain(*news)) == tokens
+    assert all(news)
+    assert b"".join(part["NEW_TEXT"][0] for part in parts).decode() == decode((*prefix, *tokens))
+    assert len(parts) == len({len(tokens[:certain]) for certain in [*heard, len(tokens)]} - {0})
+
+
+def test_who_wants_no_words_is_told_none_and_costs_no_search_of_them(setup: Setup) -> None:
+    request, captioning = setup.accept()
+
+    def certain() -> tuple[int, ...]:
+        raise AssertionError("it was asked for")
+
+    captioning.hear(certain)
+    captioning.end([decoded(1)])
+    answer_of(request)
+    assert parts_of(request) == []
+
+
+def test_an_error_ends_a_stream_without_more_words(setup: Setup) -> None:
+    request, captioning = setup.accept(streams=True)
+    captioning.hear(lambda: (1,))
+    captioning.end(CancelledError("the caller has gone"))
+    assert error_of(request).reason == "CANCELLED"
+    assert len(parts_of(request)) == 1
+
+
+def test_a_failure_of_ours_is_told_and_any_other_is_a_fault(setup: Setup) -> None:
+    request, captioning = setup.accept()
+    captioning.fail(ModelUnavailableError("shutting down"))
+    assert error_of(request).message == "shutting down"
+    assert not Logger.lines
+    request, captioning = setup.accept()
+    captioning.fail(KeyError("a secret"))
+    error = error_of(request)
+    assert type(error) is ModelFaultError
+    assert "secret" not in error.message
+    assert Logger.lines == ["a request failed: KeyError: 'a secret'"]
+
+
+def test_a_caption_that_cannot_be_told_is_a_fault_and_its_room_comes_back(setup: Setup) -> None:
+    setup.finisher.fails = True
+    request, captioning = setup.accept()
+    captioning.end([decoded(1)])
+    assert error_of(request).reason == "MODEL_FAULT"
+    wait_until(lambda: has_room(setup))
+    setup.finisher.fails = False
+    request, captioning = setup.accept()
+    captioning.end([decoded(1)])
+    assert not answer_of(request).has_error()
+
+
+@pytest.mark.parametrize("outcome", [[decoded(1)], OverloadedError("no room")])
+def test_an_answer_that_cannot_be_sent_gives_its_room_back(
+    setup: Setup, outcome: list[DecodedCaption] | CaptionServeError
+) -> None:
+    lost, captioning = setup.accept(streams=True)
+    lost.sender.fails = True
+    captioning.hear(lambda: (1,))
+    captioning.end(outcome)
+    wait_until(lambda: has_room(setup))
+    assert lost.sender.final.is_set()
+    line = "an answer could not be sent: RuntimeError: the response cannot be sent"
+    wait_until(lambda: Logger.lines == [line] * 2)
+    request, captioning = setup.accept()
+    captioning.end([decoded(1)])
+    assert not answer_of(request).has_error()
+
+
+def test_what_is_to_be_sent_at_closing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup()
+
+    def finished_while_closing(caption: DecodedCaption, plan: CaptionPlan) -> FinishedCaption:
+        wait_until(lambda: setup.answering._thread._closed)
+        return finished(caption.token_ids)
+
+    monkeypatch.setattr(setup.finisher, "finished", finished_while_closing)
+    accepted = [setup.accept() for _ in range(ROOM)]
+    for _, captioning in accepted:
+        captioning.end([decoded(1)])
+    setup.answering.close(WAIT_SECONDS)
+    for request, _ in accepted:
+        assert request.sender.final.is_set()
+        assert not answer_of(request).has_error()
+    assert has_room(setup)
+
+
+def test_the_engine_sees_of_a_captioning_what_its_caller_is(setup: Setup) -> None:
+    _, captioning = setup.accept()
+    assert not captioning.has_gone
+    captioning._caller.has_gone, captioning._caller.deadline = True, 5.0
+    assert captioning.has_gone
+    assert captioning.deadline == 5.0
