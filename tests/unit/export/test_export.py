@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import onnx
 import pytest
@@ -26,7 +27,7 @@ from captionserve_server.export.checkpoint import (
 from captionserve_server.export.repository import OtherFormatError, export_checkpoint
 from captionserve_server.export.verify import GraphMismatchError
 from captionserve_server.runtime.graph_format import GraphFormat
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from onnx.numpy_helper import from_array, to_array
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -141,7 +142,7 @@ def test_pickled_code_in_weights_is_not_run(checkpoint: Path, tmp_path: Path) ->
 
     (checkpoint / "model.safetensors").unlink()
     torch.save({"weights": Payload()}, checkpoint / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"(?i)weights"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"pytorch_model\.bin"):
         load_checkpoint(str(checkpoint))
     assert not (tmp_path / "ran").exists()
 
@@ -259,7 +260,13 @@ def test_a_checkpoint_may_be_a_hub_id(
 ) -> None:
     # The hub is out of reach of tests; a folder stands in for what it would download.
     folder = checkpoint_folder("projected")
-    monkeypatch.setattr(checkpoint_module, "hf_hub_download", lambda _, name: folder / name)
+
+    def download(_: str, name: str) -> str:
+        if not (folder / name).is_file():
+            raise RemoteEntryNotFoundError(name, response=Mock())
+        return str(folder / name)
+
+    monkeypatch.setattr(checkpoint_module, "hf_hub_download", download)
     assert checkpoint_module._load_config("someone/a-captioner").decoder.n_layer == 3
     assert checkpoint_module._load_preprocessor("someone/a-captioner").height == 32
 
