@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test lint format generate evaluate calibrate train-demo soak soak-checkpoints profile bench perf clean
+.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-images soak-checkpoints profile bench perf clean
 
 setup: $(VENV)/installed
 
@@ -23,6 +23,9 @@ demo: setup  ## Caption the bundled images through the whole stack.
 
 test: setup  ## Every test, against a real Triton and a real gateway.
 	$(BIN)/python -m pytest
+
+test-wheels: setup  ## The wheels installed outside the checkout, without constraints, in work.
+	.ci/wheels
 
 lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
@@ -51,6 +54,10 @@ train-demo: setup  ## Train the demo checkpoint anew; takes most of an hour on 2
 
 soak: setup  ## 2,000 mixed requests, a third given up; everything must be back where it was.
 	$(BIN)/python -m pytest tests/faults/test_soak.py --soak-requests 2000 \
+		--log-cli-level INFO
+
+soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bounded time and memory.
+	$(BIN)/python -m pytest tests/faults/test_image_soak.py --soak-images 5000 \
 		--log-cli-level INFO
 
 soak-checkpoints: setup  ## 200 checkpoint folders of random settings and damage: as generate(), or refused.

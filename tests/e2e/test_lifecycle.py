@@ -154,6 +154,50 @@ def test_a_repository_that_does_not_load_is_an_error_in_words(tmp_path: Path) ->
     assert "Traceback" not in process.stderr
 
 
+DIES = "import os, signal\n\ndef die(*arguments):\n    os.kill(os.getpid(), signal.SIGKILL)\n\n"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        f"{DIES}die()",
+        f"{DIES}class TritonPythonModel:\n    initialize = die",
+        "import os\n\nos._exit(0)",
+    ],
+    ids=["when imported", "when initialised", "without an error"],
+)
+def test_a_model_that_dies_at_the_start_ends_it_at_once(
+    model: str, model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(model_repository(NAME), repository)
+    (repository / "captioner" / "1" / "model.py").write_text(model)
+    process = served_to_the_end(repository)
+    assert process.returncode == 4
+    assert "Stub process 'captioner_0_0' is not healthy" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_repository_and_temporary_folder_may_have_any_name(
+    model_repository: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last one is a byte that is no UTF-8.
+    hostile = tmp_path / "a b'c\"d;e $(f) é日 \udcff"
+    (hostile / "temporary").mkdir(parents=True)
+    repository = hostile / "repository"
+    shutil.copytree(model_repository(NAME), repository)
+    before = sorted(repository.rglob("*"))
+    monkeypatch.setenv("TMPDIR", str(hostile / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with (
+        launched_service(repository, timeout_seconds=WAIT_SECONDS) as service,
+        CaptionClient(service.grpc) as client,
+    ):
+        assert client.caption(picture(1)).captions
+        assert sorted(repository.rglob("*")) == before
+    assert list((hostile / "temporary").glob("captionserve-*")) == []
+
+
 def test_an_older_export_is_refused_by_name_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "decoder_step").mkdir()
     process = served_to_the_end(tmp_path)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import math
 
+import grpc
+
+from captionserve._errors import CaptionError
 from captionserve._images import ImageInput, image_message
 from captionserve._options import GenerationOptions, to_proto
 from captionserve.v1 import caption_pb2
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# A stream's request is a message around it, of at most 8 bytes more.
+_MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - 8
 # A server that restarts is found again within this time; gRPC's own limit is two minutes.
 _MAX_RECONNECT_MILLISECONDS = 5_000
 
@@ -66,12 +71,27 @@ def checked_timeout(seconds: float) -> float:
 def build_request(
     image: ImageInput, options: GenerationOptions | None, *, bypass_cache: bool = False
 ) -> caption_pb2.CaptionRequest:
-    """Read and encode the image and put the options beside it; raises as `image_message` does."""
-    return caption_pb2.CaptionRequest(
+    """Read and encode the image and put the options beside it.
+
+    Raises:
+        CaptionError: IMAGE_TOO_LARGE, if it does not fit into a message; otherwise as
+            `image_message` does.
+    """
+    request = caption_pb2.CaptionRequest(
         image=image_message(image),
         options=None if options is None else to_proto(options),
         bypass_cache=bypass_cache,
     )
+    size = request.ByteSize()
+    if size > _MAX_REQUEST_BYTES:
+        # gRPC would say RESOURCE_EXHAUSTED, as for an overload, and nothing of the image.
+        raise CaptionError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "IMAGE_TOO_LARGE",
+            f"the image takes {size} bytes as it is sent, at most {_MAX_REQUEST_BYTES} fit: "
+            "make it smaller, or give it as a JPEG file",
+        )
+    return request
 
 
 def build_stream_request(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from captionserve import (
     AsyncCaptionClient,
@@ -18,6 +19,7 @@ from captionserve import (
     CaptionResult,
     FinishReason,
     GenerationOptions,
+    _transport,
 )
 from captionserve._transport import DEFAULT_TIMEOUT_SECONDS
 from captionserve.v1 import caption_pb2
@@ -309,6 +311,21 @@ def test_unavailable_is_tried_again_even_for_a_photo(server: Server, caption: Ca
     servicer.answer = fail_once
     assert caption(target, bytes(3_000_000)).text == "a red apple"
     assert len(servicer.requests) == 2
+
+
+def test_what_fits_into_no_message_is_refused_before_it_is_sent(
+    server: Server, caption: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, servicer = server
+    monkeypatch.setattr(_transport, "_MAX_REQUEST_BYTES", 100_000)
+    assert caption(target, bytes(99_000)).text == "a red apple"
+    # Noise cannot be compressed.
+    noise = np.random.default_rng(1).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    with pytest.raises(CaptionError, match="give it as a JPEG file") as refused:
+        caption(target, noise)
+    assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.reason == "IMAGE_TOO_LARGE"
+    assert len(servicer.requests) == 1
 
 
 def test_overload_is_not_tried_again(server: Server, caption: Call) -> None:

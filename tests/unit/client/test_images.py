@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from captionserve._images import encode_image, image_message
+from captionserve._images import ImageInput, encode_image, image_message
+from captionserve_server.core.preprocessing import PreprocessorConfig
+from captionserve_server.local.images import image_pixels
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
+from tests.pictures import BAD_TAG_EXIF
+
+CONFIG = PreprocessorConfig()
 FILE = b"any bytes: the client does not look into files"
 
 
@@ -119,14 +126,55 @@ def test_rgb_with_a_transparent_colour_keeps_it() -> None:
     assert decoded(encode_image(image)).info["transparency"] == (0, 0, 0)
 
 
-def test_a_pillow_image_is_turned_upright_as_its_file_would_be() -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_pillow_image_is_turned_upright_as_its_file_would_be(orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     file = io.BytesIO()
     Image.fromarray(random_pixels(5, 4, 3)).save(file, "PNG", exif=exif)
     image = Image.open(file)
-    assert image.size == (4, 5)
-    assert decoded(encode_image(image)).size == (5, 4)
+    image.load()
+    turned = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(np.asarray(decoded(encode_image(image))), turned)
+
+
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [(b"Exif\0\0garbage", (4, 5)), (BAD_TAG_EXIF, (5, 4))],
+    ids=["no EXIF", "bad tag"],
+)
+def test_metadata_fail_no_pillow_image(exif: bytes, size: tuple[int, int]) -> None:
+    image = Image.fromarray(random_pixels(5, 4, 3))
+    image.info["exif"] = exif
+    assert decoded(encode_image(image)).size == size
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_file_that_pillow_has_not_read_is_sent_as_it_is(kind: str) -> None:
+    file = io.BytesIO()
+    Image.fromarray(random_pixels(50, 40, 3)).save(file, kind)
+    image = Image.open(file)
+    assert encode_image(image) == file.getvalue()
+    # It can still be read.
+    pixels = np.asarray(image)
+    assert np.array_equal(np.asarray(decoded(encode_image(image))), pixels)
+
+
+def test_another_picture_of_a_file_is_sent_as_it_is_read() -> None:
+    first, second = (Image.new("RGB", (4, 5), color) for color in ("red", "blue"))
+    file = io.BytesIO()
+    first.save(file, "PNG", save_all=True, append_images=[second])
+    image = Image.open(file)
+    image.seek(1)
+    assert decoded(encode_image(image)).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_a_draft_is_sent_as_it_is_read() -> None:
+    file = io.BytesIO()
+    Image.fromarray(random_pixels(64, 64, 3)).save(file, "JPEG")
+    image = Image.open(file)
+    image.draft("RGB", (16, 16))
+    assert decoded(encode_image(image)).size == (16, 16)
 
 
 @pytest.mark.parametrize("value", [None, 7, ["photo.jpg"], object()])
@@ -202,3 +250,38 @@ def test_floats_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_other_images_are_sent_as_files() -> None:
     assert image_message(FILE).encoded == FILE
     assert image_message(random_pixels(5, 4, 3)).encoded.startswith(b"P6")
+
+
+@pytest.mark.parametrize("made", [lambda pixels: pixels, Image.fromarray], ids=["array", "PIL"])
+def test_a_large_photo_is_compressed_without_loss(
+    made: Callable[[NDArray[np.uint8]], ImageInput],
+) -> None:
+    # Six megapixels with the noise of a dim room; the rows are no whole number of blocks.
+    rows, columns = np.mgrid[:3001, :2000]
+    noise = np.random.default_rng(3).normal(scale=6, size=(3001, 2000))
+    smooth = np.stack([rows // 15, columns // 10, (rows + columns) // 25], 2)
+    pixels = (smooth + noise[:, :, None] + 30).clip(0, 255).astype(np.uint8)
+    encoded = encode_image(made(pixels))
+    # So 24 megapixels, 72 MB, fit into a message of 64 MiB.
+    assert len(encoded) < 0.8 * pixels.nbytes
+    assert np.array_equal(np.asarray(decoded(encoded)), pixels)
+
+
+@pytest.mark.parametrize("read", [encode_image, lambda path: image_pixels(path, CONFIG)])
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("https://example.org/photo.jpg", "a URL"),
+        ("s3://bucket/photo.jpg", "a URL"),
+        (Path("https://example.org/photo.jpg"), "a URL"),
+        ("data:image/png;base64,iVBORw0KGgo=", "a data URI"),
+        ("DATA:," + "x" * 100_000, "a data URI"),
+        (base64.b64encode(bytes(range(256))).decode(), "base64 text"),
+        (base64.encodebytes(bytes(5000)).decode(), "base64 text"),
+    ],
+)
+def test_an_image_given_as_a_path_is_said_to_be_none(
+    read: Callable[[str | Path], object], path: str | Path, what: str
+) -> None:
+    with pytest.raises(OSError, match=f"an image must be a path or its bytes, not {what}"):
+        read(path)

@@ -13,8 +13,8 @@ from captionserve_server.core.errors import (
     ImageTooManyPixelsError,
     UnsupportedImageFormatError,
 )
+from captionserve_server.core.image_files import MAX_PIXELS
 from captionserve_server.core.preprocessing import (
-    MAX_PIXELS,
     PreprocessorConfig,
     preprocess,
     read_preprocessor_config,

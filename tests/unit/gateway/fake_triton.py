@@ -94,7 +94,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     """Answers with `stream`; keeps the requests and tells when one arrives or is cancelled.
 
     Questions for the description are answered apart, as `version` with `defaults`, and counted, as
-    are the streams that were opened.
+    are the streams that were opened, and those that their caller has ended well.
     """
 
     def __init__(self) -> None:
@@ -103,6 +103,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.defaults: dict[str, Any] = {}
         self.described = 0
         self.opened = 0
+        self.ended = 0
         self.requests: list[service_pb2.ModelInferRequest] = []
         self.seconds_left: list[float | None] = []
         self.arrived = asyncio.Event()
@@ -133,6 +134,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             except (asyncio.CancelledError, GeneratorExit):
                 self.cancelled.set()
                 raise
+        self.ended += 1
 
     def response(
         self, outputs: Outputs, request: service_pb2.ModelInferRequest

@@ -15,6 +15,7 @@ from captionserve_server.core.errors import (
     ModelUnavailableError,
 )
 from captionserve_server.core.options import DecodingOptions
+from captionserve_server.gateway import decoder_client
 from captionserve_server.gateway.decoder_client import Answer, DecoderClient, Description, TimeLimit
 from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.triton import wire
@@ -164,6 +165,32 @@ def test_calls_at_once_share_none_and_leave_theirs_to_the_next() -> None:
             return triton.opened
 
     assert asyncio.run(run()) == 8
+
+
+def test_idle_streams_are_ended_and_not_cancelled() -> None:
+    async def run() -> int:
+        async with fake_triton() as triton:
+            client = DecoderClient(triton.address)
+            await asyncio.gather(*(client.caption(IMAGE, LIMIT) for _ in range(3)))
+            await client.close()
+            return triton.ended
+
+    assert asyncio.run(run()) == 3
+
+
+def test_a_triton_that_does_not_end_a_stream_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        async with fake_triton() as triton:
+            triton.stream = triton.stream_and_stay
+            client = DecoderClient(triton.address)
+            await client.caption(IMAGE, LIMIT)
+            await asyncio.wait_for(client.close(), WAIT_SECONDS)
+            await asyncio.wait_for(triton.cancelled.wait(), WAIT_SECONDS)
+
+    monkeypatch.setattr(decoder_client, "_END_SECONDS", 0.1)
+    asyncio.run(run())
 
 
 def test_an_error_within_a_stream_costs_only_its_call() -> None:

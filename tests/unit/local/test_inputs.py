@@ -15,9 +15,11 @@ from captionserve_server.core.preprocessing import PreprocessorConfig, preproces
 from captionserve_server.local.images import image_pixels
 from PIL import Image
 
+from tests.pictures import grey_png
 from tests.reference import picture
 
 CONFIG = PreprocessorConfig(height=24, width=20)
+AS_IT_IS = PreprocessorConfig(do_resize=False)
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I"]
 
 
@@ -87,6 +89,19 @@ def test_a_picture_is_turned_upright() -> None:
     turned = image_pixels(Image.open(file), CONFIG)
     np.testing.assert_array_equal(turned, preprocess(file.getvalue(), CONFIG))
     assert (turned != image_pixels(picture(seed=4), CONFIG)).any()
+
+
+@pytest.mark.parametrize("depth", [2, 4, 16])
+def test_a_colour_key_of_a_picture_not_yet_read_is_the_files(depth: int) -> None:
+    content = grey_png(
+        depth, b"\0" + bytes(8) + b"\0" + b"\x11" * 8, 64 // depth, 2, 0x1111 % 2**depth
+    )
+    image = Image.open(io.BytesIO(content))
+    seen = image_pixels(image, AS_IT_IS)
+    assert (seen[:, 0] == 0).all()
+    assert (seen == 255).any()
+    np.testing.assert_array_equal(seen, preprocess(content, AS_IT_IS))
+    np.testing.assert_array_equal(seen, preprocess(encode_image(image), AS_IT_IS))
 
 
 @pytest.mark.parametrize(

@@ -309,3 +309,14 @@ def test_whatever_fails_everybody_is_answered_once_and_all_room_comes_back(
     step_model.step = step.__get__(step_model)  # type: ignore[method-assign]  # As it was.
     setup.encoder_fails, MetricFamily.fails = 0, False
     assert not answer_of(setup.ask()).has_error()
+
+
+def test_an_image_waits_for_memory_and_its_caller_is_let_go(setup: Setup) -> None:
+    budget = setup.model._budget
+    with budget.reserved(1 << 60):
+        given_up, patient = setup.ask(), setup.ask()
+        wait_until(lambda: budget.waiting == 2)
+        given_up.sender.cancelled = True
+        assert error_of(given_up).reason == "CANCELLED"
+        assert not patient.sender.final.is_set()
+    assert not answer_of(patient).has_error()

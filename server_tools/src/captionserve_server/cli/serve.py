@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from captionserve_server.cli.console import messages
+from captionserve_server.core.decode_budget import DEFAULT_DECODE_MEGABYTES
+from captionserve_server.runtime.decode_memory import DECODE_MEGABYTES_VARIABLE
 from captionserve_server.serving.ready import ReadyReport
 from captionserve_server.serving.service import ServeOptions
 from captionserve_server.serving.service import serve as run_service
@@ -61,6 +63,15 @@ def serve(
             envvar="CAPTIONSERVE_THREADS",
         ),
     ] = 0,
+    decode_megabytes: Annotated[
+        int,
+        typer.Option(
+            help="Memory of all images that are decoded at once; one that takes more is decoded "
+            "alone.",
+            min=1,
+            envvar=DECODE_MEGABYTES_VARIABLE,
+        ),
+    ] = DEFAULT_DECODE_MEGABYTES,
     start_seconds: Annotated[
         float, typer.Option(help="Seconds that Triton may take to load its models.", min=1)
     ] = 300.0,
@@ -77,6 +88,7 @@ def serve(
         tritonserver=tritonserver,
         cache_megabytes=cache_megabytes,
         threads=threads,
+        decode_megabytes=decode_megabytes,
         start_seconds=start_seconds,
         grace_seconds=grace_seconds,
     )

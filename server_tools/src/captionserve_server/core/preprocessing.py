@@ -9,33 +9,47 @@ are not done here: they are part of the encoder graph.
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from captionserve_server.core.decode_budget import Reserve, without_limit
 from captionserve_server.core.errors import (
     ImageCorruptError,
     ImageTooManyPixelsError,
     InvalidRequestError,
-    UnsupportedImageFormatError,
+)
+from captionserve_server.core.image_files import (
+    MAX_PIXELS,
+    RGB_BYTES_PER_PIXEL,
+    TILE_PIXELS,
+    check_size,
+    decoding_bytes,
+    load_image,
+    open_image_file,
+    orientation_turn,
+    source_box,
+    tiles,
+    turned_size,
 )
 
-# An allow-list: Pillow's other readers run Ghostscript (EPS) or parse what no photo needs.
-ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
-# The first bytes of those formats, to tell a damaged image from something that is no image.
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"P4", b"P5", b"P6")
-# Decoding holds 3 to 4 bytes per pixel; 50 megapixels, a large phone's photo, is 200 MB.
-MAX_PIXELS = 50_000_000
+# Decoded pictures by mode, where they take less than RGB.
+_SMALL_BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2}
+# The resized picture, and its samples in two orders.
+_RESULT_BYTES_PER_PIXEL = 10
+# What is made of a tile on its way to RGB.
+_TILE_BYTES_PER_PIXEL = 32
 _UINT16_TO_UINT8 = 255.0 / 65535.0
 # How far float32 may lie from the whole pixel that it stands for; half precision does, too.
 _NEAR_A_PIXEL = 0.1
 
 Pixels = NDArray[np.uint8]
+_Opened = TypeVar("_Opened", bound=Image.Image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,12 +226,15 @@ def _resize_target(size: object, square: bool, name: str = "size") -> dict[str, 
     raise ValueError(f"{name} {size!r:.60} is not supported; use height and width or shortest_edge")
 
 
-def preprocess(encoded: bytes, config: PreprocessorConfig) -> Pixels:
+def preprocess(
+    encoded: bytes, config: PreprocessorConfig, reserve: Reserve = without_limit
+) -> Pixels:
     """Decode an image file and prepare it for the encoder.
 
     Args:
         encoded: a JPEG, PNG, WebP, BMP, GIF or PPM file.
         config: the checkpoint's image processor.
+        reserve: takes the memory that the image will need, by its header.
 
     Returns:
         uint8 [3, height, width], RGB, 0 to 255.
@@ -226,8 +243,165 @@ def preprocess(encoded: bytes, config: PreprocessorConfig) -> Pixels:
         ImageCorruptError: empty, truncated or damaged bytes.
         UnsupportedImageFormatError: bytes of another kind.
         ImageTooManyPixelsError: decided from the header, before anything is decoded.
+        CaptionServeError: what `reserve` raises.
     """
-    return to_pixels(decode_image(encoded), config)
+    image = open_image_file(encoded)
+    return _prepared(image, load_image, config, reserve, keep=False)
+
+
+def preprocess_picture(
+    image: Image.Image, config: PreprocessorConfig, reserve: Reserve = without_limit
+) -> Pixels:
+    """Prepare a picture for the encoder that Pillow has in memory, or has opened.
+
+    Args:
+        image: of a mode whose samples have a fixed range; it is left as it is.
+        config: as for `preprocess`.
+        reserve: likewise.
+
+    Returns:
+        as `preprocess`, and raises the same.
+    """
+    return _prepared(image, _loaded, config, reserve, keep=True)
+
+
+def preprocess_array(
+    array: NDArray[np.uint8], config: PreprocessorConfig, reserve: Reserve = without_limit
+) -> Pixels:
+    """Prepare samples for the encoder.
+
+    Args:
+        array: uint8 [height, width, 3], RGB.
+        config: as for `preprocess`.
+        reserve: likewise.
+
+    Returns:
+        as `preprocess`.
+
+    Raises:
+        ImageTooManyPixelsError: decided from the shape.
+        CaptionServeError: what `reserve` raises.
+    """
+    height, width, _ = array.shape
+    check_size(width, height)
+    with _room(width, height, RGB_BYTES_PER_PIXEL * width * height, config, reserve):
+        return to_pixels(Image.fromarray(array), config)
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    image.load()
+    return image
+
+
+def _prepared(
+    image: _Opened,
+    load: Callable[[_Opened], Image.Image],
+    config: PreprocessorConfig,
+    reserve: Reserve,
+    *,
+    keep: bool,
+) -> Pixels:
+    check_size(*image.size)
+    turn = orientation_turn(image)
+    size = turned_size(image.size, turn)
+    with _room(*size, _reading_bytes(image, turn), config, reserve):
+        try:
+            picture = load(image)
+            upright = _upright_rgb(picture, turn)
+            if not keep and upright is not picture:
+                # References to it may be left; its pixels must not be.
+                picture.close()
+        except Exception as error:  # Damaged files raise anything: OSError, SyntaxError.
+            raise ImageCorruptError("the image is damaged or incomplete") from error
+        return to_pixels(upright, config)
+
+
+def _room(
+    width: int, height: int, reading: int, config: PreprocessorConfig, reserve: Reserve
+) -> AbstractContextManager[None]:
+    """Reserve what an image takes from its file to the encoder's pixels.
+
+    Args:
+        width: of the upright picture.
+        height: likewise.
+        reading: bytes that it takes until it is upright and RGB.
+        config: as for `preprocess`.
+        reserve: likewise.
+
+    Raises:
+        ImageTooManyPixelsError: if it is so narrow or wide that resizing it takes too many.
+    """
+    new_height, new_width = _resized_size(width, height, config)
+    if new_width * max(height, new_height) > MAX_PIXELS:
+        raise ImageTooManyPixelsError(
+            f"resizing the image, {width} x {height}, takes more than {MAX_PIXELS} pixels"
+        )
+    # The picture between Pillow's two passes: it shrinks in height first only if that makes less.
+    between = max(new_width * height, width * min(height, new_height))
+    return reserve(
+        reading + RGB_BYTES_PER_PIXEL * between + _RESULT_BYTES_PER_PIXEL * new_width * new_height
+    )
+
+
+def _reading_bytes(image: Image.Image, turn: Image.Transpose | None) -> int:
+    """What a picture takes at most until it is upright and RGB."""
+    pixels = image.width * image.height
+    if _is_upright_rgb(image, turn):
+        return decoding_bytes(image)
+    decoded = _SMALL_BYTES_PER_PIXEL.get(image.mode, RGB_BYTES_PER_PIXEL) * pixels
+    converted = RGB_BYTES_PER_PIXEL * pixels + _TILE_BYTES_PER_PIXEL * min(pixels, TILE_PIXELS)
+    return max(decoding_bytes(image), decoded + converted)
+
+
+def _upright_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """Turn a picture, put it on white and convert it."""
+    if _is_upright_rgb(image, turn):
+        return image
+    size = turned_size(image.size, turn)
+    upright = Image.new("RGB", size)
+    # By tiles, so that what lies between the two stays small.
+    for box in tiles(*size):
+        tile = image.crop(source_box(box, size, turn))
+        upright.paste(_rgb(tile if turn is None else tile.transpose(turn)), box)
+    return upright
+
+
+def _is_upright_rgb(image: Image.Image, turn: Image.Transpose | None) -> bool:
+    return turn is None and image.mode == "RGB" and not _is_transparent(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB: 16-bit samples rescaled, what is transparent put on white."""
+    if image.mode.startswith("I"):
+        return _grey_of_16_bits(image).convert("RGB")
+    if _is_transparent(image):
+        return _on_white(image)
+    return image.convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    # By the mode, not by its letters: the A of LAB is a colour.
+    return (
+        image.mode in {"LA", "La", "PA", "RGBA", "RGBa"}
+        or image.info.get("transparency") is not None
+        or (image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA")
+    )
+
+
+def _grey_of_16_bits(image: Image.Image) -> Image.Image:
+    samples = np.asarray(image, dtype=np.float64).clip(0, 65535)
+    grey = (samples * _UINT16_TO_UINT8).round().astype(np.uint8)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey[samples == key] = 255
+    return Image.fromarray(grey)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    # Pillow has no direct way from premultiplied grey to RGBA.
+    picture = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) -> Pixels:
@@ -268,68 +442,10 @@ def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) ->
     return whole.astype(np.uint8)
 
 
-def decode_image(encoded: bytes) -> Image.Image:
-    """Decode an image file to an upright RGB picture; errors as `preprocess` raises them."""
-    return upright_rgb(_open(encoded))
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture upright and convert it to RGB.
-
-    Args:
-        image: a picture in memory, or of a file that has been opened and not yet read.
-
-    Raises:
-        ImageCorruptError: if its file is truncated or damaged.
-        ImageTooManyPixelsError: decided from its size, before anything is decoded.
-    """
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise ImageTooManyPixelsError(
-            f"the image has {width * height} pixels, at most {MAX_PIXELS} are accepted"
-        )
-    try:
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # Damaged files raise anything: OSError, SyntaxError, struct.error.
-        raise ImageCorruptError("the image is damaged or incomplete") from error
-
-
-def _open(encoded: bytes) -> Image.Image:
-    if not encoded:
-        raise ImageCorruptError("the image is empty")
-    try:
-        return Image.open(io.BytesIO(encoded), formats=ACCEPTED_FORMATS)
-    except UnidentifiedImageError as error:
-        if encoded.startswith(_SIGNATURES):
-            raise ImageCorruptError("the image is damaged or incomplete") from error
-        names = ", ".join(ACCEPTED_FORMATS)
-        raise UnsupportedImageFormatError(f"not an image of an accepted format: {names}") from error
-    # Pillow's limits are above ours. A warning is raised where the process has it so.
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooManyPixelsError(
-            f"the image has more than {MAX_PIXELS} pixels, which is the most accepted"
-        ) from error
-    except Exception as error:  # A damaged header raises anything, like a damaged body.
-        raise ImageCorruptError("the image is damaged or incomplete") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: 16-bit samples rescaled, transparency composited on white."""
-    if image.mode.startswith("I"):
-        samples = np.asarray(image, dtype=np.float64).clip(0, 65535)
-        return Image.fromarray((samples * _UINT16_TO_UINT8).round().astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return image.convert("RGB")
-
-
 def to_pixels(image: Image.Image, config: PreprocessorConfig) -> Pixels:
     """Resize and crop an RGB picture; uint8 [3, height, width]."""
     if config.do_resize:
-        height, width = _resized_size(image, config)
+        height, width = _resized_size(*image.size, config)
         image = image.resize((width, height), resample=Image.Resampling(config.resample))
     pixels = np.moveaxis(np.asarray(image), -1, 0)
     if config.do_center_crop:
@@ -337,18 +453,16 @@ def to_pixels(image: Image.Image, config: PreprocessorConfig) -> Pixels:
     return np.ascontiguousarray(pixels)
 
 
-def _resized_size(image: Image.Image, config: PreprocessorConfig) -> tuple[int, int]:
+def _resized_size(width: int, height: int, config: PreprocessorConfig) -> tuple[int, int]:
+    """The height and width of a picture after resizing."""
+    if not config.do_resize:
+        return height, width
     if config.height is not None and config.width is not None:
         return config.height, config.width
     assert config.shortest_edge is not None
-    short, long = sorted(image.size)
+    short, long = sorted((width, height))
     new_long = int(config.shortest_edge * long / short)
-    if config.shortest_edge * new_long > MAX_PIXELS:
-        raise ImageTooManyPixelsError(
-            f"resizing the image, {image.width} x {image.height}, to a short edge of "
-            f"{config.shortest_edge} gives more than {MAX_PIXELS} pixels"
-        )
-    if image.width <= image.height:
+    if width <= height:
         return new_long, config.shortest_edge
     return config.shortest_edge, new_long
 

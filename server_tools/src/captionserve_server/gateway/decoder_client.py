@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
@@ -63,6 +64,8 @@ _TOO_LATE = "the deadline passed before the caption was complete"
 
 # The decoder answers this from memory; only a Triton that hangs takes longer.
 _DESCRIBE_SECONDS = 10.0
+# Triton ends an idle stream at once.
+_END_SECONDS = 2.0
 
 _OUTPUTS = {spec.name: spec for spec in wire.DECODER.outputs}
 
@@ -198,9 +201,14 @@ class DecoderClient:
                 call.stream.cancel()
 
     async def close(self) -> None:
-        """Close the connection; calls in flight are cancelled."""
-        for stream in self._idle:
-            stream.cancel()
+        """Close the connection; calls in flight are cancelled.
+
+        Idle streams are ended and not cancelled: Triton may keep a cancelled one's last request,
+        and with it the model, which it then cannot unload.
+        """
+        ends = asyncio.gather(*map(_end, self._idle), return_exceptions=True)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(ends, _END_SECONDS)
         await self._channel.close()
 
     def _take_idle(self) -> _Stream | None:
@@ -210,6 +218,12 @@ class DecoderClient:
             if not stream.done():
                 return stream
         return None
+
+
+async def _end(stream: _Stream) -> None:
+    await stream.done_writing()
+    while await stream.read() is not grpc.aio.EOF:
+        pass
 
 
 class _Call:

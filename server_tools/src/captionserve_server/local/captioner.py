@@ -19,6 +19,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
+from captionserve_server.core.decode_budget import (
+    BYTES_PER_MEGABYTE,
+    DEFAULT_DECODE_MEGABYTES,
+    DecodeBudget,
+)
 from captionserve_server.core.engine.engine_thread import EngineThread
 from captionserve_server.core.engine.scheduler import Outcome as EngineOutcome
 from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
@@ -86,6 +91,7 @@ class LocalCaptioner:
         version: int | None = None,
         threads: int = 0,
         limits: SchedulerLimits = DEFAULT_LIMITS,
+        decode_megabytes: int = DEFAULT_DECODE_MEGABYTES,
     ) -> None:
         """Load a model.
 
@@ -95,6 +101,8 @@ class LocalCaptioner:
             threads: of ONNX Runtime; 0 is one per core.
             limits: what captions that are decoded together may take; each slot takes memory when
                 it is first used.
+            decode_megabytes: memory of all images that several threads decode at once; one that
+                takes more is decoded alone.
 
         Raises:
             ModelFolderError: if something in the folder is missing or damaged; names it.
@@ -105,6 +113,7 @@ class LocalCaptioner:
         limits.check()
         model = load_model(Path(bundle_dir), version=version, threads=threads)
         self._model = model
+        self._budget = DecodeBudget(decode_megabytes * BYTES_PER_MEGABYTE)
         self._images_ahead = _IMAGES_AHEAD * limits.slots
         self._finisher = Finisher(model.bundle, model.tokenizer.decode)
         scheduler = Scheduler(
@@ -222,7 +231,7 @@ class LocalCaptioner:
         """Prepare an image and queue it; what its caller did not get wrong is told later."""
         begun = _Begun()
         try:
-            pixels = image_pixels(image, self._model.preprocessor)
+            pixels = image_pixels(image, self._model.preprocessor, self._budget.reserved)
             self._engine.submit(pixels, plan, begun)
         except (CaptionServeError, OSError) as error:
             begun.captions.set_exception(error)

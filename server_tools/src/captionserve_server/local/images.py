@@ -6,21 +6,24 @@ for it: it brings gRPC.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
+from captionserve_server.core.decode_budget import Reserve, without_limit
 from captionserve_server.core.preprocessing import (
     Pixels,
     PreprocessorConfig,
     pixels_of_values,
     preprocess,
-    to_pixels,
-    upright_rgb,
+    preprocess_array,
+    preprocess_picture,
 )
 
 
@@ -45,6 +48,9 @@ ImageInput = (
 """A path, an encoded image, a binary file object, a PIL image, a uint8 HxWx3 RGB array, or a float
 array or tensor [3,H,W] as the checkpoint's own image processor makes it."""
 
+# Shorter texts may as well be names of files.
+_LEAST_BASE64 = 200
+
 # Modes whose samples have a fixed range, so that they can be shown.
 _MODES = frozenset(
     {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "I", "I;16", "I;16B"}
@@ -52,12 +58,16 @@ _MODES = frozenset(
 )
 
 
-def image_pixels(image: ImageInput, config: PreprocessorConfig) -> Pixels:
+def image_pixels(
+    image: ImageInput, config: PreprocessorConfig, reserve: Reserve = without_limit
+) -> Pixels:
     """Prepare an image for the encoder.
 
     Args:
-        image: paths are read; bytes-like values and file objects are taken as whole image files.
+        image: paths are read; bytes-like values and file objects are taken as whole image files,
+            and so is a JPEG or PNG that Pillow has opened and not yet read.
         config: the checkpoint's image processor.
+        reserve: takes the memory that the image will need.
 
     Returns:
         uint8 [3, height, width], RGB, 0 to 255.
@@ -67,18 +77,23 @@ def image_pixels(image: ImageInput, config: PreprocessorConfig) -> Pixels:
         ValueError: if an array has neither form, or a PIL image has no pixels or a mode without a
             fixed range.
         InvalidRequestError: if a float array is not what the image processor makes.
-        OSError: if a file cannot be read, such as FileNotFoundError.
+        OSError: if a file cannot be read, such as FileNotFoundError; it says so where the path is
+            a URL, a data URI or base64 text.
         ImageCorruptError: empty, truncated or damaged bytes.
         UnsupportedImageFormatError: bytes of another kind.
         ImageTooManyPixelsError: decided from the size, before anything is decoded.
     """
     if isinstance(image, Image.Image):
-        return to_pixels(_shown(image), config)
+        shown = _shown(image)
+        encoded = _file_of(shown)
+        if encoded is None:
+            return preprocess_picture(shown, config, reserve)
+        return preprocess(encoded, config, reserve)
     if _is_floats(image):
         return pixels_of_values(_values(image), config)
     if isinstance(image, np.ndarray):
-        return to_pixels(upright_rgb(_picture(image)), config)
-    return preprocess(_encoded(image), config)
+        return preprocess_array(_rgb_samples(image), config, reserve)
+    return preprocess(_encoded(image), config, reserve)
 
 
 def _is_floats(image: object) -> bool:
@@ -100,7 +115,7 @@ def _values(image: Any) -> NDArray[np.float32]:
 
 def _encoded(image: Any) -> bytes:
     if isinstance(image, (str, os.PathLike)):
-        return Path(image).read_bytes()
+        return _read_path(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image)
     if not hasattr(image, "read"):
@@ -114,13 +129,36 @@ def _encoded(image: Any) -> bytes:
     return data
 
 
-def _picture(array: NDArray[Any]) -> Image.Image:
+def _read_path(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError):  # ValueError: a NUL within.
+        # Only what is no file is looked at: a file may have any name.
+        content = _content_given_as_path(os.fspath(path))
+        if content is None:
+            raise
+    raise FileNotFoundError(errno.ENOENT, f"an image must be a path or its bytes, not {content}")
+
+
+def _content_given_as_path(path: str) -> str | None:
+    """What of an image a text is if it is no path; None where it may well be one."""
+    if re.match(r"data:[^,]*,", path, re.IGNORECASE):
+        return "a data URI: decode it and give the bytes"
+    # Path makes one slash of two.
+    if re.match(r"[a-z][a-z0-9+.-]+:/", path, re.IGNORECASE):
+        return "a URL: fetch it and give the bytes"
+    if len(path) >= _LEAST_BASE64 and re.fullmatch(r"[A-Za-z0-9+/_\-\s]+=*\s*", path):
+        return "base64 text: decode it and give the bytes"
+    return None
+
+
+def _rgb_samples(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise ValueError(
             "an image array must be uint8 of shape (height, width, 3), "
             f"is {array.dtype} of shape {array.shape}"
         )
-    return Image.fromarray(array)
+    return array
 
 
 def _shown(image: Image.Image) -> Image.Image:
@@ -128,5 +166,21 @@ def _shown(image: Image.Image) -> Image.Image:
         raise ValueError("an image must have pixels")
     if image.mode not in _MODES:
         raise ValueError(f"a PIL image of mode {image.mode} must be converted to RGB first")
-    # Pillow has no direct way from premultiplied transparency to RGB.
-    return upright_rgb(image.convert("RGBA") if image.mode == "RGBa" else image)
+    return image
+
+
+def _file_of(image: Image.Image) -> bytes | None:
+    """The file of a picture that Pillow has opened and not yet read; None for others.
+
+    Pillow does not read all of it: a 16-bit PNG's colours lose a half, a transparent one does not.
+    """
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.fp is None:
+        return None
+    # A draft is smaller than its file.
+    if image.format not in {"JPEG", "PNG"} or image.tell() != 0 or image.decoderconfig:
+        return None
+    place = image.fp.tell()
+    image.fp.seek(0)
+    encoded = image.fp.read()
+    image.fp.seek(place)
+    return encoded

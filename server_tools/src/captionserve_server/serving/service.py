@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from captionserve_server.core.decode_budget import DEFAULT_DECODE_MEGABYTES
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.config import GatewayConfig
 from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
@@ -46,6 +47,7 @@ class ServeOptions:
         tritonserver: the tritonserver executable; None finds one.
         cache_megabytes: memory for answers that may be asked for again; 0 for none.
         threads: of one run of a graph; 0 follows from the cores there are.
+        decode_megabytes: memory of all images that are decoded at once.
         start_seconds: how long Triton may take to load its models.
         grace_seconds: how long calls in flight may take at the end.
     """
@@ -57,6 +59,7 @@ class ServeOptions:
     tritonserver: Path | None = None
     cache_megabytes: int = 64
     threads: int = 0
+    decode_megabytes: int = DEFAULT_DECODE_MEGABYTES
     start_seconds: float = 300.0
     grace_seconds: float = 30.0
 
@@ -103,6 +106,7 @@ async def _triton(options: ServeOptions, stop: asyncio.Event) -> AsyncIterator[T
         find_triton(options.tritonserver),
         options.model_repository,
         threads=options.threads,
+        decode_megabytes=options.decode_megabytes,
     )
     try:
         await _first(triton.wait_ready(options.start_seconds), stop.wait())

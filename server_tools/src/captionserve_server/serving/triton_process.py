@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,16 +19,27 @@ from pathlib import Path
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from captionserve_server.core.decode_budget import DEFAULT_DECODE_MEGABYTES
 from captionserve_server.runtime.cores import THREADS_VARIABLE
+from captionserve_server.runtime.decode_memory import DECODE_MEGABYTES_VARIABLE
 from captionserve_server.serving.installation import TritonInstallation, assemble_backends
+from captionserve_server.serving.private_copy import copy_repository, make_plain_folder
 
 _LOOPBACK = "127.0.0.1"
 _SHARED_MEMORY = Path("/dev/shm")
 _POLL_SECONDS = 0.1
 _LOG_TAIL_LINES = 15
 _PR_SET_PDEATHSIG = 1
-# Has malloc ask for transparent huge pages; other C libraries and older ones ignore it.
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# Has malloc ask for transparent huge pages, and give a picture's memory back, which Pillow takes in
+# blocks of 16 MiB: glibc's own threshold rises to what was freed, and each thread then keeps the
+# largest picture it ever had. Other C libraries ignore it, and older ones the first.
+_MALLOC = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        f"glibc.malloc.mmap_threshold={15 << 20}",
+        f"glibc.malloc.trim_threshold={16 << 20}",
+    )
+)
 
 
 class TritonStartError(RuntimeError):
@@ -54,32 +64,40 @@ class TritonProcess:
         repository: Path,
         *,
         threads: int = 0,
+        decode_megabytes: int = DEFAULT_DECODE_MEGABYTES,
         exit_seconds: int = 30,
     ) -> None:
         """Start the server; use `wait_ready` before relying on it.
 
         Args:
             installation: what to run.
-            repository: the model repository.
+            repository: the model repository; Triton serves a copy of it.
             threads: of one run of a graph; 0 follows from the cores there are.
+            decode_megabytes: memory of all images that are decoded at once.
             exit_seconds: how long Triton may take to end its models before it is killed.
+
+        Raises:
+            NoPlainFolderError: if there is no place for the copy.
         """
         self._exit_seconds = exit_seconds
-        self._folder = Path(tempfile.mkdtemp(prefix="captionserve-triton-"))
+        self._folder = make_plain_folder("captionserve-triton-")
         self._log_path = self._folder / "triton.log"
         self._shared_memory_prefix = self._folder.name
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
-        environment = _environment(installation) | {THREADS_VARIABLE: str(threads)}
+        environment = _environment(installation) | {
+            THREADS_VARIABLE: str(threads),
+            DECODE_MEGABYTES_VARIABLE: str(decode_megabytes),
+        }
+        backends = self._folder / "backends"
+        served = self._folder / "repository"
         # Whoever gets no process cannot end it, which would remove its folder.
         with ExitStack() as undo:
             undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            backends = self._folder / "backends"
             backends.mkdir()
             assemble_backends(installation, backends)
-            self._process = self._start(
-                installation.binary, repository, backends, ports, environment
-            )
+            copy_repository(repository, served)
+            self._process = self._start(installation.binary, served, backends, ports, environment)
             undo.pop_all()
 
     @property
@@ -163,6 +181,9 @@ class TritonProcess:
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
             f"--exit-timeout-secs={self._exit_seconds}",
+            # Every config.pbtxt is complete. To complete one, Triton starts a Python model one time
+            # more, which takes seconds; and if that process dies, it waits for it for ever.
+            "--disable-auto-complete-config",
             f"--grpc-address={_LOOPBACK}",
             f"--http-address={_LOOPBACK}",
             f"--metrics-address={_LOOPBACK}",
@@ -206,12 +227,12 @@ def _environment(installation: TritonInstallation) -> dict[str, str]:
 
     The stub embeds a Python of its own. It ignores PYTHONPATH and PYTHONHOME, but looks for
     `python3` on PATH and takes the virtual environment that it finds there, which must be this one.
-    With huge pages a lone step, which reads all weights for a few rows, takes 7 % less in int8; the
+    With huge pages a lone step, which reads all weights for a few rows, takes 7 % less in int8. The
     environment's own settings come last and prevail.
     """
     libraries = [str(folder) for folder in installation.library_folders]
     return os.environ | {
-        "GLIBC_TUNABLES": _joined(_HUGE_PAGES, os.environ.get("GLIBC_TUNABLES", "")),
+        "GLIBC_TUNABLES": _joined(_MALLOC, os.environ.get("GLIBC_TUNABLES", "")),
         "LD_LIBRARY_PATH": _joined(*libraries, os.environ.get("LD_LIBRARY_PATH", "")),
         "PATH": _joined(str(Path(sys.executable).parent), os.environ.get("PATH", "")),
     }

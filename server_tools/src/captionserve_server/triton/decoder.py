@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.decode_budget import DecodeBudget
 from captionserve_server.core.detokenise import TextStream
 from captionserve_server.core.engine.engine_thread import EngineThread
 from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
@@ -41,6 +42,7 @@ from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import Float32Array, UInt8Array
 from captionserve_server.runtime import model_repository as files
 from captionserve_server.runtime.cores import available_cores
+from captionserve_server.runtime.decode_memory import decode_budget_bytes
 from captionserve_server.runtime.decoder_graphs import open_decoder
 from captionserve_server.runtime.graph_step_model import GraphStepModel
 from captionserve_server.runtime.tokenizer import CaptionTokenizer
@@ -108,6 +110,7 @@ class TritonPythonModel:
         self._engine = EngineThread(
             scheduler, log_error, after_step=self._metrics.count_step, on_death=self._die
         )
+        self._budget = DecodeBudget(decode_budget_bytes())
         threads = arguments.threads("image_threads") or available_cores()
         self._images = WorkerPool("image", threads, self._die)
 
@@ -138,7 +141,7 @@ class TritonPythonModel:
         if read_flag(request, wire.DESCRIBE):
             caller.finish(response({wire.DESCRIPTION: text_array(self._description())}))
             return
-        pixels = self._pixels(request)
+        pixels = self._pixels(request, caller)
         given = parse_options(read_bytes(request, wire.OPTIONS) or b"{}")
         plan = self._bundle.plan(given, self._tokenizer.encode)
         stream = TextStream(self._tokenizer.decode) if read_flag(request, wire.STREAM) else None
@@ -150,7 +153,7 @@ class TritonPythonModel:
         except CaptionServeError as error:
             captioning.end(error)
 
-    def _pixels(self, request: Request) -> Callable[[], UInt8Array]:
+    def _pixels(self, request: Request, caller: Caller) -> Callable[[], UInt8Array]:
         """What makes the encoder's pixels of a message's image, uint8 [3, height, width]."""
         for spec in (wire.REGIONS, wire.RESIZE):
             if read(request, spec) is not None:
@@ -161,7 +164,11 @@ class TritonPythonModel:
                 f"either {wire.IMAGE.name} or {wire.PIXEL_VALUES.name} must be given"
             )
         if encoded is not None:
-            return partial(preprocess, encoded, self._preprocessor)
+            # Who has given up need not wait for memory any more.
+            reserve = partial(
+                self._budget.reserved, has_gone=lambda: caller.has_gone, deadline=caller.deadline
+            )
+            return partial(preprocess, encoded, self._preprocessor, reserve)
         # A copy: Triton takes the memory of its tensors back.
         return partial(pixels_of_values, np.array(values), self._preprocessor)
 

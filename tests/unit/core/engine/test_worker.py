@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -38,6 +39,20 @@ def test_jobs_are_done_in_their_order_and_the_rest_at_the_end() -> None:
     assert done == list(range(10))
     with pytest.raises(ModelUnavailableError):
         pool.submit(lambda: None, lambda error: None)
+
+
+def test_a_thread_without_work_holds_nothing_of_its_last_job() -> None:
+    class Image:
+        """Stands for many megabytes."""
+
+    image, done = Image(), threading.Event()
+    freed = weakref.finalize(image, done.set)
+    pool = WorkerPool("test", 1, lambda error: None)
+    pool.submit(partial(lambda image: None, image), lambda error: None)
+    del image
+    assert done.wait(WAIT_SECONDS)
+    assert not freed.alive
+    assert pool.close(WAIT_SECONDS)
 
 
 def test_a_job_that_fails_is_its_own_affair() -> None:

@@ -104,8 +104,16 @@ class WorkerPool:
         return all(left)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job.work()
-            except Exception as error:  # The job's own failure; the thread goes on with the next.
-                job.on_error(error)
+        while self._do_next():
+            pass
+
+    def _do_next(self) -> bool:
+        """Do one job; whether there are more. What the job held goes with it, not with the next."""
+        job = self._jobs.get()
+        if job is None:
+            return False
+        try:
+            job.work()
+        except Exception as error:  # The job's own failure; the thread goes on with the next.
+            job.on_error(error)
+        return True
