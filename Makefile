@@ -61,7 +61,8 @@ soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bound
 		--log-cli-level INFO
 
 soak-checkpoints: setup  ## 200 checkpoint folders of random settings and damage: as generate(), or refused.
-	$(BIN)/python -m pytest tests/congruence/test_checkpoints.py --soak-checkpoints 200
+	$(BIN)/python -m pytest tests/congruence/test_checkpoints.py --soak-checkpoints 200 \
+		--log-cli-level INFO
 
 # Random weights of the real model's shapes: their speed is the same. They end no caption by themselves.
 FULL_SIZE := build/bench/full-size

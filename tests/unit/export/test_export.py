@@ -21,12 +21,13 @@ from captionserve_server.export import checkpoint as checkpoint_module
 from captionserve_server.export import repository as repository_module
 from captionserve_server.export import torchscript_export
 from captionserve_server.export.checkpoint import (
-    UnsupportedCheckpointError,
     load_checkpoint,
 )
+from captionserve_server.export.errors import UnsupportedCheckpointError
 from captionserve_server.export.repository import OtherFormatError, export_checkpoint
 from captionserve_server.export.verify import GraphMismatchError
 from captionserve_server.runtime.graph_format import GraphFormat
+from captionserve_server.runtime.model_repository import MODELS
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from onnx.numpy_helper import from_array, to_array
 from safetensors.torch import load_file, save_file
@@ -200,6 +201,52 @@ def test_a_graph_that_differs_is_not_published(
     assert not (tmp_path / "spoilt").exists()
     assert not list(tmp_path.glob(".export-*"))
     export(copy, tmp_path / "good")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("renamings", range(5))
+def test_a_version_is_added_to_all_models_or_to_none(
+    renamings: int,
+    checkpoint: Path,
+    model_repository: Repositories,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exported = model_repository("projected")
+    repository = tmp_path / "repository"
+    shutil.copytree(exported, repository)
+    shutil.rmtree(repository / "captioner_stream")
+    before = contents(repository)
+
+    def copy(checkpoint: Any, graph: Path) -> None:
+        model, _, name = graph.parts[-3:]
+        shutil.copyfile(exported / model / "1" / name, graph)
+
+    names = ("encoder", "prefill", "step", "top")
+    exporter = SimpleNamespace(**{f"export_{name}": copy for name in names})
+    monkeypatch.setitem(repository_module._EXPORTERS, GraphFormat.ONNX, exporter)
+    rename = Path.rename
+    left = [renamings]
+
+    def rename_or_fail(self: Path, target: Path) -> Path:
+        if str(repository / "") in str(target):
+            left[0] -= 1
+            if left[0] == -1:
+                raise OSError("the disk is full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_or_fail)
+    if renamings < len(MODELS):
+        with pytest.raises(OSError, match="disk is full"):
+            export_checkpoint(str(checkpoint), repository, version=2)
+        assert contents(repository) == before
+    else:
+        export_checkpoint(str(checkpoint), repository, version=2)
+        assert all((repository / model / "2").is_dir() for model in MODELS)
+    assert not list(repository.glob(".export-*"))
 
 
 def test_a_version_is_never_overwritten(model_repository: Callable[[str], Path]) -> None:

@@ -29,12 +29,14 @@ from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.confidence import Calibration
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.preprocessing import PreprocessorConfig, read_preprocessor_config
+from captionserve_server.export.errors import UnsupportedCheckpointError
 from captionserve_server.export.generation import (
     GENERATION_FILE,
     Generation,
     UnsupportedSettingError,
     read_generation,
 )
+from captionserve_server.runtime.any_path import utf8_path
 
 SUPPORTED_ENCODERS = ("vit", "deit")
 SUPPORTED_DECODERS = ("gpt2",)
@@ -52,10 +54,6 @@ WEIGHTS_FILES = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 _LFS_POINTER = b"version https://git-lfs"
-
-
-class UnsupportedCheckpointError(ValueError):
-    """The checkpoint cannot be exported; the message names what it is and what is supported."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,15 @@ def load_checkpoint(name: str) -> Checkpoint:
         UnsupportedCheckpointError: if its architecture, weights or image processor cannot be
         served, its tokenizer lacks tokens of the model, or its confidence.json cannot be read.
     """
-    _check_files(name)
+    folder = Path(name)
+    if not folder.is_dir():
+        return _load(name)
+    with utf8_path(folder) as readable:
+        _check_files(readable)
+        return _load(str(readable))
+
+
+def _load(name: str) -> Checkpoint:
     with _reading("config.json"):
         config = _load_config(name)
         _check_architecture(config)
@@ -124,11 +130,9 @@ def _reading(filename: str) -> Iterator[None]:
         raise UnsupportedCheckpointError(f"its {filename} is damaged or not supported") from error
 
 
-def _check_files(name: str) -> None:
+def _check_files(folder: Path) -> None:
     """Refuse a local folder that cannot be a whole checkpoint; the hub's are what was uploaded."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return
+    name = str(folder)
     _read_json(name, "config.json")
     if (folder / "adapter_config.json").exists():
         raise UnsupportedCheckpointError(

@@ -19,6 +19,7 @@ from captionserve_server.export.precision import Precision
 from captionserve_server.export.quantise import quantise_decoder, quantise_encoder
 from captionserve_server.export.verify import Verification, verify_export
 from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.any_path import utf8_path
 from captionserve_server.runtime.graph_format import GraphFormat
 
 Progress = Callable[[str], None]
@@ -139,13 +140,16 @@ def export_checkpoint(
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(checkpoint_name)
     # A new repository is published by one renaming, and so made beside its place.
-    with tempfile.TemporaryDirectory(dir=_existing(output), prefix=".export-") as folder:
-        staging = Path(folder) / Precision.FP32.value
+    with (
+        tempfile.TemporaryDirectory(dir=_existing(output), prefix=".export-") as made,
+        utf8_path(Path(made)) as folder,
+    ):
+        staging = folder / Precision.FP32.value
         graphs = _export_graphs(checkpoint, staging, version, graph_format, progress)
         _write_settings(checkpoint, staging, version)
         agreement: Mapping[str, float] = {}
         if precision is not Precision.FP32:
-            fp32, staging = staging, Path(folder) / precision.value
+            fp32, staging = staging, folder / precision.value
             progress(f"quantising the graphs to {precision.value}")
             graphs = _quantised(fp32, graphs, staging, precision)
             progress("comparing the captions with those of fp32")
