@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-images profile bench perf clean
+.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-images soak-checkpoints profile bench perf clean
 
 setup: $(VENV)/installed
 
@@ -58,6 +58,10 @@ soak: setup  ## 2,000 mixed requests, a third given up; everything must be back 
 
 soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bounded time and memory.
 	$(BIN)/python -m pytest tests/faults/test_image_soak.py --soak-images 5000 \
+		--log-cli-level INFO
+
+soak-checkpoints: setup  ## 200 checkpoint folders of random settings and damage: as generate(), or refused.
+	$(BIN)/python -m pytest tests/congruence/test_checkpoints.py --soak-checkpoints 200 \
 		--log-cli-level INFO
 
 # Random weights of the real model's shapes: their speed is the same. They end no caption by themselves.

@@ -33,12 +33,18 @@ class Repositories(Protocol):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let `make soak` and `make soak-images` ask for more."""
+    """Let the `make soak` targets ask for more."""
     parser.addoption(
         "--soak-requests", type=int, default=300, help="requests of tests/faults/test_soak.py"
     )
     parser.addoption(
         "--soak-images", type=int, default=500, help="files of tests/faults/test_image_soak.py"
+    )
+    parser.addoption(
+        "--soak-checkpoints",
+        type=int,
+        default=20,
+        help="folders of tests/congruence/test_checkpoints.py",
     )
 
 

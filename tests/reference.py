@@ -121,7 +121,7 @@ class Reference:
             given=(self._start, *prefix),
             end=self._end,
             beams=options.num_beams // options.num_beam_groups,
-            longest=options.max_length - 1 - len(prefix),
+            longest=options.new_tokens(1 + len(prefix)),
             length_penalty=options.length_penalty,
             early_stopping=options.early_stopping,
         )
@@ -195,6 +195,9 @@ class Reference:
             given["bad_words_ids"] = self._bad_words(options)
         if options.suppress_tokens:
             given["suppress_tokens"] = list(options.suppress_tokens)
+        for name in ("max_new_tokens", "min_new_tokens"):
+            if getattr(options, name) is not None:
+                given[name] = getattr(options, name)
         return given
 
     def _processors(self, options: DecodingOptions) -> logits_process.LogitsProcessorList:
@@ -213,8 +216,13 @@ class Reference:
             processors.append(
                 logits_process.NoBadWordsLogitsProcessor(self._bad_words(options), end)
             )
-        if options.min_length:
+        if options.min_length and options.min_new_tokens is None:
             processors.append(logits_process.MinLengthLogitsProcessor(options.min_length, end))
+        if options.min_new_tokens:
+            given = 1 + len(self._prefix(options))
+            processors.append(
+                logits_process.MinNewTokensLengthLogitsProcessor(given, options.min_new_tokens, end)
+            )
         if options.suppress_tokens:
             processors.append(logits_process.SuppressTokensLogitsProcessor(options.suppress_tokens))
         return processors

@@ -189,21 +189,52 @@ def _forced() -> list[DecodingOptions]:
     return alone + with_family + with_prefix
 
 
+def _counted_anew() -> list[DecodingOptions]:
+    """Lengths without the start token and the prefix, in each kind of search."""
+    lengths = ({"max_new_tokens": 5}, {"max_new_tokens": 16}, {"min_new_tokens": 4})
+    kinds: tuple[_Setting, ...] = (
+        {"num_beams": 1},
+        {"num_beams": 4},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 3, "force_words": ("at",)},
+    )
+    return [
+        _options(number, **kind, **length, prefix=prefix)
+        for number, (length, kind, prefix) in enumerate(
+            itertools.product(lengths, kinds, ("", "a dog on"))
+        )
+    ]
+
+
 OPTION_GRID: tuple[DecodingOptions, ...] = tuple(
     dict.fromkeys(
-        [*_plain(), *_sizes(), *_single(), *_combined(), *_in_groups(), *_forced()],
+        [
+            *_plain(),
+            *_sizes(),
+            *_single(),
+            *_combined(),
+            *_in_groups(),
+            *_forced(),
+            *_counted_anew(),
+        ],
     )
 )
 """Different options, in an order that stays."""
 
 
 def client_options(options: DecodingOptions) -> GenerationOptions:
-    """The options as a client sets them; those of sampling are refused where none is wanted."""
+    """The options as a client sets them; those of sampling are refused where none is wanted.
+
+    So is a length in whole tokens beside one in new tokens.
+    """
     given: dict[str, Any] = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
         if field.name not in NOT_IN_GRID
     }
+    for length in ("max", "min"):
+        if given[f"{length}_new_tokens"] is not None:
+            del given[f"{length}_length"]
     return GenerationOptions(**given)
 
 

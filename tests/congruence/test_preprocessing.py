@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from captionserve_server.core.preprocessing import preprocess, read_preprocessor_config
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
@@ -174,3 +177,57 @@ def test_the_first_frame_of_an_animation_is_taken() -> None:
 
     first = Image.open(io.BytesIO(content)).convert("RGB")
     np.testing.assert_array_equal(pixels, transformers_pixels(processor_type, settings, first))
+
+
+SIZES_WRITTEN = (
+    st.integers(1, 60)
+    | st.lists(st.integers(1, 60), min_size=2, max_size=2)
+    | st.fixed_dictionaries({"height": st.integers(1, 60), "width": st.integers(1, 60)})
+)
+FLAG = st.sampled_from([True, False, None])
+PER_CHANNEL = st.floats(0.1, 0.9) | st.lists(st.floats(0.1, 0.9), min_size=3, max_size=3)
+SETTINGS = st.fixed_dictionaries(
+    {"image_processor_type": st.just("ViTImageProcessor")},
+    optional={
+        "size": SIZES_WRITTEN | st.fixed_dictionaries({"shortest_edge": st.integers(1, 60)}),
+        "default_to_square": st.booleans(),
+        "resample": st.sampled_from([0, 1, 2, 3, 4, 5, "bicubic", "LANCZOS", None]),
+        "do_resize": FLAG,
+        "do_rescale": FLAG,
+        "rescale_factor": st.sampled_from([1 / 255, 1 / 127.5, 1]),
+        "do_normalize": FLAG,
+        "image_mean": PER_CHANNEL | st.lists(st.floats(0.1, 0.9), min_size=1, max_size=1),
+        "image_std": PER_CHANNEL | st.lists(st.floats(0.1, 0.9), min_size=1, max_size=1),
+    },
+) | st.fixed_dictionaries(
+    {
+        "image_processor_type": st.just("ViTImageProcessor"),
+        "do_center_crop": FLAG,
+        "crop_size": SIZES_WRITTEN,
+    }
+)
+
+
+@given(settings=SETTINGS, width=st.integers(20, 90), height=st.integers(20, 90))
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_settings_are_read_as_transformers_reads_them(
+    settings: dict[str, Any], width: int, height: int
+) -> None:
+    image = picture(seed=width, width=width, height=height)
+    # Its PIL twin fails where transformers' own default takes one element for every channel.
+    whole = {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in settings.items()
+    }
+    processor = ViTImageProcessorPil(**whole)
+    expected = processor(image, return_tensors="np")["pixel_values"][0]
+
+    config = read_preprocessor_config(settings)
+    values = preprocess(encoded(image, "PNG"), config).astype(np.float64)
+    if config.do_rescale:
+        values *= config.rescale_factor
+    if config.do_normalize:
+        mean, std = (np.reshape(each, (3, 1, 1)) for each in (config.image_mean, config.image_std))
+        values = (values - mean) / std
+
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-4)

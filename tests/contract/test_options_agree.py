@@ -42,6 +42,8 @@ VALUES: dict[str, Any] = {
     "num_beams": 4,
     "max_length": 20,
     "min_length": 3,
+    "max_new_tokens": 9,
+    "min_new_tokens": 2,
     "length_penalty": 0.5,
     "early_stopping": "never",
     "num_return_sequences": 2,

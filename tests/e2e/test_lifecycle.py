@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from captionserve import CaptionClient
+from captionserve_server.runtime.graph_format import GraphFormat
 from captionserve_server.runtime.model_repository import MODELS
 from captionserve_server.serving.launch import launched_service
 
@@ -25,6 +26,8 @@ from tests.reference import picture
 
 WAIT_SECONDS = 60.0
 NAME = "projected"
+# The last one is a byte that is no UTF-8.
+HOSTILE = "a b'c\"d;e $(f) é日 [x] \udcff"
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -181,8 +184,7 @@ def test_a_model_that_dies_at_the_start_ends_it_at_once(
 def test_repository_and_temporary_folder_may_have_any_name(
     model_repository: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The last one is a byte that is no UTF-8.
-    hostile = tmp_path / "a b'c\"d;e $(f) é日 \udcff"
+    hostile = tmp_path / HOSTILE
     (hostile / "temporary").mkdir(parents=True)
     repository = hostile / "repository"
     shutil.copytree(model_repository(NAME), repository)
@@ -196,6 +198,38 @@ def test_repository_and_temporary_folder_may_have_any_name(
         assert client.caption(picture(1)).captions
         assert sorted(repository.rglob("*")) == before
     assert list((hostile / "temporary").glob("captionserve-*")) == []
+
+
+@pytest.mark.parametrize("graph_format", GraphFormat)
+def test_checkpoint_output_and_image_may_have_any_name(
+    graph_format: GraphFormat, checkpoint_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    hostile = tmp_path / HOSTILE
+    checkpoint, repository, image = (
+        hostile / name for name in ("from", HOSTILE, "image \udcfe.png")
+    )
+    shutil.copytree(checkpoint_folder(NAME), checkpoint)
+    picture(1).save(image)
+    command = [sys.executable, "-m", "captionserve_server.cli.main"]
+    subprocess.run(
+        [
+            *(*command, "export", str(checkpoint), "--output", str(repository)),
+            *("--format", graph_format.value),
+        ],
+        check=True,
+        timeout=WAIT_SECONDS,
+    )
+    if graph_format is GraphFormat.ONNX:  # The other one is for Triton.
+        subprocess.run(
+            [*command, "caption", str(image), "--local", str(repository)],
+            check=True,
+            timeout=WAIT_SECONDS,
+        )
+    with (
+        launched_service(repository, timeout_seconds=WAIT_SECONDS) as service,
+        CaptionClient(service.grpc) as client,
+    ):
+        assert client.caption(image).captions
 
 
 def test_an_older_export_is_refused_by_name_with_what_to_do(tmp_path: Path) -> None:

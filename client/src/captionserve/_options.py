@@ -33,6 +33,9 @@ class GenerationOptions:
         num_beams: beams of the beam search; 1 is greedy search, or sampling with do_sample.
         max_length: most tokens of a caption, counting the decoder start token.
         min_length: fewest tokens of a caption, counting the decoder start token.
+        max_new_tokens: most tokens generated, start token and prefix not counted; instead of
+            max_length.
+        min_new_tokens: fewest tokens generated, likewise; instead of min_length.
         length_penalty: exponent of the length that divides a caption's summed log-probability.
         early_stopping: True stops once num_beams captions are complete, False when better ones are
             unlikely, "never" only when no better one is possible.
@@ -58,6 +61,8 @@ class GenerationOptions:
     num_beams: int | None = None
     max_length: int | None = None
     min_length: int | None = None
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
     num_return_sequences: int | None = None

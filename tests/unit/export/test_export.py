@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import onnx
 import pytest
@@ -20,13 +21,14 @@ from captionserve_server.export import checkpoint as checkpoint_module
 from captionserve_server.export import repository as repository_module
 from captionserve_server.export import torchscript_export
 from captionserve_server.export.checkpoint import (
-    UnsupportedCheckpointError,
     load_checkpoint,
 )
+from captionserve_server.export.errors import UnsupportedCheckpointError
 from captionserve_server.export.repository import OtherFormatError, export_checkpoint
 from captionserve_server.export.verify import GraphMismatchError
 from captionserve_server.runtime.graph_format import GraphFormat
-from huggingface_hub.errors import LocalEntryNotFoundError
+from captionserve_server.runtime.model_repository import MODELS
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 from onnx.numpy_helper import from_array, to_array
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -141,7 +143,7 @@ def test_pickled_code_in_weights_is_not_run(checkpoint: Path, tmp_path: Path) ->
 
     (checkpoint / "model.safetensors").unlink()
     torch.save({"weights": Payload()}, checkpoint / "pytorch_model.bin")
-    with pytest.raises(Exception, match=r"(?i)weights"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"pytorch_model\.bin"):
         load_checkpoint(str(checkpoint))
     assert not (tmp_path / "ran").exists()
 
@@ -196,8 +198,55 @@ def test_a_graph_that_differs_is_not_published(
 
     with pytest.raises(GraphMismatchError, match="decoder graph"):
         export(spoilt[graph_format], tmp_path / "spoilt")
-    assert list((tmp_path / "spoilt").iterdir()) == []
+    assert not (tmp_path / "spoilt").exists()
+    assert not list(tmp_path.glob(".export-*"))
     export(copy, tmp_path / "good")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("renamings", range(5))
+def test_a_version_is_added_to_all_models_or_to_none(
+    renamings: int,
+    checkpoint: Path,
+    model_repository: Repositories,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    exported = model_repository("projected")
+    repository = tmp_path / "repository"
+    shutil.copytree(exported, repository)
+    shutil.rmtree(repository / "captioner_stream")
+    before = contents(repository)
+
+    def copy(checkpoint: Any, graph: Path) -> None:
+        model, _, name = graph.parts[-3:]
+        shutil.copyfile(exported / model / "1" / name, graph)
+
+    names = ("encoder", "prefill", "step", "top")
+    exporter = SimpleNamespace(**{f"export_{name}": copy for name in names})
+    monkeypatch.setitem(repository_module._EXPORTERS, GraphFormat.ONNX, exporter)
+    rename = Path.rename
+    left = [renamings]
+
+    def rename_or_fail(self: Path, target: Path) -> Path:
+        if str(repository / "") in str(target):
+            left[0] -= 1
+            if left[0] == -1:
+                raise OSError("the disk is full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_or_fail)
+    if renamings < len(MODELS):
+        with pytest.raises(OSError, match="disk is full"):
+            export_checkpoint(str(checkpoint), repository, version=2)
+        assert contents(repository) == before
+    else:
+        export_checkpoint(str(checkpoint), repository, version=2)
+        assert all((repository / model / "2").is_dir() for model in MODELS)
+    assert not list(repository.glob(".export-*"))
 
 
 def test_a_version_is_never_overwritten(model_repository: Callable[[str], Path]) -> None:
@@ -258,7 +307,13 @@ def test_a_checkpoint_may_be_a_hub_id(
 ) -> None:
     # The hub is out of reach of tests; a folder stands in for what it would download.
     folder = checkpoint_folder("projected")
-    monkeypatch.setattr(checkpoint_module, "hf_hub_download", lambda _, name: folder / name)
+
+    def download(_: str, name: str) -> str:
+        if not (folder / name).is_file():
+            raise RemoteEntryNotFoundError(name, response=Mock())
+        return str(folder / name)
+
+    monkeypatch.setattr(checkpoint_module, "hf_hub_download", download)
     assert checkpoint_module._load_config("someone/a-captioner").decoder.n_layer == 3
     assert checkpoint_module._load_preprocessor("someone/a-captioner").height == 32
 

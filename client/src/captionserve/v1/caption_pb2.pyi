@@ -359,6 +359,8 @@ class GenerationOptions(_message.Message):
     SUPPRESS_TOKENS_FIELD_NUMBER: _builtins.int
     OUTPUT_ATTENTIONS_FIELD_NUMBER: _builtins.int
     ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
+    MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    MIN_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     num_beams: _builtins.int
     """Beams of the beam search; 1 is greedy search. Range: 1 to 16."""
     max_length: _builtins.int
@@ -399,6 +401,10 @@ class GenerationOptions(_message.Message):
     """Return each token's cross-attention over the image."""
     allow_partial: _builtins.bool
     """When the deadline comes first, return the best so far instead of failing."""
+    max_new_tokens: _builtins.int
+    """Most tokens generated, start token and prefix not counted; instead of max_length. Range: 1 to 255."""
+    min_new_tokens: _builtins.int
+    """Fewest tokens generated, start token and prefix not counted; instead of min_length. Range: 0 to 255."""
     @_builtins.property
     def bad_words(self) -> Global___StringList:
         """Words or phrases that are not generated."""
@@ -436,10 +442,12 @@ class GenerationOptions(_message.Message):
         suppress_tokens: Global___TokenIds | None = ...,
         output_attentions: _builtins.bool | None = ...,
         allow_partial: _builtins.bool | None = ...,
+        max_new_tokens: _builtins.int | None = ...,
+        min_new_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_min_length", b"_min_length", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "min_length", b"min_length", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_new_tokens", b"_max_new_tokens", "_min_length", b"_min_length", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_length", b"min_length", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_min_length", b"_min_length", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "early_stopping", b"early_stopping", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "min_length", b"min_length", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_new_tokens", b"_max_new_tokens", "_min_length", b"_min_length", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "early_stopping", b"early_stopping", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_length", b"min_length", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__allow_partial: _TypeAlias = _typing.Literal["allow_partial"]  # noqa: Y015
     _WhichOneofArgType__allow_partial: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial"]  # noqa: Y015
@@ -451,8 +459,12 @@ class GenerationOptions(_message.Message):
     _WhichOneofArgType__length_penalty: _TypeAlias = _typing.Literal["_length_penalty", b"_length_penalty"]  # noqa: Y015
     _WhichOneofReturnType__max_length: _TypeAlias = _typing.Literal["max_length"]  # noqa: Y015
     _WhichOneofArgType__max_length: _TypeAlias = _typing.Literal["_max_length", b"_max_length"]  # noqa: Y015
+    _WhichOneofReturnType__max_new_tokens: _TypeAlias = _typing.Literal["max_new_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_new_tokens: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens"]  # noqa: Y015
     _WhichOneofReturnType__min_length: _TypeAlias = _typing.Literal["min_length"]  # noqa: Y015
     _WhichOneofArgType__min_length: _TypeAlias = _typing.Literal["_min_length", b"_min_length"]  # noqa: Y015
+    _WhichOneofReturnType__min_new_tokens: _TypeAlias = _typing.Literal["min_new_tokens"]  # noqa: Y015
+    _WhichOneofArgType__min_new_tokens: _TypeAlias = _typing.Literal["_min_new_tokens", b"_min_new_tokens"]  # noqa: Y015
     _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
     _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
     _WhichOneofReturnType__no_repeat_ngram_size: _TypeAlias = _typing.Literal["no_repeat_ngram_size"]  # noqa: Y015
@@ -488,7 +500,11 @@ class GenerationOptions(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_length) -> _WhichOneofReturnType__max_length | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_new_tokens) -> _WhichOneofReturnType__max_new_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_length) -> _WhichOneofReturnType__min_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_new_tokens) -> _WhichOneofReturnType__min_new_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
     @_typing.overload

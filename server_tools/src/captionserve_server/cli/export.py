@@ -34,7 +34,6 @@ def export(
 ) -> None:
     """Export a checkpoint into a complete Triton model repository, checked against PyTorch."""
     # Imported here: PyTorch takes seconds to import, and serving does without it.
-    from captionserve_server.export.checkpoint import UnsupportedCheckpointError
     from captionserve_server.export.logs import quiet_libraries
     from captionserve_server.export.repository import (
         OtherFormatError,
@@ -55,11 +54,11 @@ def export(
                 compare=_comparison(compare_images),
                 progress=progress,
             )
-    except UnsupportedCheckpointError as error:
-        messages.print(f"error: {error}", markup=False)
-        raise typer.Exit(ExitCode.UNSUPPORTED) from error
     except (OtherFormatError, UnsupportedFormatError) as error:
         raise typer.BadParameter(str(error), param_hint="--format") from error
+    except FileExistsError as error:
+        text = f"version {version} is there already"
+        raise typer.BadParameter(text, param_hint="--version") from error
     except GraphMismatchError as error:
         messages.print(f"error: {error}; nothing was written", markup=False)
         raise typer.Exit(ExitCode.FAILED) from error

@@ -15,6 +15,7 @@ from captionserve_server.cli.demo import demo
 from captionserve_server.cli.evaluate import evaluate
 from captionserve_server.cli.export import export, make_checkpoint
 from captionserve_server.cli.serve import serve
+from captionserve_server.export.errors import UnsupportedCheckpointError
 from captionserve_server.serving.installation import TritonNotFoundError
 from captionserve_server.serving.launch import LaunchError
 from captionserve_server.serving.service import NoModelRepositoryError, TritonEndedError
@@ -32,6 +33,7 @@ for command in (export, serve, caption, evaluate, calibrate, make_checkpoint, de
 
 # Errors that a person can act on; anything else is ours and keeps its stack trace.
 _EXIT_CODES: dict[type[Exception], ExitCode] = {
+    UnsupportedCheckpointError: ExitCode.UNSUPPORTED,
     TritonNotFoundError: ExitCode.NOT_STARTED,
     TritonStartError: ExitCode.NOT_STARTED,
     NoModelRepositoryError: ExitCode.NOT_STARTED,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import Any
 
-from captionserve_server.core.captions import CaptionPlan, SpecialTokens
+from captionserve_server.core.captions import NO_RULES, CaptionPlan, CheckpointRules, SpecialTokens
 from captionserve_server.core.confidence import Calibration
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.geometry import DecoderGeometry
@@ -22,6 +23,7 @@ class Bundle:
         geometry: the decoder's shapes.
         special: start and end tokens.
         defaults: the checkpoint's own decoding options.
+        rules: what it wants besides, of every caption.
         calibration: from its token log-probabilities to confidences.
     """
 
@@ -29,6 +31,7 @@ class Bundle:
     special: SpecialTokens
     defaults: DecodingOptions
     calibration: Calibration
+    rules: CheckpointRules = NO_RULES
 
     def plan(self, given: Mapping[str, object], encode: Encode) -> CaptionPlan:
         """How to decode for a caller: the checkpoint's defaults with the caller's own options.
@@ -41,22 +44,27 @@ class Bundle:
             InvalidOptionsError: naming the fields.
         """
         options = self.defaults.with_given(given)
-        self.check(options)
         words = word_tokens(options, encode)
         check_tokens(words, self.geometry.vocabulary_size)
-        return CaptionPlan(options, words)
+        counted = options.counted_from(1 + len(words.prefix))
+        self.check(counted, options.length_name)
+        return CaptionPlan(counted, words, self.rules)
 
-    def check(self, options: DecodingOptions) -> None:
+    def check(self, options: DecodingOptions, length_name: str) -> None:
         """Refuse options that this checkpoint cannot follow.
+
+        Args:
+            options: their lengths in whole tokens.
+            length_name: the option that has set max_length.
 
         Raises:
             InvalidOptionsError: naming the fields.
         """
         violations: dict[str, str] = {}
         if options.max_length > self.geometry.max_positions:
-            violations["max_length"] = (
-                f"must be at most {self.geometry.max_positions} for this checkpoint, "
-                f"is {options.max_length}"
+            violations[length_name] = (
+                f"allows captions of {options.max_length} tokens in all; this checkpoint has "
+                f"{self.geometry.max_positions} positions"
             )
         vocabulary = self.geometry.vocabulary_size
         # A search must be able to go on when every beam's best choice is to end.
@@ -81,4 +89,18 @@ class Bundle:
             special=SpecialTokens(start=special["start"], end=tuple(special["end"])),
             defaults=DecodingOptions.from_given(values["defaults"]),
             calibration=Calibration(**values["calibration"]),
+            rules=_rules(values["rules"]),
         )
+
+
+def _rules(values: Mapping[str, Any]) -> CheckpointRules:
+    """The rules from what JSON makes of them: lists for tuples."""
+    decay = values["exponential_decay_length_penalty"]
+    return CheckpointRules(
+        forced_bos_token_id=values["forced_bos_token_id"],
+        forced_eos_token_id=tuple(values["forced_eos_token_id"]),
+        begin_suppress_tokens=tuple(values["begin_suppress_tokens"]),
+        sequence_bias=tuple((tuple(run), bias) for run, bias in values["sequence_bias"]),
+        exponential_decay_length_penalty=None if decay is None else (decay[0], decay[1]),
+        renormalize_logits=values["renormalize_logits"],
+    )

@@ -38,6 +38,9 @@ _MAX_DIGITS = 100
 _SHOWN_BYTES = 60
 _SHOWN_UNKNOWN_NAMES = 8
 
+# Options that count generated tokens only, and those whose place they take.
+_NEW_TOKENS = {"max_new_tokens": "max_length", "min_new_tokens": "min_length"}
+
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
@@ -154,6 +157,20 @@ class DecodingOptions:
     )
     min_length: int = _option(
         0, int, "Fewest tokens, the decoder start token included.", least=0, most=MAX_MAX_LENGTH
+    )
+    max_new_tokens: int | None = _option(
+        None,
+        int,
+        "Most tokens generated, start token and prefix not counted; instead of max_length.",
+        least=1,
+        most=MAX_MAX_LENGTH - 1,
+    )
+    min_new_tokens: int | None = _option(
+        None,
+        int,
+        "Fewest tokens generated, start token and prefix not counted; instead of min_length.",
+        least=0,
+        most=MAX_MAX_LENGTH - 1,
     )
     # Beyond this the length's power leaves float32 and says nothing about captions any more.
     length_penalty: float = _option(
@@ -292,6 +309,37 @@ class DecodingOptions:
         _raise_if_any(_violations(vars(self), given=()))
 
     @property
+    def length_name(self) -> str:
+        """The option that says the most tokens."""
+        return "max_length" if self.max_new_tokens is None else "max_new_tokens"
+
+    def new_tokens(self, given: int) -> int:
+        """Most tokens generated after `given` of them; negative where these are too many."""
+        return self.max_length - given if self.max_new_tokens is None else self.max_new_tokens
+
+    def counted_from(self, given: int) -> DecodingOptions:
+        """The same for a caption that begins with `given` tokens, its lengths in whole tokens.
+
+        Raises:
+            InvalidOptionsError: naming max_new_tokens or min_new_tokens, if the whole is too long.
+        """
+        whole = {
+            name: given + new
+            for new_name, name in _NEW_TOKENS.items()
+            if (new := getattr(self, new_name)) is not None
+        }
+        if not whole:
+            return self
+        values: dict[str, Any] = vars(self) | whole | dict.fromkeys(_NEW_TOKENS)
+        try:
+            return DecodingOptions(**values)
+        except InvalidOptionsError as error:
+            names = {name: new_name for new_name, name in _NEW_TOKENS.items() if name in whole}
+            raise InvalidOptionsError(
+                {names.get(name, name): text for name, text in error.field_violations.items()}
+            ) from error
+
+    @property
     def rows(self) -> int:
         """Most rows of the decoder that the caption takes at a step."""
         return self.num_return_sequences if self.do_sample else self.num_beams
@@ -320,6 +368,8 @@ class DecodingOptions:
         values: dict[str, Any] = dict(vars(self))
         if known.get("do_sample") is True:
             values |= {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0}
+        # The caller's way of counting comes before the checkpoint's.
+        values |= {new: None for new, whole in _NEW_TOKENS.items() if whole in known}
         values |= known
         _raise_if_any(
             dict.fromkeys(map(_short, unknown), "is not an option")
@@ -366,6 +416,8 @@ class NamedOptions(TypedDict, total=False):
     num_beams: int | None
     max_length: int | None
     min_length: int | None
+    max_new_tokens: int | None
+    min_new_tokens: int | None
     length_penalty: float | None
     early_stopping: EarlyStopping | None
     num_return_sequences: int | None
@@ -488,8 +540,8 @@ def _violations(values: Mapping[str, Any], given: Collection[str]) -> dict[str, 
     violations = {
         name: fault
         for name, option in OPTIONS.items()
-        # Of the options only seed is None by default.
-        if not (name == "seed" and values[name] is None)
+        # What is None by default may stay so.
+        if not (values[name] is None and _DEFAULTS[name] is None)
         and (fault := option.fault(values[name])) is not None
     }
     # The contradictions are sought among sound values: built beside __post_init__, which asks us.
@@ -510,6 +562,9 @@ def _contradictions(options: DecodingOptions, given: Collection[str]) -> Iterato
     yield _forced(options)
     yield _lengths(options)
     yield _size(options)
+    for new, whole in _NEW_TOKENS.items():
+        if {new, whole} <= set(given):
+            yield {new: f"cannot be combined with {whole}", whole: f"cannot be combined with {new}"}
     # What a caller sets must mean something; a checkpoint's defaults may wait for their use.
     if not options.do_sample:
         for name in _SAMPLING_ONLY:
@@ -581,18 +636,35 @@ def _forced(options: DecodingOptions) -> dict[str, str]:
 
 
 def _lengths(options: DecodingOptions) -> dict[str, str]:
-    if options.min_length <= options.max_length:
+    longest, shortest = _length_names(options)
+    most, fewest = _whole(options, longest), _whole(options, shortest)
+    if fewest <= most:
         return {}
     return {
-        "min_length": f"must not exceed max_length, is {options.min_length} "
-        f"with max_length {options.max_length}",
-        "max_length": "is below min_length",
+        shortest: f"must not exceed {longest}, is {getattr(options, shortest)} "
+        f"with {longest} {getattr(options, longest)}",
+        longest: f"is below {shortest}",
     }
 
 
 def _size(options: DecodingOptions) -> dict[str, str]:
-    if options.rows * options.max_length <= MAX_ROWS_TIMES_LENGTH:
+    longest = options.length_name
+    if options.rows * _whole(options, longest) <= MAX_ROWS_TIMES_LENGTH:
         return {}
     name = "num_return_sequences" if options.do_sample else "num_beams"
     text = f"{name} x max_length must be at most {MAX_ROWS_TIMES_LENGTH}"
-    return {name: text, "max_length": text}
+    return {name: text, longest: text}
+
+
+def _length_names(options: DecodingOptions) -> tuple[str, str]:
+    """Which options say the most and the fewest tokens."""
+    return (
+        options.length_name,
+        "min_length" if options.min_new_tokens is None else "min_new_tokens",
+    )
+
+
+def _whole(options: DecodingOptions, name: str) -> int:
+    """A length with the start token, which is all that is known of what is given."""
+    length: int = getattr(options, name)
+    return 1 + length if name in _NEW_TOKENS else length

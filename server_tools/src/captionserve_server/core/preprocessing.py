@@ -9,6 +9,7 @@ are not done here: they are part of the encoder graph.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -118,8 +119,10 @@ _DEFAULTS_BY_TYPE = {
 SUPPORTED_PROCESSORS = tuple(_DEFAULTS_BY_TYPE)
 
 
-def read_preprocessor_config(values: Mapping[str, Any]) -> PreprocessorConfig:
-    """Fill a preprocessor_config.json in with its processor's defaults.
+def read_preprocessor_config(values: object) -> PreprocessorConfig:
+    """Read a preprocessor_config.json as transformers' PIL image processors do.
+
+    What it does not name has its processor's default; what it names as null is off.
 
     Args:
         values: the file's content.
@@ -127,47 +130,100 @@ def read_preprocessor_config(values: Mapping[str, Any]) -> PreprocessorConfig:
     Raises:
         ValueError: if the processor or one of its settings is not supported; names both.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError("the image processor's settings must be a JSON object")
     kind = values.get("image_processor_type") or values.get("feature_extractor_type")
-    if kind not in _DEFAULTS_BY_TYPE:
+    if not isinstance(kind, str) or kind not in _DEFAULTS_BY_TYPE:
         raise ValueError(
             f"image processor {kind!r} is not supported; supported are "
             f"{', '.join(SUPPORTED_PROCESSORS)}"
         )
     defaults = _DEFAULTS_BY_TYPE[kind]
-    given = {
-        field.name: values[field.name]
-        for field in dataclasses.fields(PreprocessorConfig)
-        if values.get(field.name) is not None and field.name not in {"height", "width"}
+    if values.get("do_pad"):
+        raise ValueError("do_pad is not supported by the image processor")
+    on = {
+        name: _flag(name, values.get(name, getattr(defaults, name)))
+        for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     }
-    for name in ("image_mean", "image_std"):
-        if name in given:
-            given[name] = _per_channel(given[name])
-    if values.get("size") is not None:
-        given |= _resize_target(values["size"])
-    if values.get("crop_size") is not None:
-        crop = _resize_target(values["crop_size"])
-        if crop["height"] is None:
-            raise ValueError("crop_size must be given as height and width")
-        given |= {"crop_height": crop["height"], "crop_width": crop["width"]}
+    # A setting that is never used may have any value, as in transformers.
+    given: dict[str, Any] = dict(on)
+    if on["do_resize"]:
+        square = values.get("default_to_square", True)
+        given |= _resize_target(values["size"], bool(square)) if "size" in values else {}
+        given |= {"resample": _filter(values["resample"])} if "resample" in values else {}
+    if on["do_center_crop"]:
+        given |= _crop(values, kind)
+    if on["do_rescale"] and "rescale_factor" in values:
+        given["rescale_factor"] = _number("rescale_factor", values["rescale_factor"])
+    if on["do_normalize"]:
+        means = {n: _per_channel(n, values[n]) for n in ("image_mean", "image_std") if n in values}
+        given |= means
+        if 0.0 in means.get("image_std", ()):
+            raise ValueError("image_std must not be 0")
     return dataclasses.replace(defaults, **given)
 
 
-def _per_channel(value: Any) -> tuple[float, ...]:
-    return (float(value),) * 3 if isinstance(value, (int, float)) else tuple(map(float, value))
+def _flag(name: str, value: object) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true, false or null, is {value!r:.40}")
+    return bool(value)
 
 
-def _resize_target(size: Any) -> dict[str, int | None]:
-    """The three ways a size is written: a number, [height, width], or a dict."""
-    if isinstance(size, int):
-        return {"height": size, "width": size, "shortest_edge": None}
-    if isinstance(size, (list, tuple)):
-        height, width = size
-        return {"height": int(height), "width": int(width), "shortest_edge": None}
-    if set(size) == {"height", "width"}:
-        return {"height": size["height"], "width": size["width"], "shortest_edge": None}
-    if set(size) == {"shortest_edge"}:
-        return {"height": None, "width": None, "shortest_edge": size["shortest_edge"]}
-    raise ValueError(f"image size {size!r} is not supported; use height and width or shortest_edge")
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number, is {value!r:.40}")
+    return float(value)
+
+
+def _pixels(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_PIXELS:
+        raise ValueError(f"{name} must have whole numbers of pixels, has {value!r:.40}")
+    return value
+
+
+def _filter(value: object) -> int:
+    """Pillow's number of a resampling filter."""
+    if value is None:
+        return Image.Resampling.BILINEAR
+    if isinstance(value, str) and value.upper() in Image.Resampling.__members__:
+        # Whatever the name: transformers knows the numbers only and takes bilinear for the rest.
+        return Image.Resampling.BILINEAR
+    known = [one.value for one in Image.Resampling]
+    if isinstance(value, bool) or not isinstance(value, int) or value not in known:
+        raise ValueError(f"resample {value!r:.40} is no filter; filters are 0 to {max(known)}")
+    return value
+
+
+def _per_channel(name: str, value: object) -> tuple[float, float, float]:
+    """A number for each of the three channels, or one for all."""
+    several = value if isinstance(value, (list, tuple)) else (value,)
+    numbers = [_number(name, each) for each in several]
+    if len(numbers) == 1:
+        numbers *= 3
+    if len(numbers) != 3:
+        raise ValueError(f"{name} must have 3 numbers or one, has {len(numbers)}")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _crop(values: Mapping[str, Any], kind: str) -> dict[str, int | None]:
+    if "crop_size" not in values and not _DEFAULTS_BY_TYPE[kind].do_center_crop:
+        raise ValueError("do_center_crop needs a crop_size")
+    crop = _resize_target(values.get("crop_size", 224), True, "crop_size")
+    if crop["height"] is None:
+        raise ValueError("crop_size must be given as height and width")
+    return {"crop_height": crop["height"], "crop_width": crop["width"]}
+
+
+def _resize_target(size: object, square: bool, name: str = "size") -> dict[str, int | None]:
+    """The ways a size is written: a number, [height, width], or a dict."""
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    elif isinstance(size, int):
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    if isinstance(size, Mapping) and set(size) in ({"height", "width"}, {"shortest_edge"}):
+        edges = {edge: _pixels(name, value) for edge, value in size.items()}
+        return {edge: edges.get(edge) for edge in ("height", "width", "shortest_edge")}
+    raise ValueError(f"{name} {size!r:.60} is not supported; use height and width or shortest_edge")
 
 
 def preprocess(

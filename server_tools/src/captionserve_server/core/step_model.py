@@ -7,6 +7,7 @@ of one's own, and on a fake in tests.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +20,23 @@ Float64Array = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 FORBIDDEN = np.float32(np.inf)
-"""The factor of an edit that forbids its token."""
+"""The value of a penalty that forbids its token."""
+
+
+class Edit(IntEnum):
+    """What an edit does to a score, with the edit's value.
+
+    PENALISE multiplies a negative score by it and divides any other; FORBIDDEN makes it -inf.
+    ADD adds it. GROW adds so many times the score's magnitude. FORCE makes the score 0 and those of
+    all tokens that are not forced -inf. RENORMALISE lets the row's probabilities sum to 1 after
+    the edits; its token and value mean nothing.
+    """
+
+    PENALISE = 0
+    ADD = 1
+    GROW = 2
+    FORCE = 3
+    RENORMALISE = 4
 
 
 def no_indices() -> Int64Array:
@@ -31,18 +48,20 @@ def no_indices() -> Int64Array:
 class ScoreEdits:
     """Changes to single tokens' scores before the candidates are chosen.
 
-    A negative score is multiplied by its factor and any other divided by it, as transformers'
-    repetition penalty does; FORBIDDEN makes it -inf. Of two edits of one score the later one holds.
+    They come in runs of one kind of edit; each run acts on what the ones before have left. Of two
+    edits of one score in the same run the later one holds.
 
     Attributes:
         rows: [edits].
         tokens: [edits].
-        factors: float32 [edits], above 0.
+        values: float32 [edits]; of penalties above 0.
+        kinds: int64 [edits], of Edit.
     """
 
     rows: Int64Array = field(default_factory=no_indices)
     tokens: Int64Array = field(default_factory=no_indices)
-    factors: Float32Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    values: Float32Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    kinds: Int64Array = field(default_factory=no_indices)
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,12 @@ def word_tokens(options: DecodingOptions, encode: Encode) -> WordTokens:
     prefix = tuple(encode(text)) if text else ()
     runs = dict.fromkeys(run for word in options.bad_words for run in _runs(word, encode))
     forced = (_forced_word(word, encode) for word in options.force_words)
+    given = 1 + len(prefix)
+    longest = given + options.new_tokens(given)
     words = WordTokens(
         prefix=prefix,
         # What is longer than a caption never comes, nor does what the tokenizer has no token for.
-        bad=tuple(run for run in runs if 0 < len(run) <= options.max_length),
+        bad=tuple(run for run in runs if 0 < len(run) <= longest),
         forced=tuple(_after(prefix, word) for word in forced if not _has(prefix, word)),
     )
     _check_room(options, words)
@@ -156,11 +158,12 @@ def _after(prefix: TokenIds, word: ForcedWord) -> ForcedWord:
 
 
 def _check_room(options: DecodingOptions, words: WordTokens) -> None:
-    room = options.max_length - 1 - len(words.prefix)
+    room = options.new_tokens(1 + len(words.prefix))
     if room < 1:
         text = f"has {len(words.prefix)} tokens, which leaves none of max_length to generate"
         raise InvalidOptionsError({"prefix": text, "max_length": "is too small for the prefix"})
     needed = sum(word.length for word in words.forced)
     if needed > room:
-        text = f"have {needed} tokens, max_length leaves room for {room}"
-        raise InvalidOptionsError({"force_words": text, "max_length": "is too small"})
+        name = options.length_name
+        text = f"have {needed} tokens, {name} leaves room for {room}"
+        raise InvalidOptionsError({"force_words": text, name: "is too small"})

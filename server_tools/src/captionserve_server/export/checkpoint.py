@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,23 @@ from huggingface_hub.errors import (
 from torch import nn
 from transformers import (
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedTokenizerFast,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
 )
 
 from captionserve_server.core.bundle import Bundle
-from captionserve_server.core.captions import SpecialTokens
 from captionserve_server.core.confidence import Calibration
-from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.geometry import DecoderGeometry
-from captionserve_server.core.options import MAX_MAX_LENGTH, DecodingOptions
 from captionserve_server.core.preprocessing import PreprocessorConfig, read_preprocessor_config
+from captionserve_server.export.errors import UnsupportedCheckpointError
+from captionserve_server.export.generation import (
+    GENERATION_FILE,
+    Generation,
+    UnsupportedSettingError,
+    read_generation,
+)
+from captionserve_server.runtime.any_path import utf8_path
 
 SUPPORTED_ENCODERS = ("vit", "deit")
 SUPPORTED_DECODERS = ("gpt2",)
@@ -39,28 +45,15 @@ CALIBRATION_FILE = "confidence.json"
 # trained to say what fills it.
 _VOCABULARY_MULTIPLES = (8, 16, 32, 64, 128, 256, 512)
 
-# What of generation_config.json has the same name and meaning here.
-_GENERATION_DEFAULTS = (
-    "num_beams",
-    "min_length",
-    "length_penalty",
-    "num_return_sequences",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "num_beam_groups",
-    "diversity_penalty",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "suppress_tokens",
+PREPROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+WEIGHTS_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
-# What would change captions and cannot be followed; words are text here.
-_UNSUPPORTED_GENERATION = ("bad_words_ids", "force_words_ids", "forced_bos_token_id")
-
-
-class UnsupportedCheckpointError(ValueError):
-    """The checkpoint cannot be exported; the message names what it is and what is supported."""
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -97,16 +90,73 @@ def load_checkpoint(name: str) -> Checkpoint:
         UnsupportedCheckpointError: if its architecture, weights or image processor cannot be
         served, its tokenizer lacks tokens of the model, or its confidence.json cannot be read.
     """
-    config = _load_config(name)
-    _check_architecture(config)
-    preprocessor = _load_preprocessor(name)
-    _check_image_size(config, preprocessor)
+    folder = Path(name)
+    if not folder.is_dir():
+        return _load(name)
+    with utf8_path(folder) as readable:
+        _check_files(readable)
+        return _load(str(readable))
+
+
+def _load(name: str) -> Checkpoint:
+    with _reading("config.json"):
+        config = _load_config(name)
+        _check_architecture(config)
+    with _reading("image processor's settings"):
+        preprocessor = _load_preprocessor(name)
+        _check_image_size(config, preprocessor)
     calibration = _load_calibration(name)
-    model = _load_model(name, config)
-    tokenizer = _load_tokenizer(name)
-    bundle = _bundle(model, calibration)
+    weights = next((each for each in WEIGHTS_FILES if _find_optional_file(name, each)), "weights")
+    with _reading(f"{weights}, or its config.json or {GENERATION_FILE},"):
+        model = _load_model(name, config)
+    with _reading("tokenizer.json"):
+        tokenizer = _load_tokenizer(name)
+    with _reading(GENERATION_FILE):
+        generation = _load_generation(model)
+    with _reading("config.json"):
+        bundle = _bundle(model, calibration, generation)
     unknown = _unknown_tokens(tokenizer, bundle.geometry.vocabulary_size)
     return Checkpoint(model, tokenizer, preprocessor, bundle, unknown)
+
+
+@contextmanager
+def _reading(filename: str) -> Iterator[None]:
+    """Let whatever goes wrong name the file, since libraries raise anything on a damaged one."""
+    try:
+        yield
+    except (UnsupportedCheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedCheckpointError(f"its {filename} is damaged or not supported") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a local folder that cannot be a whole checkpoint; the hub's are what was uploaded."""
+    name = str(folder)
+    _read_json(name, "config.json")
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedCheckpointError(
+            "its adapter_config.json names an adapter, which must be merged into the weights first"
+        )
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and _is_lfs_pointer(path):
+            raise UnsupportedCheckpointError(
+                f"its {path.name} is a Git LFS pointer and not the file itself; run git lfs pull"
+            )
+    for wanted in (WEIGHTS_FILES, TOKENIZER_FILES):
+        if not any((folder / each).is_file() for each in wanted):
+            raise UnsupportedCheckpointError(f"it has no {wanted[0]} and no {wanted[-1]}")
+    for optional in (GENERATION_FILE, *PREPROCESSOR_FILES, "tokenizer_config.json"):
+        if (folder / optional).is_file():
+            _read_json(name, optional)
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError as error:
+        raise UnsupportedCheckpointError(f"its {path.name} cannot be read") from error
 
 
 def encoder_image_size(encoder: Any) -> tuple[int, int]:
@@ -125,7 +175,13 @@ def _read_json(name: str, filename: str) -> dict[str, Any]:
         raise UnsupportedCheckpointError(
             f"this is no checkpoint in Hugging Face layout: it has no {filename}"
         )
-    values: dict[str, Any] = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    # ValueError: bad UTF-8 or JSON. RecursionError: lists within lists.
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnsupportedCheckpointError(f"its {filename} is no JSON in UTF-8") from error
+    if not isinstance(values, dict):
+        raise UnsupportedCheckpointError(f"its {filename} is no JSON object")
     return values
 
 
@@ -178,10 +234,19 @@ def _check_architecture(config: Any) -> None:
 
 
 def _load_preprocessor(name: str) -> PreprocessorConfig:
+    filename, settings = PREPROCESSOR_FILES[-1], None
+    nested = PREPROCESSOR_FILES[0]
+    # As in transformers 5, what a whole processor says comes first.
+    if _find_optional_file(name, nested) is not None:
+        settings = _read_json(name, nested).get("image_processor")
+    if settings is None:
+        settings = _read_json(name, filename)
+    else:
+        filename = nested
     try:
-        return read_preprocessor_config(_read_json(name, "preprocessor_config.json"))
+        return read_preprocessor_config(settings)
     except ValueError as error:
-        raise UnsupportedCheckpointError(str(error)) from error
+        raise UnsupportedCheckpointError(f"its {filename}: {error}") from error
 
 
 def _check_image_size(config: Any, preprocessor: PreprocessorConfig) -> None:
@@ -248,10 +313,22 @@ def _unknown_tokens(tokenizer: PreTrainedTokenizerFast, vocabulary_size: int) ->
     return len(ids) - known
 
 
-def _bundle(model: VisionEncoderDecoderModel, calibration: Calibration) -> Bundle:
+def _load_generation(model: VisionEncoderDecoderModel) -> Generation:
+    """What generate() would follow: generation_config.json, or the decoder's config without one."""
+    decoder: Any = model.config.decoder
+    settings: Any = model.generation_config
+    own = {name: value for name, value in vars(settings).items() if not name.startswith("_")}
+    try:
+        return read_generation(own, decoder.vocab_size, decoder.n_positions)
+    except UnsupportedSettingError as error:
+        raise UnsupportedCheckpointError(f"its {GENERATION_FILE}: {error}") from error
+
+
+def _bundle(
+    model: VisionEncoderDecoderModel, calibration: Calibration, generation: Generation
+) -> Bundle:
     encoder: Any = model.config.encoder
     decoder: Any = model.config.decoder
-    generation: Any = model.generation_config
     height, width = encoder_image_size(encoder)
     patch_height, patch_width = _pair(encoder.patch_size)
     return Bundle(
@@ -266,9 +343,10 @@ def _bundle(model: VisionEncoderDecoderModel, calibration: Calibration) -> Bundl
             vocabulary_size=decoder.vocab_size,
             max_positions=decoder.n_positions,
         ),
-        special=_special_tokens(generation),
-        defaults=_default_options(generation, decoder.n_positions),
+        special=generation.special,
+        defaults=generation.defaults,
         calibration=calibration,
+        rules=generation.rules,
     )
 
 
@@ -276,41 +354,3 @@ def _image_tokens(encoder: nn.Module, height: int, width: int) -> int:
     with torch.no_grad():
         states = encoder(torch.zeros(1, 3, height, width)).last_hidden_state
     return int(states.shape[1])
-
-
-def _special_tokens(generation: GenerationConfig) -> SpecialTokens:
-    start = generation.decoder_start_token_id
-    start = generation.bos_token_id if start is None else start
-    end = generation.eos_token_id
-    if start is None or end is None:
-        raise UnsupportedCheckpointError(
-            "the checkpoint names no decoder_start_token_id (or bos_token_id) or no eos_token_id"
-        )
-    return SpecialTokens(start=int(start), end=tuple(end) if isinstance(end, list) else (int(end),))
-
-
-def _default_options(generation: GenerationConfig, max_positions: int) -> DecodingOptions:
-    """The checkpoint's own generation defaults, where it has them.
-
-    Sampling is not among them, only how it is done: whoever wants captions that differ each time
-    must say so.
-    """
-    given: dict[str, Any] = {
-        name: getattr(generation, name)
-        for name in _GENERATION_DEFAULTS
-        if getattr(generation, name, None) is not None
-    }
-    for name in _UNSUPPORTED_GENERATION:
-        if getattr(generation, name, None) is not None:
-            raise UnsupportedCheckpointError(f"its generation defaults have {name}")
-    early_stopping = getattr(generation, "early_stopping", None)
-    if early_stopping is not None:
-        given["early_stopping"] = early_stopping
-    length = generation.max_length or DecodingOptions.max_length
-    if generation.max_new_tokens is not None:
-        length = generation.max_new_tokens + 1
-    given["max_length"] = min(length, max_positions, MAX_MAX_LENGTH)
-    try:
-        return DecodingOptions.from_given(given)
-    except InvalidOptionsError as error:
-        raise UnsupportedCheckpointError(f"its generation defaults: {error.message}") from error

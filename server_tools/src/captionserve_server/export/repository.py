@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from captionserve_server.export.precision import Precision
 from captionserve_server.export.quantise import quantise_encoder, quantise_prefill, quantise_step
 from captionserve_server.export.verify import Verification, verify_export
 from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.any_path import utf8_path
 from captionserve_server.runtime.graph_format import GraphFormat
 
 Progress = Callable[[str], None]
@@ -110,7 +112,8 @@ def export_checkpoint(
 ) -> ExportReport:
     """Export a checkpoint into a Triton model repository and check it against PyTorch.
 
-    Nothing appears in `output` before every graph has been checked. Versions that are there already
+    `output` gets all of it once every graph has been checked, or nothing and is not even made.
+    Versions that are there already
     stay, so that a repository can hold several side by side.
 
     Args:
@@ -136,14 +139,17 @@ def export_checkpoint(
     _refuse_other_format(output, graph_format)
     progress("loading the checkpoint")
     checkpoint = load_checkpoint(checkpoint_name)
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as folder:
-        staging = Path(folder) / Precision.FP32.value
+    # A new repository is published by one renaming, and so made beside its place.
+    with (
+        tempfile.TemporaryDirectory(dir=_existing(output), prefix=".export-") as made,
+        utf8_path(Path(made)) as folder,
+    ):
+        staging = folder / Precision.FP32.value
         graphs = _export_graphs(checkpoint, staging, version, graph_format, progress)
         _write_settings(checkpoint, staging, version)
         agreement: Mapping[str, float] = {}
         if precision is not Precision.FP32:
-            fp32, staging = staging, Path(folder) / precision.value
+            fp32, staging = staging, folder / precision.value
             progress(f"quantising the graphs to {precision.value}")
             graphs = _quantised(fp32, graphs, staging, precision)
             progress("comparing the captions with those of fp32")
@@ -236,21 +242,52 @@ def _version_folder(repository: Path, model: str, version: int) -> Path:
     return folder
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or the first of those that it is to lie in that exists."""
+    return next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
+
+
 def _publish(
     checkpoint: Checkpoint, staging: Path, output: Path, version: int, graph_format: GraphFormat
 ) -> None:
+    """Move a staged version to its place, with the models' code and configuration."""
     static = static_repository()
     for model in files.MODELS:
-        source, target = _version_folder(staging, model, version), output / model
+        source = _version_folder(staging, model, version)
         code = static / model / "1" / "model.py"
         if code.exists():
             shutil.copyfile(code, source / code.name)
-        target.mkdir(exist_ok=True)
-        source.rename(target / str(version))
         config = (static / model / "config.pbtxt").read_text()
         if model == files.VISION_ENCODER:
             config = _in_format(config, graph_format)
-        (target / "config.pbtxt").write_text(_with_image_size(config, checkpoint.image_size))
+        (source.parent / "config.pbtxt").write_text(_with_image_size(config, checkpoint.image_size))
+    if output.is_dir():
+        _add(staging, output, version)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging.rename(output)
+
+
+def _add(staging: Path, output: Path, version: int) -> None:
+    """Move a version of every model into a repository that exists; all of them or none."""
+    with ExitStack() as undo:
+        for model in files.MODELS:
+            source, target = staging / model, output / model
+            if not target.is_dir():
+                source.rename(target)
+                undo.callback(target.rename, source)
+                continue
+            (source / str(version)).rename(target / str(version))
+            undo.callback((target / str(version)).rename, source / str(version))
+            # What was there goes to where the new one came from, to be put back.
+            config, kept = target / "config.pbtxt", source / "config.pbtxt.before"
+            if config.exists():
+                shutil.copyfile(config, kept)
+                undo.callback(kept.replace, config)
+            else:
+                undo.callback(config.unlink, missing_ok=True)
+            (source / "config.pbtxt").replace(config)
+        undo.pop_all()
 
 
 def _with_image_size(config: str, size: tuple[int, int]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.preprocessing import PreprocessorConfig
 from captionserve_server.runtime import model_repository as files
+from captionserve_server.runtime.any_path import utf8_path
 from captionserve_server.runtime.decoder_graphs import DecoderGraphs, TimedGraph
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 from captionserve_server.runtime.tokenizer import CaptionTokenizer
@@ -91,7 +92,8 @@ class _VersionFiles:
                 "a folder that `captionserve export` wrote as ONNX is wanted"
             )
         try:
-            yield path
+            with utf8_path(path.parent) as parent:
+                yield parent / name
         except Exception as error:  # Each library has its own for a file that it cannot read.
             raise ModelFolderError(f"{relative} of {self._folder} cannot be loaded") from error
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,18 +83,22 @@ class TritonProcess:
         self._folder = make_plain_folder("captionserve-triton-")
         self._log_path = self._folder / "triton.log"
         self._shared_memory_prefix = self._folder.name
-        backends = self._folder / "backends"
-        backends.mkdir()
-        assemble_backends(installation, backends)
-        served = self._folder / "repository"
-        copy_repository(repository, served)
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
         environment = _environment(installation) | {
             THREADS_VARIABLE: str(threads),
             DECODE_MEGABYTES_VARIABLE: str(decode_megabytes),
         }
-        self._process = self._start(installation.binary, served, backends, ports, environment)
+        backends = self._folder / "backends"
+        served = self._folder / "repository"
+        # Whoever gets no process cannot end it, which would remove its folder.
+        with ExitStack() as undo:
+            undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            backends.mkdir()
+            assemble_backends(installation, backends)
+            copy_repository(repository, served)
+            self._process = self._start(installation.binary, served, backends, ports, environment)
+            undo.pop_all()
 
     @property
     def pid(self) -> int:

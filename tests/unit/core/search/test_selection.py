@@ -62,6 +62,7 @@ def requests_of(rows: list[Row]) -> RowRequests:
             np.array([pair[0] for pair in pairs], np.int64),
             np.array([pair[1] for pair in pairs], np.int64),
             np.array([pair[2] for pair in pairs], np.float32),
+            np.zeros(len(pairs), np.int64),
         ),
         probe_rows=np.array([probe[0] for probe in probes], np.int64),
         probe_tokens=np.array([probe[1] for probe in probes], np.int64),

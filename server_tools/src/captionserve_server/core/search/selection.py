@@ -8,6 +8,7 @@ import numpy as np
 
 from captionserve_server.core.step_model import (
     BoolArray,
+    Edit,
     Float32Array,
     Int64Array,
     RowRequests,
@@ -61,19 +62,56 @@ def _edit(
     """Edit the logits; each row's log-normaliser for what is in them now, [rows]."""
     if not len(edits.rows):
         return log_normalisers
-    offsets = np.where(normalise_first, log_normalisers, np.float32(0))[edits.rows]
-    scores = logits[edits.rows, edits.tokens] - offsets
-    factors = edits.factors
-    forbidden = np.isinf(factors)
-    finite = np.where(forbidden, np.float32(1), factors)
-    edited = np.where(scores < 0, scores * finite, scores / finite) + offsets
-    logits[edits.rows, edits.tokens] = np.where(forbidden, -np.inf, edited)
-    renormalised = np.unique(edits.rows[~normalise_first[edits.rows]])
+    offsets = np.where(normalise_first, log_normalisers, np.float32(0))
+    ends = np.append(np.flatnonzero(np.diff(edits.kinds)) + 1, len(edits.kinds))
+    begin = 0
+    for end in ends.tolist():
+        run = slice(begin, end)
+        rows, tokens, values = edits.rows[run], edits.tokens[run], edits.values[run]
+        _edit_run(logits, offsets, Edit(edits.kinds[begin]), (rows, tokens, values))
+        begin = end
+    asked = ~normalise_first[edits.rows] | (edits.kinds == Edit.RENORMALISE)
+    renormalised = np.unique(edits.rows[asked])
     if not len(renormalised):
         return log_normalisers
     normalisers = log_normalisers.copy()
     normalisers[renormalised] = _log_sum_exp(logits[renormalised])
     return normalisers
+
+
+def _edit_run(
+    logits: Float32Array,
+    offsets: Float32Array,
+    kind: Edit,
+    run: tuple[Int64Array, Int64Array, Float32Array],
+) -> None:
+    """Make edits of one kind, in place.
+
+    Args:
+        logits: [rows, V].
+        offsets: [rows], what is taken off a row's logits to make them scores.
+        kind: of all the edits.
+        run: their rows, tokens and values, [edits] each.
+    """
+    rows, tokens, values = run
+    if kind is Edit.RENORMALISE:
+        return
+    if kind is Edit.FORCE:
+        logits[rows] = -np.inf
+        logits[rows, tokens] = offsets[rows]
+        return
+    scores = logits[rows, tokens] - offsets[rows]
+    if kind is Edit.ADD:
+        scores += values
+    elif kind is Edit.GROW:
+        # What is forbidden stays so: -inf has no magnitude.
+        scores += np.where(np.isfinite(scores), np.abs(scores), np.float32(0)) * values
+    else:
+        forbidden = np.isinf(values)
+        finite = np.where(forbidden, np.float32(1), values)
+        penalised = np.where(scores < 0, scores * finite, scores / finite)
+        scores = np.where(forbidden, -np.inf, penalised)
+    logits[rows, tokens] = scores + offsets[rows]
 
 
 def _log_sum_exp(logits: Float32Array) -> Float32Array:
