@@ -52,10 +52,10 @@ _CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 _LARGEST_WEIGHT = 64
 """Twice this times 255 fits into 16 bits."""
-_LARGEST_ACTIVATION = 127
-_ZERO_ACTIVATION = 128
 _SMALLEST = 1e-30
 """Stands for the largest value of a row or a column of zeros."""
+_GELU_LEAST = 0.1701
+"""No value of GELU, computed with tanh, is further below 0."""
 _ATTENTION = re.compile(r"\.attention\.")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -146,11 +146,37 @@ def _in_8_bits(model: ModelProto) -> ModelProto:
         return onnx.load(str(target))
 
 
+@dataclasses.dataclass(frozen=True)
+class _RowRange:
+    """How the values of a row become bytes.
+
+    Attributes:
+        zero: the byte for 0.
+        least: what the row's largest value is taken for where it is smaller.
+        signed: whether a value may be as far below 0 as above it.
+    """
+
+    zero: int
+    least: float
+    signed: bool
+
+    @property
+    def steps(self) -> int:
+        """The bytes above `zero`, the last of which stands for the row's largest value."""
+        return 255 - self.zero
+
+
+_ANY_ROW = _RowRange(zero=128, least=_SMALLEST, signed=True)
+# Almost a bit more for what is above 0. From this largest value on, all of GELU's are in the range.
+_ROW_OF_GELU = _RowRange(zero=32, least=_GELU_LEAST * (255 - 32) / 32, signed=False)
+
+
 def _in_8_bits_by_rows(model: ModelProto) -> None:
-    """All products with weights; a range for each row of a left matrix, symmetric around 0."""
+    """All products with weights; a range for each row of a left matrix."""
     graph = model.graph
     weights = {initializer.name: initializer for initializer in graph.initializer}
     products = {node.name for node in _products(graph)}
+    givers = {name: node for node in graph.node for name in node.output}
     nodes: list[NodeProto] = []
     for node in graph.node:
         if node.name not in products:
@@ -159,12 +185,23 @@ def _in_8_bits_by_rows(model: ModelProto) -> None:
         rows, columns = node.input
         graph.initializer.extend(_columns_of_8_bits(weights[columns]))
         graph.initializer.remove(weights[columns])
-        product = _product_of_8_bits(rows, columns, node)
+        row_range = _ROW_OF_GELU if _is_of_gelu(rows, givers) else _ANY_ROW
+        product = _product_of_8_bits(rows, columns, node, row_range)
         nodes.extend(product.node)
         graph.initializer.extend(product.initializer)
     del graph.node[:]
     graph.node.extend(nodes)
     model.opset_import.append(helper.make_opsetid(_CONTRIB, 1))
+
+
+def _is_of_gelu(rows: str, givers: Mapping[str, NodeProto]) -> bool:
+    """Whether this is x / 2 * (1 + tanh(...)), GELU as GPT-2 has it."""
+    product = givers.get(rows)
+    if product is None or product.op_type != "Mul":
+        return False
+    factors = [givers[name] for name in product.input if name in givers]
+    terms = [name for factor in factors if factor.op_type == "Add" for name in factor.input]
+    return any(givers[name].op_type == "Tanh" for name in terms if name in givers)
 
 
 def _columns_of_8_bits(weights: TensorProto) -> tuple[TensorProto, TensorProto]:
@@ -178,18 +215,18 @@ def _columns_of_8_bits(weights: TensorProto) -> tuple[TensorProto, TensorProto]:
     )
 
 
-def _product_of_8_bits(rows: str, columns: str, product: NodeProto) -> _Nodes:
+def _product_of_8_bits(rows: str, columns: str, product: NodeProto, row_range: _RowRange) -> _Nodes:
     """[R, in] times what `columns` became, with a scale for each row.
 
-    A row over its largest absolute value lies within -1 and 1, for which one scale does; ONNX
-    Runtime's product has no other. The result is multiplied by that value.
+    A row over its largest value lies within 1, for which one scale does; ONNX Runtime's product has
+    no other. The result is multiplied by that value.
     """
     nodes = _Nodes(f"{product.name}_by_rows")
-    scale = nodes.constant(np.array(1 / _LARGEST_ACTIVATION, np.float32))
-    zero = nodes.constant(np.array(_ZERO_ACTIVATION, np.uint8))
-    sizes = nodes.add("ReduceMax", nodes.add("Abs", rows), nodes.constant(np.array([-1])))
-    # A row of zeros has none.
-    largest = nodes.add("Clip", sizes, nodes.constant(np.array(_SMALLEST, np.float32)))
+    scale = nodes.constant(np.array(1 / row_range.steps, np.float32))
+    zero = nodes.constant(np.array(row_range.zero, np.uint8))
+    sizes = nodes.add("Abs", rows) if row_range.signed else rows
+    found = nodes.add("ReduceMax", sizes, nodes.constant(np.array([-1])))
+    largest = nodes.add("Clip", found, nodes.constant(np.array(row_range.least, np.float32)))
     whole = nodes.add("QuantizeLinear", nodes.add("Div", rows, largest), scale, zero)
     inputs = (whole, f"{columns}_quantized", scale, f"{columns}_scale", zero)
     nodes.add("Mul", nodes.add("MatMulIntegerToFloat", *inputs, domain=_CONTRIB), largest)
