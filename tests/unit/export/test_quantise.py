@@ -14,7 +14,7 @@ from captionserve_server.evaluation.agreement import caption_agreement
 from captionserve_server.export.checkpoint import load_checkpoint
 from captionserve_server.export.onnx_export import export_encoder, export_step
 from captionserve_server.export.precision import Precision
-from captionserve_server.export.quantise import quantise_decoder, quantise_encoder
+from captionserve_server.export.quantise import quantise_encoder, quantise_step
 from captionserve_server.export.repository import UnsupportedFormatError, export_checkpoint
 from captionserve_server.export.sources import StepShape, step_example
 from captionserve_server.runtime import graph_tensors
@@ -55,7 +55,7 @@ def test_weights_are_kept_once_and_in_few_bits(
     fp32_graphs: Callable[[str], Path], tmp_path: Path, name: str, precision: Precision
 ) -> None:
     source, target = fp32_graphs(name) / files.STEP_GRAPH_FILE, tmp_path / "step.onnx"
-    quantise_decoder(source, target, precision)
+    quantise_step(source, target, precision)
 
     shape = RANDOM_CHECKPOINTS[name].shape
     large = {
@@ -78,7 +78,7 @@ def test_a_quantised_step_gives_nearly_the_same(
     precision: Precision,
 ) -> None:
     source, target = fp32_graphs(name) / files.STEP_GRAPH_FILE, tmp_path / "step.onnx"
-    quantise_decoder(source, target, precision)
+    quantise_step(source, target, precision)
     geometry = load_checkpoint(str(checkpoint_folder(name))).bundle.geometry
     *head, cross, remembered = step_example(
         geometry, StepShape((2, 3, 1), entries=7), torch.Generator().manual_seed(0)
@@ -115,7 +115,8 @@ def test_no_product_of_the_encoder_keeps_fp32_weights(
 ) -> None:
     target = tmp_path / "model.onnx"
     quantise_encoder(fp32_graphs("deit") / files.ENCODER_GRAPH_FILE, target, precision)
-    graph = onnx.load(str(target)).graph
+    (loop,) = onnx.load(str(target)).graph.node
+    graph = next(entry.g for entry in loop.attribute if entry.name == "body")
     weights = {initializer.name for initializer in graph.initializer}
     with_weights = {
         node.op_type for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights

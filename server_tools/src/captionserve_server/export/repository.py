@@ -16,7 +16,7 @@ from typing import Protocol
 from captionserve_server.export import onnx_export, torchscript_export
 from captionserve_server.export.checkpoint import Checkpoint, load_checkpoint
 from captionserve_server.export.precision import Precision
-from captionserve_server.export.quantise import quantise_decoder, quantise_encoder
+from captionserve_server.export.quantise import quantise_encoder, quantise_prefill, quantise_step
 from captionserve_server.export.verify import Verification, verify_export
 from captionserve_server.runtime import model_repository as files
 from captionserve_server.runtime.any_path import utf8_path
@@ -57,8 +57,8 @@ _EXPORTERS: dict[GraphFormat, Exporter] = {
 
 _QUANTISERS = {
     files.ENCODER_GRAPH_FILE: quantise_encoder,
-    files.PREFILL_GRAPH_FILE: quantise_decoder,
-    files.STEP_GRAPH_FILE: quantise_decoder,
+    files.PREFILL_GRAPH_FILE: quantise_prefill,
+    files.STEP_GRAPH_FILE: quantise_step,
 }
 
 

@@ -20,6 +20,10 @@ from captionserve_server.runtime import graph_tensors as names
 from captionserve_server.runtime.decoder_graphs import DecoderGraphs
 from captionserve_server.runtime.graph import Array
 
+# Products of one row add in another order than those of several (MatMulNBits), and quantised
+# activations make more of such a difference than a score may move: a lone row goes twice.
+_FEWEST_ROWS = 2
+
 
 class GraphStepModel:
     """The decoder as its graphs, with the keys and values of the captions that it has taken in.
@@ -82,10 +86,11 @@ class GraphStepModel:
         rows = _index_within(batch.row_counts)
         cache.descend(row_places, requests.parents, rows)
         inputs = self._inputs(row_places, rows, requests.tokens)
-        large = self._large_outputs(len(rows))
+        count = len(rows)
+        large = self._large_outputs(max(count, _FEWEST_ROWS))
         logits, normalisers, attention, projections = self.graphs.step.run(inputs, into=large)
-        cache.append(row_places, rows, *self._keys_and_values(projections))
-        logprobs, tokens, probes = select(logits, normalisers, requests, self._top)
+        cache.append(row_places, rows, *self._keys_and_values(projections, count))
+        logprobs, tokens, probes = select(logits[:count], normalisers[:count], requests, self._top)
         return StepAnswer(logprobs, tokens, probes, attention[requests.attention_rows])
 
     def free(self, slots: Int64Array) -> None:
@@ -103,13 +108,16 @@ class GraphStepModel:
         cell_row = np.zeros((count, most_rows), dtype=np.int64)
         cell_row[row_places[rows == 0]] = np.flatnonzero(rows == 0)[:, None]
         cell_row[row_places, rows] = np.arange(len(rows))
-        inputs = {
+        inputs: dict[str, Array] = {
             names.TOKENS: tokens,
             names.POSITIONS: cache.positions(row_places),
             names.CELL_ROW: cell_row,
             names.ROW_CELL: row_places * most_rows + rows,
             names.ENTRY_BIAS: cache.entry_bias(count, most_rows),
         }
+        if len(rows) < _FEWEST_ROWS:
+            for name in (names.TOKENS, names.POSITIONS, names.ROW_CELL):
+                inputs[name] = np.repeat(inputs[name], _FEWEST_ROWS)
         inputs |= dict(zip(names.cross_names(layers), cache.cross(count), strict=True))
         inputs |= dict(zip(names.self_names(layers), cache.remembered(count), strict=True))
         return inputs
@@ -123,10 +131,12 @@ class GraphStepModel:
         }
         return {name: self._kept_pages(name, shape) for name, shape in shapes.items()}
 
-    def _keys_and_values(self, projections: Float32Array) -> tuple[Float32Array, Float32Array]:
-        """[L * R, 3 * H * D] to views [L, R, H, D]."""
+    def _keys_and_values(
+        self, projections: Float32Array, rows: int
+    ) -> tuple[Float32Array, Float32Array]:
+        """[L * R, 3 * H * D] to views [L, rows, H, D]."""
         of = self._geometry
-        apart = projections.reshape(of.layers, -1, 3, of.heads, of.head_dim)
+        apart = projections.reshape(of.layers, -1, 3, of.heads, of.head_dim)[:, :rows]
         return apart[:, :, 1], apart[:, :, 2]
 
     def _kept_pages(self, name: str, shape: tuple[int, ...]) -> Float32Array:
