@@ -70,7 +70,8 @@ class InProcess:
         limits = SchedulerLimits(slots=6, max_rows=24)
         engine = Scheduler(self, self._step_model, vocabulary, limits)
         for key, (image, options) in enumerate(requests):
-            plan = CaptionPlan(options, word_tokens(options, self._encode))
+            words = word_tokens(options, self._encode)
+            plan = CaptionPlan(options.counted_from(1 + len(words.prefix)), words)
             engine.submit(Request(key, to_pixels(image, self._preprocessor), plan))
         finished: dict[Hashable, Outcome] = {}
         while not engine.idle:
