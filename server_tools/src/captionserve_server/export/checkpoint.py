@@ -102,6 +102,7 @@ def _load(name: str) -> Checkpoint:
     with _reading("config.json"):
         config = _load_config(name)
         _check_architecture(config)
+    _check_completeness(name)
     with _reading("image processor's settings"):
         preprocessor = _load_preprocessor(name)
         _check_image_size(config, preprocessor)
@@ -131,7 +132,7 @@ def _reading(filename: str) -> Iterator[None]:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse a local folder that cannot be a whole checkpoint; the hub's are what was uploaded."""
+    """Refuse files of a local folder that are not what they seem; the hub's are as uploaded."""
     name = str(folder)
     _read_json(name, "config.json")
     if (folder / "adapter_config.json").exists():
@@ -143,12 +144,17 @@ def _check_files(folder: Path) -> None:
             raise UnsupportedCheckpointError(
                 f"its {path.name} is a Git LFS pointer and not the file itself; run git lfs pull"
             )
-    for wanted in (WEIGHTS_FILES, TOKENIZER_FILES):
-        if not any((folder / each).is_file() for each in wanted):
-            raise UnsupportedCheckpointError(f"it has no {wanted[0]} and no {wanted[-1]}")
     for optional in (GENERATION_FILE, *PREPROCESSOR_FILES, "tokenizer_config.json"):
         if (folder / optional).is_file():
             _read_json(name, optional)
+
+
+def _check_completeness(name: str) -> None:
+    """Refuse a local folder without weights or tokenizer; of a hub's, loading says so."""
+    folder = Path(name)
+    for wanted in (WEIGHTS_FILES, TOKENIZER_FILES):
+        if folder.is_dir() and not any((folder / each).is_file() for each in wanted):
+            raise UnsupportedCheckpointError(f"it has no {wanted[0]} and no {wanted[-1]}")
 
 
 def _is_lfs_pointer(path: Path) -> bool:
