@@ -32,6 +32,8 @@ TYPED: dict[str, tuple[list[str], Any]] = {
     "num_beams": (["--num-beams", "4"], 4),
     "max_length": (["--max-length", "20"], 20),
     "min_length": (["--min-length", "3"], 3),
+    "max_new_tokens": (["--max-new-tokens", "15"], 15),
+    "min_new_tokens": (["--min-new-tokens", "2"], 2),
     "length_penalty": (["--length-penalty", "-0.5"], -0.5),
     "early_stopping": (["--early-stopping", "never"], "never"),
     "num_return_sequences": (["--num-return-sequences", "2"], 2),
