@@ -99,6 +99,7 @@ def load_checkpoint(name: str) -> Checkpoint:
 
 
 def _load(name: str) -> Checkpoint:
+    """Small files first: what is wrong shows before the weights are read."""
     with _reading("config.json"):
         config = _load_config(name)
         _check_architecture(config)

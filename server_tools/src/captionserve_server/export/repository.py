@@ -113,8 +113,7 @@ def export_checkpoint(
     """Export a checkpoint into a Triton model repository and check it against PyTorch.
 
     `output` gets all of it once every graph has been checked, or nothing and is not even made.
-    Versions that are there already
-    stay, so that a repository can hold several side by side.
+    Versions that are there already stay, so that a repository can hold several side by side.
 
     Args:
         checkpoint_name: a local folder in Hugging Face layout, or a hub id.
