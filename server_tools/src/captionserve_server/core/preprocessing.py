@@ -183,8 +183,6 @@ def _pixels(name: str, value: object) -> int:
 
 def _filter(value: object) -> int:
     """Pillow's number of a resampling filter."""
-    if value is None:
-        return Image.Resampling.BILINEAR
     if isinstance(value, str) and value.upper() in Image.Resampling.__members__:
         # Whatever the name: transformers knows the numbers only and takes bilinear for the rest.
         return Image.Resampling.BILINEAR
