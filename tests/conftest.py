@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,6 +13,8 @@ from typing import Protocol
 
 import pytest
 from captionserve_server.export.logs import quiet_libraries
+from captionserve_server.export.precision import Precision
+from captionserve_server.runtime import model_repository as files
 from captionserve_server.runtime.graph_format import GraphFormat
 from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
@@ -32,10 +35,23 @@ class Repositories(Protocol):
         """The folder for a checkpoint's name."""
 
 
+class QuantisedRepositories(Protocol):
+    """Model repositories in a precision, as the fixture `in_precision` gives them."""
+
+    def __call__(self, name: str, precision: Precision) -> Path:
+        """The folder for a checkpoint's name."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the `make soak` targets ask for more."""
     parser.addoption(
         "--soak-requests", type=int, default=300, help="requests of tests/faults/test_soak.py"
+    )
+    parser.addoption(
+        "--soak-options",
+        type=int,
+        default=4,
+        help="one of so many combinations of options is asked of a service with random weights",
     )
     parser.addoption(
         "--soak-images", type=int, default=500, help="files of tests/faults/test_image_soak.py"
@@ -85,6 +101,40 @@ def model_repository(
             export_checkpoint(str(checkpoint_folder(name)), output, graph_format=graph_format)
             exported[key] = output
         return exported[key]
+
+    return repository
+
+
+@pytest.fixture(scope="session")
+def in_precision(
+    model_repository: Repositories, tmp_path_factory: pytest.TempPathFactory
+) -> QuantisedRepositories:
+    """Checkpoint name and precision to its model repository: fp32's graphs, quantised."""
+    from captionserve_server.export.quantise import (
+        quantise_encoder,
+        quantise_prefill,
+        quantise_step,
+    )
+
+    quantisers = {
+        Path(files.VISION_ENCODER, "1", files.ENCODER_GRAPH_FILE): quantise_encoder,
+        Path(files.DECODER, "1", files.PREFILL_GRAPH_FILE): quantise_prefill,
+        Path(files.DECODER, "1", files.STEP_GRAPH_FILE): quantise_step,
+    }
+    made: dict[tuple[str, Precision], Path] = {}
+
+    def repository(name: str, precision: Precision) -> Path:
+        fp32 = model_repository(name)
+        if precision is Precision.FP32:
+            return fp32
+        key = name, precision
+        if key not in made:
+            folder = tmp_path_factory.mktemp("quantised") / name
+            shutil.copytree(fp32, folder)
+            for graph, quantise in quantisers.items():
+                quantise(fp32 / graph, folder / graph, precision)
+            made[key] = folder
+        return made[key]
 
     return repository
 

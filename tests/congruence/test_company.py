@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from captionserve_server.core.engine.scheduler import SchedulerLimits
 from captionserve_server.export.precision import Precision
-from captionserve_server.export.quantise import quantise_encoder, quantise_prefill, quantise_step
 from captionserve_server.local import LocalCaptioner, LocalResult
-from captionserve_server.runtime import model_repository as files
 
-from tests.conftest import CHECKPOINT_NAMES
+from tests.conftest import CHECKPOINT_NAMES, QuantisedRepositories
 from tests.pictures import pictures
 
 TOGETHER = 64
 ALONE = slice(0, TOGETHER, 16)
 MOST_DIFFERENCE = 1e-4
 WAYS: dict[str, dict[str, Any]] = {"greedy": {"num_beams": 1}, "beams": {"num_beams": 4}}
-QUANTISERS = {
-    Path(files.VISION_ENCODER, "1", files.ENCODER_GRAPH_FILE): quantise_encoder,
-    Path(files.DECODER, "1", files.PREFILL_GRAPH_FILE): quantise_prefill,
-    Path(files.DECODER, "1", files.STEP_GRAPH_FILE): quantise_step,
-}
-
-
-def in_precision(fp32: Path, folder: Path, precision: Precision) -> Path:
-    """A model repository with the graphs of another in a precision."""
-    if precision is Precision.FP32:
-        return fp32
-    shutil.copytree(fp32, folder)
-    for graph, quantise in QUANTISERS.items():
-        quantise(fp32 / graph, folder / graph, precision)
-    return folder
 
 
 @pytest.mark.parametrize("precision", Precision)
 @pytest.mark.parametrize("name", CHECKPOINT_NAMES)
 def test_alone_or_among_many_a_caption_is_the_same(
-    name: str,
-    precision: Precision,
-    model_repository: Callable[[str], Path],
-    tmp_path: Path,
+    name: str, precision: Precision, in_precision: QuantisedRepositories
 ) -> None:
-    repository = in_precision(model_repository(name), tmp_path / "repository", precision)
+    repository = in_precision(name, precision)
     images = pictures(name, TOGETHER)
     with LocalCaptioner(repository, limits=SchedulerLimits(slots=TOGETHER)) as captioner:
         for way, options in WAYS.items():

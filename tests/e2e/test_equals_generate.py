@@ -28,14 +28,36 @@ from tests.reference import ReferenceCaption, reference
 IN_FLIGHT = 64
 TIMEOUT_SECONDS = 120.0
 # Its graphs are tested with more of the grid, in one process; see congruence/test_engine.py.
-EVERY_OF_TORCHSCRIPT = 12
+EVERY_OF_TORCHSCRIPT = 3
 
 Request = tuple[Image.Image, DecodingOptions]
+GridRequests = Callable[[str], list[Request]]
 OneByOne = Callable[[str], list[CaptionResult]]
 
 
 @pytest.fixture(scope="module")
-def one_by_one(service: Callable[[str], ReadyReport]) -> OneByOne:
+def grid_requests(request: pytest.FixtureRequest) -> GridRequests:
+    """Checkpoint name to what is asked of it: options of the grid, with images in turns.
+
+    Of the demo it is four of five, more than 300. Random weights get as many from `make
+    soak-options`, else a part: test_engine.py has the whole grid for them in one process.
+    """
+    every = request.config.getoption("--soak-options")
+
+    def requests(name: str) -> list[Request]:
+        images = pictures(name, IMAGES)
+        asked = [
+            (images[number % IMAGES], options)
+            for number, options in enumerate(OPTION_GRID)
+            if number % 5
+        ]
+        return asked if name == DEMO else asked[::every]
+
+    return requests
+
+
+@pytest.fixture(scope="module")
+def one_by_one(service: Callable[[str], ReadyReport], grid_requests: GridRequests) -> OneByOne:
     """Checkpoint name to the answers to its requests, each asked for when the last was there."""
     answered: dict[str, list[CaptionResult]] = {}
 
@@ -45,16 +67,6 @@ def one_by_one(service: Callable[[str], ReadyReport]) -> OneByOne:
         return answered[name]
 
     return results
-
-
-def grid_requests(name: str) -> list[Request]:
-    """Four of five options of the grid, more than 300, with images in turns."""
-    images = pictures(name, IMAGES)
-    return [
-        (images[number % IMAGES], options)
-        for number, options in enumerate(OPTION_GRID)
-        if number % 5
-    ]
 
 
 def caption_all(
@@ -100,7 +112,10 @@ def assert_close(
 
 @pytest.mark.parametrize("name", CHECKPOINT_NAMES)
 def test_every_option_equals_the_truth(
-    name: str, one_by_one: OneByOne, checkpoint_folder: Callable[[str], Path]
+    name: str,
+    grid_requests: GridRequests,
+    one_by_one: OneByOne,
+    checkpoint_folder: Callable[[str], Path],
 ) -> None:
     truth = reference(checkpoint_folder(name))
     for (image, options), result in zip(grid_requests(name), one_by_one(name), strict=True):
@@ -113,6 +128,7 @@ def test_every_option_equals_the_truth(
 def test_captions_do_not_depend_on_their_company(
     name: str,
     service: Callable[[str], ReadyReport],
+    grid_requests: GridRequests,
     one_by_one: OneByOne,
     checkpoint_folder: Callable[[str], Path],
 ) -> None:
@@ -130,7 +146,10 @@ def test_captions_do_not_depend_on_their_company(
 
 @pytest.mark.parametrize("name", CHECKPOINT_NAMES)
 def test_tritons_own_client_gets_the_same_with_options_in_json(
-    name: str, service: Callable[[str], ReadyReport], one_by_one: OneByOne
+    name: str,
+    service: Callable[[str], ReadyReport],
+    grid_requests: GridRequests,
+    one_by_one: OneByOne,
 ) -> None:
     with (
         InferenceServerClient(service(name).triton_grpc) as triton,
@@ -151,7 +170,9 @@ def test_tritons_own_client_gets_the_same_with_options_in_json(
 
 
 def test_torchscript_serves_the_same_captions(
-    model_repository: Repositories, checkpoint_folder: Callable[[str], Path]
+    model_repository: Repositories,
+    grid_requests: GridRequests,
+    checkpoint_folder: Callable[[str], Path],
 ) -> None:
     name = "projected"
     truth = reference(checkpoint_folder(name))
