@@ -229,7 +229,7 @@ def test_settings_are_read_as_transformers_reads_them(
         expected = processor(image, return_tensors="np")["pixel_values"][0]
     except ValueError:
         # What transformers refuses at an image is refused when the settings are read.
-        with pytest.raises(ValueError, match="resample|size|mean|std"):
+        with pytest.raises(ValueError, match=r"resample|size|mean|std"):
             read_preprocessor_config(settings)
         return
 

@@ -40,7 +40,7 @@ def grid_requests(request: pytest.FixtureRequest) -> GridRequests:
     """Checkpoint name to what is asked of it: options of the grid, with images in turns.
 
     Of the demo it is four of five, more than 300. Random weights get as many from `make
-    soak-options`, else a part: test_engine.py has the whole grid for them in one process.
+    soak-options`, else a part: test_engine.py asks more of them in one process.
     """
     every = request.config.getoption("--soak-options")
 
