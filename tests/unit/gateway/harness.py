@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
-from captionserve_server.gateway.config import GatewayConfig
 from captionserve_server.gateway.server import Gateway
+from captionserve_server.settings import Settings
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 
@@ -41,19 +43,25 @@ class Setup:
 
 
 @asynccontextmanager
-async def gateway_setup(**config: Any) -> AsyncIterator[Setup]:
-    """A started gateway; keyword arguments are those of GatewayConfig."""
+async def gateway_setup(**settings: Any) -> AsyncIterator[Setup]:
+    """A gateway that is connected and serves; keyword arguments are settings."""
     async with fake_triton() as triton:
-        settings = {"listen": "127.0.0.1:0", "triton_address": triton.address, **config}
-        gateway = Gateway(GatewayConfig(**settings))
-        address = await gateway.start()
+        gateway = Gateway(settings_of(**settings))
+        await gateway.start()
+        gateway.connect(triton.address)
+        await gateway.set_serving(True)
+        options = [("grpc.enable_retries", 0), ("grpc.max_send_message_length", -1)]
         try:
-            async with grpc.aio.insecure_channel(
-                address, options=[("grpc.enable_retries", 0), ("grpc.max_send_message_length", -1)]
-            ) as channel:
+            async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
                 yield Setup(gateway, triton, channel)
         finally:
-            await gateway.stop()
+            await gateway.drain(asyncio.Event())
+            await gateway.close()
+
+
+def settings_of(**settings: Any) -> Settings:
+    """Settings of a service on a free port; a gateway does not look at the repository."""
+    return Settings(**{"model_repository": Path(), "listen": "127.0.0.1:0", **settings})
 
 
 def detail_of(error: grpc.aio.AioRpcError, detail: MessageType) -> MessageType:

@@ -19,6 +19,7 @@ from captionserve_server.gateway.cache import (
     AnswerCache,
     SharedWork,
     answer_key,
+    image_digest,
 )
 from captionserve_server.gateway.kserve import InputTensor
 from captionserve_server.triton import wire
@@ -156,12 +157,13 @@ def test_the_description_is_asked_for_once_and_again_for_a_new_version() -> None
     assert asyncio.run(run()) == ([1, 1, 1, 2, 2], [False, False, False, False, True])
 
 
-def test_a_forgotten_description_is_asked_for_anew() -> None:
+def test_another_triton_is_asked_what_it_is() -> None:
     async def run() -> list[bool]:
         async with gateway_setup() as setup:
             await setup.stub.Caption(request_of(), timeout=10)
             setup.triton.version = 4
-            setup.gateway.forget_description()
+            await setup.gateway.disconnect()
+            setup.gateway.connect(setup.triton.address)
             calls = [await setup.stub.Caption(request_of(), timeout=10) for _ in range(2)]
             return [call.cached for call in calls]
 
@@ -409,7 +411,11 @@ def test_a_key_tells_images_shapes_options_and_versions_apart() -> None:
     ]
 
     async def run() -> list[bytes]:
-        return [await answer_key(*each) for each in asked for _ in range(2)]
+        return [
+            answer_key(await image_digest(image), options, version)
+            for image, options, version in asked
+            for _ in range(2)
+        ]
 
     keys = asyncio.run(run())
     assert keys[::2] == keys[1::2]

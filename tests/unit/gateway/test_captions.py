@@ -221,9 +221,9 @@ def test_a_large_image_passes() -> None:
 
 def test_a_message_over_the_limit_is_grpcs_own_error() -> None:
     async def run() -> grpc.StatusCode:
-        async with gateway_setup(max_message_bytes=1000) as setup:
+        async with gateway_setup(max_message_megabytes=1) as setup:
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await setup.stub.Caption(request_of(bytes(2000)), timeout=10)
+                await setup.stub.Caption(request_of(bytes(2**20)), timeout=10)
             assert setup.triton.requests == []
             return raised.value.code()
 

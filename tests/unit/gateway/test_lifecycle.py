@@ -10,13 +10,12 @@ from typing import Any
 import grpc
 import pytest
 from captionserve.v1 import caption_pb2_grpc
-from captionserve_server.gateway.config import GatewayConfig
 from captionserve_server.gateway.server import Gateway
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.unit.gateway.fake_triton import WAIT_SECONDS
-from tests.unit.gateway.harness import Setup, gateway_setup, request_of
+from tests.unit.gateway.harness import Setup, gateway_setup, request_of, settings_of
 
 SERVICE = "captionserve.v1.CaptionService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -40,7 +39,7 @@ async def begin_to_stop(setup: Setup) -> tuple[asyncio.Task[None], Any]:
     """The gateway's stop, and a watcher of its health; the one has begun, the other has seen it."""
     watch = watch_health(setup)
     assert (await watch.read()).status == SERVING
-    stopping = asyncio.create_task(setup.gateway.stop())
+    stopping = asyncio.create_task(setup.gateway.drain(asyncio.Event()))
     assert (await watch.read()).status == NOT_SERVING
     async with grpc.aio.insecure_channel(setup.gateway.address) as newcomer:
         second: Any = caption_pb2_grpc.CaptionServiceStub(newcomer)
@@ -216,11 +215,11 @@ def test_stopping_lets_calls_in_flight_finish() -> None:
 
 def test_after_the_grace_period_calls_are_ended() -> None:
     async def run() -> grpc.StatusCode:
-        async with gateway_setup(grace_seconds=0.2) as setup:
+        async with gateway_setup(drain_seconds=0.2) as setup:
             setup.triton.stream = setup.triton.stream_when_allowed
             call = setup.stub.Caption(request_of(), timeout=60)
             await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
-            await setup.gateway.stop()
+            await setup.gateway.drain(asyncio.Event())
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await call
             await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
@@ -232,13 +231,13 @@ def test_after_the_grace_period_calls_are_ended() -> None:
 def test_stopping_twice_does_nothing_more() -> None:
     async def run() -> None:
         async with gateway_setup() as setup:
-            await setup.gateway.stop()
-            await setup.gateway.stop()
+            await setup.gateway.drain(asyncio.Event())
+            await setup.gateway.drain(asyncio.Event())
 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("setting", ["listen", "metrics_listen"])
+@pytest.mark.parametrize("setting", ["listen", "metrics_listen", "health_listen"])
 def test_an_address_in_use_is_an_os_error(setting: str) -> None:
     async def run(address: str) -> None:
         settings: dict[str, Any] = {
@@ -246,7 +245,7 @@ def test_an_address_in_use_is_an_os_error(setting: str) -> None:
             "metrics_listen": "127.0.0.1:0",
             setting: address,
         }
-        gateway = Gateway(GatewayConfig(triton_address="127.0.0.1:1", **settings))
+        gateway = Gateway(settings_of(**settings))
         with pytest.raises(OSError, match=r"(?i)in use|cannot listen"):
             await gateway.start()
 

@@ -456,11 +456,11 @@ def test_stopping_lets_a_stream_finish() -> None:
 @pytest.mark.parametrize("stream", ["stream_when_allowed", "stream_on_and_on"])
 def test_after_the_grace_period_streams_are_ended(stream: str) -> None:
     async def run() -> grpc.StatusCode:
-        async with gateway_setup(grace_seconds=0.2) as setup:
+        async with gateway_setup(drain_seconds=0.2) as setup:
             setup.triton.stream = getattr(setup.triton, stream)
             call = setup.stub.StreamCaption(stream_request(), timeout=60)
             await call.read()
-            await setup.gateway.stop()
+            await setup.gateway.drain(asyncio.Event())
             await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
             # The status comes behind what has not been read.
             with pytest.raises(grpc.aio.AioRpcError) as raised:

@@ -1,4 +1,4 @@
-"""A Triton that cannot be started leaves nothing behind."""
+"""A folder that cannot be filled leaves nothing behind."""
 
 from __future__ import annotations
 

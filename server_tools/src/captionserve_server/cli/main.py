@@ -18,7 +18,8 @@ from captionserve_server.cli.serve import serve
 from captionserve_server.export.errors import UnsupportedCheckpointError
 from captionserve_server.serving.installation import TritonNotFoundError
 from captionserve_server.serving.launch import LaunchError
-from captionserve_server.serving.service import NoModelRepositoryError, TritonEndedError
+from captionserve_server.serving.service import NoModelRepositoryError
+from captionserve_server.serving.supervisor import TritonEndedError
 from captionserve_server.serving.triton_process import TritonStartError
 
 app = typer.Typer(

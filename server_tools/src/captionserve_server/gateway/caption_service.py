@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+import math
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import Any
 
 import grpc
@@ -13,9 +14,10 @@ from captionserve.v1 import caption_pb2, caption_pb2_grpc
 from captionserve_server.core.errors import (
     DeadlineExceededError,
     ModelFaultError,
+    ModelUnavailableError,
     OverloadedError,
 )
-from captionserve_server.gateway.cache import AnswerCache, SharedWork, answer_key
+from captionserve_server.gateway.cache import AnswerCache, SharedWork, answer_key, image_digest
 from captionserve_server.gateway.conversion import (
     Message,
     caption_part,
@@ -28,7 +30,10 @@ from captionserve_server.gateway.decoder_client import (
     Description,
     TimeLimit,
 )
+from captionserve_server.gateway.kserve import InputTensor
 from captionserve_server.gateway.metrics import GatewayMetrics
+from captionserve_server.gateway.suspects import Suspects
+from captionserve_server.settings import Settings
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -44,31 +49,27 @@ SERVICE_NAME = caption_pb2.DESCRIPTOR.services_by_name["CaptionService"].full_na
 
 
 class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
-    """Answers caption calls from the decoder; errors are raised, for the interceptor to map."""
+    """Answers caption calls from the decoder; errors are raised, for the interceptor to map.
 
-    def __init__(
-        self,
-        decoder: DecoderClient,
-        cache: AnswerCache,
-        metrics: GatewayMetrics,
-        *,
-        max_concurrent_calls: int,
-        deadline_cap_seconds: float,
-    ) -> None:
-        """Serve from `decoder`.
+    Attributes:
+        last_answer: when the decoder last gave captions, by the event loop's clock.
+    """
+
+    def __init__(self, cache: AnswerCache, metrics: GatewayMetrics, settings: Settings) -> None:
+        """Serve, from the decoder that is connected.
 
         Args:
-            decoder: whom to ask.
             cache: where reproducible answers are kept.
             metrics: told of answers that were not computed for their call.
-            max_concurrent_calls: one call more is refused as OVERLOADED.
-            deadline_cap_seconds: longest time a caption may take, whatever the caller's deadline.
+            settings: what calls are allowed.
         """
-        self._decoder = decoder
         self._cache = cache
         self._metrics = metrics
-        self._max_concurrent_calls = max_concurrent_calls
-        self._deadline_cap_seconds = deadline_cap_seconds
+        self._max_concurrent_calls = settings.max_concurrent_calls
+        self._deadline_cap_seconds = settings.deadline_cap_seconds
+        self._decoder: DecoderClient | None = None
+        self._suspects = Suspects()
+        self.last_answer = -math.inf
         self._captions: SharedWork[caption_pb2.CaptionResponse] = SharedWork()
         self._descriptions: SharedWork[Description] = SharedWork()
         self._description: Description | None = None
@@ -81,9 +82,36 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
         """Wait until no call is in flight, the sending of its answer included."""
         await self._idle.wait()
 
-    def forget_description(self) -> None:
-        """Ask the decoder anew what it is, for it may be of another version now."""
+    def connect(self, decoder: DecoderClient) -> None:
+        """Ask this decoder, and what it is."""
+        self._decoder = decoder
         self._description = None
+
+    def disconnect(self) -> DecoderClient | None:
+        """Ask nobody, and fail what is in flight; whom was asked until now.
+
+        What is remembered goes on to be answered.
+        """
+        decoder, self._decoder = self._decoder, None
+        if decoder is not None:
+            self._suspects.decoder_died()
+            decoder.abandon()
+        return decoder
+
+    async def ask(self, inputs: Sequence[InputTensor], time_limit: TimeLimit) -> Answer:
+        """What the decoder makes of a message, past everything that stands before it here.
+
+        Raises:
+            CaptionServeError: as the decoder's client does.
+        """
+        answer = await self._connected().caption(inputs, time_limit)
+        self.last_answer = asyncio.get_running_loop().time()
+        return answer
+
+    def _connected(self) -> DecoderClient:
+        if self._decoder is None:
+            raise ModelUnavailableError("the model server is being started")
+        return self._decoder
 
     async def Caption(  # noqa: N802 - the name is the API's.
         self,
@@ -100,14 +128,15 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
             message = decoder_message(request)
             description = await self._described(context)
             options = description.defaults.with_given(message.given)
+            image = await image_digest(message.image)
             key, version = None, description.version
             if options.reproducible:
-                key = await answer_key(message.image, options, version)
+                key = answer_key(image, options, version)
             if key is None or request.bypass_cache:
                 limit = self._time_limit(request, context)
                 response, _ = await self._captions.run(
                     object(),
-                    lambda: self._caption(message, limit, key, version),
+                    lambda: self._caption(message, image, limit, key, version),
                     limit.call_seconds,
                 )
                 return response
@@ -120,7 +149,7 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
             limit = TimeLimit(self._deadline_cap_seconds, self._deadline_cap_seconds)
             response, joined = await self._captions.run(
                 key,
-                lambda: self._caption(message, limit, key, version),
+                lambda: self._caption(message, image, limit, key, version),
                 self._seconds_left(context),
             )
             if not joined:
@@ -143,10 +172,16 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
             description = await self._described(context)
             description.defaults.with_given(message.given)
             inputs = message.inputs(stream=True)
-            time_limit = self._time_limit(request.request, context)
-            async with aclosing(self._decoder.stream(inputs, time_limit)) as answers:
+            image = await image_digest(message.image)
+            async with AsyncExitStack() as stack:
+                seconds = self._seconds_left(context)
+                await stack.enter_async_context(self._suspects.in_work(image, seconds))
+                time_limit = self._time_limit(request.request, context)
+                stream = self._connected().stream(inputs, time_limit)
+                answers = await stack.enter_async_context(aclosing(stream))
                 async for answer in answers:
                     if answer.is_final:
+                        self.last_answer = asyncio.get_running_loop().time()
                         response = self._response(answer)
                         yield caption_pb2.StreamCaptionResponse(response=response)
                     else:
@@ -157,7 +192,7 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
 
         async def describe() -> Description:
             # Kept by the work itself: whoever comes before its first waiter wakes finds it.
-            self._description = await self._decoder.describe()
+            self._description = await self._connected().describe()
             return self._description
 
         if self._description is not None:
@@ -167,10 +202,16 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
         return description
 
     async def _caption(
-        self, message: Message, time_limit: TimeLimit, key: bytes | None, version: int
+        self,
+        message: Message,
+        image: bytes,
+        time_limit: TimeLimit,
+        key: bytes | None,
+        version: int,
     ) -> caption_pb2.CaptionResponse:
         """Have it captioned, and remember the answer where there is a key, made for `version`."""
-        answer = await self._decoder.caption(message.inputs(), time_limit)
+        async with self._suspects.in_work(image, time_limit.call_seconds):
+            answer = await self.ask(message.inputs(), time_limit)
         response = self._response(answer)
         # Another version may have taken over since the key was made.
         if key is not None and answer.model_version == version:
@@ -179,7 +220,7 @@ class CaptionService(caption_pb2_grpc.CaptionServiceServicer):
 
     def _response(self, answer: Answer) -> caption_pb2.CaptionResponse:
         if self._description is not None and self._description.version != answer.model_version:
-            self.forget_description()
+            self._description = None
         try:
             return caption_response(answer.outputs, answer.model_version)
         except (ValueError, LookupError) as error:

@@ -64,6 +64,8 @@ _TOO_LATE = "the deadline passed before the caption was complete"
 
 # The decoder answers this from memory; only a Triton that hangs takes longer.
 _DESCRIBE_SECONDS = 10.0
+# A Triton that answers is on this machine, and a connection to it there already.
+_CONNECT_SECONDS = 2.0
 # Triton ends an idle stream at once.
 _END_SECONDS = 2.0
 
@@ -124,6 +126,8 @@ class DecoderClient:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._idle: list[_Stream] = []
+        self._calls: set[_Call] = set()
+        self._abandoned = False
         # Unique without asking the system for randomness in each call.
         self._id_prefix = uuid.uuid4().hex[:16]
         self._id_numbers = itertools.count()
@@ -176,36 +180,47 @@ class DecoderClient:
         request.parameters[_WANT_FINAL].bool_param = True
         kept = self._take_idle()
         call = _Call(kept or self._stub.ModelStreamInfer(), request.id)
+        self._calls.add(call)
         timer = asyncio.get_running_loop().call_later(time_limit.call_seconds, call.expire)
         try:
             if kept is None:
                 # Cancelling a stream does not wake who waits for its connection.
-                await asyncio.wait_for(call.stream.wait_for_connection(), time_limit.call_seconds)
+                await _connected(call.stream, time_limit.call_seconds)
             await call.send(request)
             while not call.ended:
                 yield await call.next_answer()
         except grpc.aio.AioRpcError as error:
+            if self._abandoned:
+                raise ModelUnavailableError(_UNAVAILABLE) from error
             raise error_of_triton(error.code(), error.details() or "") from error
-        except asyncio.TimeoutError as error:
-            raise DeadlineExceededError(_TOO_LATE) from error
         except asyncio.CancelledError as error:
             # Waiting for a cancelled stream ends as in a cancelled task.
+            if self._abandoned:
+                raise ModelUnavailableError(_UNAVAILABLE) from error
             if call.expired:
                 raise DeadlineExceededError(_TOO_LATE) from error
             raise
         finally:
             timer.cancel()
+            self._calls.discard(call)
             if call.ended and len(self._idle) < _KEPT_STREAMS:
                 self._idle.append(call.stream)
             else:
                 call.stream.cancel()
 
+    def abandon(self) -> None:
+        """Fail all calls as ModelUnavailableError, because nobody will answer them any more."""
+        self._abandoned = True
+        for call in list(self._calls):
+            call.stream.cancel()
+
     async def close(self) -> None:
-        """Close the connection; calls in flight are cancelled.
+        """Close the connection; calls in flight fail as ModelUnavailableError.
 
         Idle streams are ended and not cancelled: Triton may keep a cancelled one's last request,
         and with it the model, which it then cannot unload.
         """
+        self.abandon()
         ends = asyncio.gather(*map(_end, self._idle), return_exceptions=True)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(ends, _END_SECONDS)
@@ -218,6 +233,15 @@ class DecoderClient:
             if not stream.done():
                 return stream
         return None
+
+
+async def _connected(stream: _Stream, call_seconds: float) -> None:
+    try:
+        await asyncio.wait_for(stream.wait_for_connection(), min(call_seconds, _CONNECT_SECONDS))
+    except asyncio.TimeoutError as error:
+        if call_seconds <= _CONNECT_SECONDS:
+            raise DeadlineExceededError(_TOO_LATE) from error
+        raise ModelUnavailableError(_UNAVAILABLE) from error
 
 
 async def _end(stream: _Stream) -> None:

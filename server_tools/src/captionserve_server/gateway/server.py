@@ -11,106 +11,148 @@ from grpc_reflection.v1alpha import reflection
 
 from captionserve_server.gateway.cache import AnswerCache
 from captionserve_server.gateway.caption_service import SERVICE_NAME, CaptionService
-from captionserve_server.gateway.config import GatewayConfig
-from captionserve_server.gateway.decoder_client import DecoderClient
+from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
 from captionserve_server.gateway.interceptors import ErrorInterceptor, MetricsInterceptor
+from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.gateway.metrics import GatewayMetrics, MetricsServer
+from captionserve_server.settings import Settings
+from captionserve_server.triton import wire
 
-# "" stands for the server as a whole.
-_HEALTH_NAMES = ("", SERVICE_NAME)
+# What health says of: the process, the server as a whole ("") and the service.
+LIVE = "live"
+_READY_NAMES = ("", SERVICE_NAME)
+
+# One black pixel as a binary PPM, the smallest image there is.
+_CANARY = [InputTensor(wire.IMAGE, (1,), encode_strings([b"P6 1 1 255\n\0\0\0"]))]
 
 
 class Gateway:
-    """Serves CaptionService, health and reflection, from `start` until `stop`.
+    """Serves CaptionService, health and reflection, from `start` until `close`.
+
+    Captions are answered while a Triton is connected; what is remembered of earlier answers is
+    given without one, too.
 
     Attributes:
         address: host:port that is listened on; known after `start`.
         metrics_address: host:port of the metrics; known after `start`.
+        health_address: host:port of the plaintext server with health alone; None without one.
     """
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, settings: Settings) -> None:
         """Keep the settings; nothing is opened before `start`."""
-        self._config = config
+        self._settings = settings
         self.address = ""
         self.metrics_address = ""
+        self.health_address: str | None = None
+        self._draining = False
 
-    async def start(self) -> str:
-        """Begin to serve, as SERVING.
+    @property
+    def last_answer(self) -> float:
+        """When the decoder last gave captions, by the event loop's clock; -inf if never."""
+        return self._service.last_answer
 
-        Returns:
-            host:port that is listened on.
+    async def start(self) -> None:
+        """Begin to listen, as NOT_SERVING.
 
         Raises:
             OSError: if an address cannot be listened on.
         """
         metrics = GatewayMetrics()
-        self._metrics_server = MetricsServer(self._config.metrics_listen, metrics.registry)
-        self.metrics_address = self._metrics_server.address
-        self._decoder = DecoderClient(self._config.triton_address)
-        cache = AnswerCache(self._config.cache_megabytes * 2**20)
+        cache = AnswerCache(self._settings.cache_megabytes * 2**20)
         metrics.cache_bytes.set_function(lambda: cache.used_bytes)
+        self._metrics_server = MetricsServer(self._settings.metrics_listen, metrics.registry)
+        self.metrics_address = self._metrics_server.address
         self._health = health.aio.HealthServicer()
-        self._service = CaptionService(
-            self._decoder,
-            cache,
-            metrics,
-            max_concurrent_calls=self._config.max_concurrent_calls,
-            deadline_cap_seconds=self._config.deadline_cap_seconds,
-        )
-        self._server = self._build_server(metrics)
+        self._service = CaptionService(cache, metrics, self._settings)
+        self._servers = [self._build_server(metrics)]
         try:
-            self.address = _listen(self._server, self._config.listen)
+            self.address = _listen(self._servers[0], self._settings.listen)
+            if self._settings.health_listen is not None:
+                self._servers.append(self._health_server())
+                self.health_address = _listen(self._servers[1], self._settings.health_listen)
         except OSError:
-            await self._close()
+            await self.close()
             raise
-        await self.set_serving(True)
-        await self._server.start()
-        return self.address
+        await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
+        await self.set_serving(False)
+        for server in self._servers:
+            await server.start()
+
+    def connect(self, triton_address: str) -> None:
+        """Have captions answered by the Triton at host:port."""
+        self._service.connect(DecoderClient(triton_address))
+
+    async def disconnect(self) -> None:
+        """Say NOT_SERVING; calls in flight, and new ones, fail as ModelUnavailableError."""
+        await self.set_serving(False)
+        decoder = self._service.disconnect()
+        if decoder is not None:
+            await decoder.close()
+
+    async def prove(self, seconds: float) -> None:
+        """Have a caption made, past the queue.
+
+        Args:
+            seconds: how long it may take.
+
+        Raises:
+            CaptionServeError: if it failed, or was not there in time.
+        """
+        await self._service.ask(_CANARY, TimeLimit(seconds, seconds))
 
     async def set_serving(self, serving: bool) -> None:
-        """Say through the health service whether captions can be answered; `stop` ends that."""
+        """Say through the health service whether captions can be answered; not after `drain`."""
         response = health_pb2.HealthCheckResponse
-        status = response.SERVING if serving else response.NOT_SERVING
-        for name in _HEALTH_NAMES:
-            await self._health.set(name, status)
+        ready = serving and not self._draining
+        for name in _READY_NAMES:
+            await self._health.set(name, response.SERVING if ready else response.NOT_SERVING)
 
-    def forget_description(self) -> None:
-        """Have the decoder asked anew what it is.
+    async def drain(self, hurry: asyncio.Event) -> None:
+        """Report NOT_SERVING, wait for balancers, refuse new calls, let those in flight finish.
 
-        To be called when Triton has taken in another version; otherwise the first computed answer
-        of that version does it, and remembered ones of the old version are given until then.
+        Calls that are still in flight after the time for it are ended.
+
+        Args:
+            hurry: when set, nothing is waited for any more.
         """
-        self._service.forget_description()
-
-    async def stop(self) -> None:
-        """Report NOT_SERVING, refuse new calls, let those in flight finish, and close everything.
-
-        Calls that are still in flight after the grace period are cancelled.
-        """
-        await self._health.enter_graceful_shutdown()
-        stopping = asyncio.create_task(self._server.stop(self._config.grace_seconds))
+        self._draining = True
+        await self.set_serving(False)
+        hurrying = asyncio.create_task(hurry.wait())
+        await asyncio.wait([hurrying], timeout=self._settings.balancer_seconds)
+        stopping = asyncio.create_task(self._servers[0].stop(self._settings.drain_seconds))
         idle = asyncio.create_task(self._service.wait_idle())
-        await asyncio.wait([stopping, idle], return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
-        # Whoever watches the health service would stay to the end of the grace period.
-        await self._server.stop(None)
+        await asyncio.wait([stopping, idle, hurrying], return_when=asyncio.FIRST_COMPLETED)
+        for task in (idle, hurrying):
+            task.cancel()
+        # Whoever watches the health service would stay to the end of the time.
+        await self._servers[0].stop(None)
         await stopping
-        await self._close()
 
-    async def _close(self) -> None:
-        await self._decoder.close()
+    async def close(self) -> None:
+        """End whatever is still in flight, and close everything."""
+        for server in self._servers:
+            await server.stop(None)
+        decoder = self._service.disconnect()
+        if decoder is not None:
+            await decoder.close()
         await asyncio.to_thread(self._metrics_server.stop)
 
     def _build_server(self, metrics: GatewayMetrics) -> grpc.aio.Server:
         server = grpc.aio.server(
             # The first is the outermost.
             interceptors=(MetricsInterceptor(SERVICE_NAME, metrics), ErrorInterceptor()),
-            options=_server_options(self._config),
+            options=_server_options(self._settings),
         )
         caption_pb2_grpc.add_CaptionServiceServicer_to_server(self._service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
+        return server
+
+    def _health_server(self) -> grpc.aio.Server:
+        """For probes, which speak plaintext only and should not wait behind calls."""
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         return server
 
 
@@ -124,14 +166,15 @@ def _listen(server: grpc.aio.Server, listen: str) -> str:
     return f"{host}:{port}"
 
 
-def _server_options(config: GatewayConfig) -> list[tuple[str, int]]:
+def _server_options(settings: Settings) -> list[tuple[str, int]]:
+    max_message_bytes = settings.max_message_megabytes * 2**20
     return [
-        ("grpc.max_send_message_length", config.max_message_bytes),
-        ("grpc.max_receive_message_length", config.max_message_bytes),
-        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
-        ("grpc.max_connection_idle_ms", int(1000 * config.connection_idle_seconds)),
-        ("grpc.max_connection_age_ms", int(1000 * config.connection_age_seconds)),
-        ("grpc.max_connection_age_grace_ms", int(1000 * config.deadline_cap_seconds)),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        ("grpc.max_connection_idle_ms", int(1000 * settings.connection_idle_seconds)),
+        ("grpc.max_connection_age_ms", int(1000 * settings.connection_age_seconds)),
+        ("grpc.max_connection_age_grace_ms", int(1000 * settings.deadline_cap_seconds)),
         # Two gateways on one port would each get half of the calls, unnoticed.
         ("grpc.so_reuseport", 0),
     ]

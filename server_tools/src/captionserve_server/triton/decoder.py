@@ -60,6 +60,7 @@ from captionserve_server.triton.pb import (
     read_bytes,
     read_flag,
     response,
+    show_life,
     text_array,
 )
 
@@ -75,6 +76,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load everything, and run each graph once, so that the first caption finds them warm."""
+        show_life()
         arguments = ModelArguments(args)
         folder = Path(arguments.repository) / str(arguments.version)
         self._version = arguments.version

@@ -30,6 +30,7 @@ from captionserve_server.triton.pb import (
     call_decoupled,
     die,
     read,
+    show_life,
     text_array,
 )
 
@@ -49,6 +50,7 @@ class Front(ABC):
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the threads."""
+        show_life()
         arguments = ModelArguments(args)
         self._version = arguments.version
         # How the decoder knows the requests that are in its hands.

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from captionserve_server.core.engine.worker import Worker
 from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,
@@ -26,6 +28,7 @@ from captionserve_server.core.errors import (
     OverloadedError,
 )
 from captionserve_server.runtime.cores import threads_of_graphs
+from captionserve_server.runtime.heartbeat import beat, heartbeat_folder
 from captionserve_server.triton.wire import ModelSpec, TensorSpec, error_of_text, error_text
 
 Array = NDArray[Any]
@@ -183,6 +186,13 @@ def text_array(*texts: str | bytes) -> Array:
 def log_error(text: str) -> None:
     """Write a line into Triton's log."""
     pb_utils.Logger.log_error(text)
+
+
+def show_life() -> None:
+    """Give signs of life from now on, where somebody watches for them."""
+    folder = heartbeat_folder()
+    if folder is not None:
+        Worker("heartbeat", partial(beat, folder), die)
 
 
 def die(error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""The copy of a model repository that Triton is given."""
+"""The folder that Triton is given, and the copy of a model repository in it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from captionserve_server.serving import private_copy
-from captionserve_server.serving.private_copy import (
+from captionserve_server.serving import private_folder
+from captionserve_server.serving.private_folder import (
     NoPlainFolderError,
     copy_repository,
     make_plain_folder,
@@ -50,12 +50,12 @@ def test_a_temporary_folder_with_another_name_is_not_taken(
     for folder in (tmp_path / name, usual):
         folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
-    monkeypatch.setattr(private_copy, "_USUAL_FOLDERS", (str(tmp_path / "none"), str(usual)))
-    assert make_plain_folder("ours-").parent == usual
+    monkeypatch.setattr(private_folder, "_USUAL_FOLDERS", (str(tmp_path / "none"), str(usual)))
+    assert make_plain_folder().parent == usual
 
 
 def test_no_place_at_all_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a b"))
-    monkeypatch.setattr(private_copy, "_USUAL_FOLDERS", (str(tmp_path / "none"),))
+    monkeypatch.setattr(private_folder, "_USUAL_FOLDERS", (str(tmp_path / "none"),))
     with pytest.raises(NoPlainFolderError, match="TMPDIR"):
-        make_plain_folder("ours-")
+        make_plain_folder()

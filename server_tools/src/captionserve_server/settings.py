@@ -1,0 +1,111 @@
+"""The settings of a service: each is said once, and is a flag, a variable and its documentation.
+
+The command line and docs/settings.md are derived from the fields; pydantic reads the variables,
+CAPTIONSERVE_ and the field's name, and checks the values wherever they come from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, DirectoryPath, Field, FilePath
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from captionserve_server.core.decode_budget import DEFAULT_DECODE_MEGABYTES
+
+VARIABLE_PREFIX = "CAPTIONSERVE_"
+
+
+def _host_and_port(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("must be HOST:PORT")
+    return text
+
+
+Address = Annotated[str, AfterValidator(_host_and_port)]
+
+
+class Settings(BaseSettings):
+    """How a service runs; what is not given comes from the environment, else from here."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=VARIABLE_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
+    )
+
+    model_repository: DirectoryPath = Field(description="Model repository written by export.")
+    listen: Address = Field("127.0.0.1:9000", description="HOST:PORT of the service; port 0 is any.")
+    metrics_listen: Address = Field(
+        "127.0.0.1:0", description="HOST:PORT of the Prometheus metrics."
+    )
+    health_listen: Address | None = Field(
+        None, description="HOST:PORT of a plaintext server with health alone, for probes."
+    )
+    ready_file: Path | None = Field(
+        None,
+        description="Written as JSON once captions can be answered, and whenever it changes.",
+    )
+    tritonserver: FilePath | None = Field(
+        None, description="tritonserver executable; else an installed one, or the embedded one."
+    )
+    triton_log: Path | None = Field(
+        None,
+        description="File that keeps all that Triton prints, rotated at 16 MiB, 3 older ones kept. "
+        "Errors are in the service's own log in any case.",
+    )
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Threads of one run of a graph; 0 follows from affinity and control groups.",
+    )
+    cache_megabytes: int = Field(
+        64,
+        ge=0,
+        description="Memory for answers that may be asked for again; 0 turns the cache off.",
+    )
+    decode_megabytes: int = Field(
+        DEFAULT_DECODE_MEGABYTES,
+        ge=1,
+        description="Memory of all images that are decoded at once; one that takes more is decoded "
+        "alone.",
+    )
+    max_message_megabytes: int = Field(
+        64, ge=1, le=1024, description="Largest request and response; RESOURCE_EXHAUSTED beyond."
+    )
+    max_concurrent_calls: int = Field(
+        256, ge=1, description="Captions in flight at once; one more is refused as OVERLOADED."
+    )
+    max_streams_per_connection: int = Field(
+        256, ge=1, description="Calls at once on one connection; more wait at the caller."
+    )
+    deadline_cap_seconds: float = Field(
+        60.0, gt=0, description="Longest time a caption may take, whatever the caller's deadline."
+    )
+    connection_idle_seconds: float = Field(
+        300.0, gt=0, description="A connection without calls is closed after this time."
+    )
+    connection_age_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="A connection is replaced after this time, so that callers find new replicas; "
+        "its calls may finish.",
+    )
+    start_seconds: float = Field(
+        300.0, gt=0, description="Seconds that Triton may take to load its models."
+    )
+    max_restarts: int = Field(
+        10, ge=0, description="Triton is started anew so often within --restart-window-seconds."
+    )
+    restart_window_seconds: float = Field(
+        60.0, gt=0, description="After more restarts within this time the service ends."
+    )
+    balancer_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="At the end, seconds between NOT_SERVING and refusing calls, in which balancers "
+        "turn away.",
+    )
+    drain_seconds: float = Field(
+        30.0, ge=0, description="At the end, seconds that calls in flight may take after that."
+    )

@@ -1,0 +1,247 @@
+"""Processes that are killed or stopped: calls fail at once, and the service heals itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from captionserve import CaptionClient, CaptionError, GenerationOptions
+from captionserve_server.runtime.model_repository import MODELS
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.reference import picture
+
+WAIT_SECONDS = 60.0
+NAME = "projected"
+SERVICE = "captionserve.v1.CaptionService"
+LONG = GenerationOptions(num_beams=8, max_length=200, min_length=199)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+
+
+@dataclass
+class Served:
+    """A service of its own, whose processes may be harmed."""
+
+    process: subprocess.Popen[str]
+    ready_file: Path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(self.ready_file.read_text())
+        return report
+
+    @property
+    def triton(self) -> psutil.Process:
+        return psutil.Process(self.report["pids"]["triton"])
+
+    def victim(self, name: str) -> psutil.Process:
+        """Triton, or the process of one of its models."""
+        if name == "Triton":
+            return self.triton
+        (found,) = [p for p in self.triton.children() if f"{name}_0" in " ".join(p.cmdline())]
+        return found
+
+
+@contextmanager
+def serving(repository: Path, folder: Path, *arguments: str) -> Iterator[Served]:
+    ready_file = folder / "ready.json"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
+            *("--model-repository", str(repository), "--listen", "127.0.0.1:0"),
+            *("--ready-file", str(ready_file), "--health-listen", "127.0.0.1:0", *arguments),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until(lambda: ready_file.exists() or process.poll() is not None)
+        yield Served(process, ready_file)
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=WAIT_SECONDS)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def served(
+    model_repository: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """One service for all that it survives."""
+    folder = tmp_path_factory.mktemp("served")
+    many = ("--max-restarts", "100")
+    with serving(model_repository(NAME), folder, *many) as service:
+        yield service
+        service.process.terminate()
+        _, errors = service.process.communicate(timeout=WAIT_SECONDS)
+        assert service.process.returncode == 0, errors
+        assert "Traceback" not in errors
+
+
+def health(address: str, name: str) -> int:
+    with grpc.insecure_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+        status: int = answer.status
+        return status
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("name", ["Triton", *MODELS])
+def test_it_heals_itself(name: str, number: signal.Signals, served: Served) -> None:
+    before = served.report["pids"]["triton"]
+    family = served.triton.children()
+    assert len(family) == len(MODELS)
+    image, ended = picture(1), []
+    with CaptionClient(served.report["grpc"]) as client:
+        right = client.caption(image, bypass_cache=True).text
+
+        def caption() -> None:
+            try:
+                client.caption(image, LONG, bypass_cache=True, timeout=WAIT_SECONDS)
+                ended.append(None)
+            except CaptionError as error:
+                ended.append(error)
+
+        calls = [threading.Thread(target=caption) for _ in range(3)]
+        for call in calls:
+            call.start()
+
+        served.victim(name).send_signal(number)
+
+        # The ready file names the new Triton, which answers as the old one did.
+        wait_until(lambda: served.report["pids"]["triton"] != before)
+        assert client.caption(image, bypass_cache=True, timeout=WAIT_SECONDS).text == right
+        for call in calls:
+            call.join(WAIT_SECONDS)
+    assert len(ended) == len(calls)
+    assert {error.code for error in ended if error} <= {grpc.StatusCode.UNAVAILABLE}
+    assert not any(process.is_running() for process in family)
+    assert len(served.triton.children()) == len(MODELS)
+    assert [health(served.report["grpc"], each) for each in ("", SERVICE, "live")] == [1, 1, 1]
+    assert_only_the_present_one_has_shared_memory(served)
+
+
+def assert_only_the_present_one_has_shared_memory(served: Served) -> None:
+    """What is open or mapped in /dev/shm by our name is all there is by our name."""
+    option = "shm-region-prefix-name="
+    command = served.triton.cmdline()
+    prefix = next(word.partition(option)[2] for word in command if option in word)
+    there = {str(path) for path in Path("/dev/shm").glob(f"{prefix}*") if path.suffix != ".lock"}
+    used = {
+        line.split(maxsplit=5)[5].strip()
+        for process in (served.triton, *served.triton.children())
+        for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        if "/dev/shm/" in line
+    }
+    assert there <= used
+
+
+def test_while_triton_is_away_health_says_so_and_what_is_remembered_is_answered(
+    served: Served,
+) -> None:
+    report = served.report
+    image = picture(2)
+    with CaptionClient(report["grpc"], timeout=WAIT_SECONDS) as client:
+        right = client.caption(image).text
+        with grpc.insecure_channel(report["health"]) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest(service=SERVICE)
+            watch = stub.Watch(request, timeout=WAIT_SECONDS)
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            served.triton.kill()
+            assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            remembered = client.caption(image)
+            assert (remembered.text, remembered.cached) == (right, True)
+            assert health(report["health"], "live") == health_pb2.HealthCheckResponse.SERVING
+            assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+            watch.cancel()
+
+
+def test_a_signal_while_triton_is_away_ends_it(
+    model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with serving(model_repository(NAME), tmp_path) as served:
+        family = psutil.Process(served.process.pid).children(recursive=True)
+        served.triton.send_signal(signal.SIGSTOP)
+        served.process.terminate()
+        _, errors = served.process.communicate(timeout=WAIT_SECONDS)
+    assert served.process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert not served.ready_file.exists()
+    assert not any(process.is_running() for process in family)
+
+
+def test_after_too_many_deaths_it_ends_and_says_why(
+    model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    log = tmp_path / "triton.log"
+    arguments = ("--max-restarts", "1", "--triton-log", str(log))
+    with serving(model_repository(NAME), tmp_path, *arguments) as served:
+        first = served.report["pids"]["triton"]
+        served.victim("decoder").kill()
+        wait_until(lambda: served.report["pids"]["triton"] != first)
+        family = psutil.Process(served.process.pid).children(recursive=True)
+        served.triton.kill()
+        _, errors = served.process.communicate(timeout=WAIT_SECONDS)
+    assert served.process.returncode == 1
+    assert "error: Triton has failed 2 times within 60 seconds" in errors
+    assert "the last time: Triton has ended by itself" in errors
+    assert "Traceback" not in errors
+    assert "Started GRPCInferenceService" in log.read_text()
+    assert not served.ready_file.exists()
+    assert not any(process.is_running() for process in family)
+
+
+def test_an_image_that_kills_the_decoder_twice_is_refused(
+    model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    poison, harmless = picture(3), picture(4)
+    with (
+        serving(model_repository(NAME), tmp_path) as served,
+        CaptionClient(served.report["grpc"], timeout=WAIT_SECONDS) as client,
+    ):
+        for _ in range(2):
+            before = served.report["pids"]["triton"]
+            failed: list[CaptionError] = []
+
+            def caption(failed: list[CaptionError] = failed) -> None:
+                with pytest.raises(CaptionError) as raised:
+                    client.caption(poison, LONG, timeout=5)
+                failed.append(raised.value)
+
+            call = threading.Thread(target=caption)
+            decoder = served.victim("decoder")
+            call.start()
+            # It works while it is in work.
+            used = sum(decoder.cpu_times()[:2])
+            wait_until(lambda: sum(decoder.cpu_times()[:2]) > used + 0.05)
+            decoder.kill()
+            wait_until(lambda: served.report["pids"]["triton"] != before)
+            call.join(WAIT_SECONDS)
+        with pytest.raises(CaptionError) as refused:
+            client.caption(poison)
+        assert refused.value.reason == "MODEL_FAULT"
+        assert client.caption(harmless).text
+    assert os.listdir(tmp_path) == []
