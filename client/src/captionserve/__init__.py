@@ -12,6 +12,7 @@ from captionserve._results import (
     CaptionUpdate,
     FinishReason,
 )
+from captionserve._transport import tls_credentials
 
 __all__ = [
     "AsyncCaptionClient",
@@ -24,4 +25,5 @@ __all__ = [
     "FinishReason",
     "GenerationOptions",
     "ImageInput",
+    "tls_credentials",
 ]

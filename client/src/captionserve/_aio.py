@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import grpc
 
-from captionserve._errors import errors_mapped
+from captionserve._errors import CaptionError, from_rpc_error
 from captionserve._images import ImageInput
 from captionserve._options import GenerationOptions
 from captionserve._results import (
@@ -19,12 +20,12 @@ from captionserve._results import (
 )
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
+    Connection,
+    Token,
     build_request,
-    build_stream_request,
     channel_options,
-    checked_timeout,
 )
-from captionserve.v1 import caption_pb2_grpc
+from captionserve.v1 import caption_pb2, caption_pb2_grpc
 
 
 class AsyncCaptionClient:
@@ -34,6 +35,8 @@ class AsyncCaptionClient:
 
         async with AsyncCaptionClient("127.0.0.1:9000") as client:
             print((await client.caption("photo.jpg")).text)
+
+    All arguments and errors are those of `CaptionClient`.
     """
 
     def __init__(
@@ -42,22 +45,17 @@ class AsyncCaptionClient:
         *,
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         credentials: grpc.ChannelCredentials | None = None,
+        token: Token | None = None,
     ) -> None:
         """Prepare a channel; it connects with the first call.
 
-        Args:
-            target: host:port of the service, or a target as gRPC names it, such as
-                dns:///captions:9000, which spreads calls over all addresses of the name.
-            timeout: seconds a call may take when it does not say otherwise.
-            credentials: for TLS; without them the connection is not encrypted.
-
         Raises:
             RuntimeError: if no event loop is running.
-            ValueError: if the timeout is not a positive, finite number.
+            ValueError: as CaptionClient does.
         """
         # gRPC would tie the channel to some other loop and fail at the first call.
         asyncio.get_running_loop()
-        self._timeout_seconds = checked_timeout(timeout)
+        self._connection = Connection.of(target, timeout, credentials, token)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, channel_options())
         else:
@@ -72,15 +70,21 @@ class AsyncCaptionClient:
         timeout: float | None = None,
         bypass_cache: bool = False,
     ) -> CaptionResult:
-        """Describe one image; cancelling the task cancels the work on the server.
-
-        Arguments and errors are those of `CaptionClient.caption`.
-        """
-        seconds = self._timeout_seconds if timeout is None else checked_timeout(timeout)
+        """Describe one image; cancelling the task cancels the work on the server."""
+        attempts = self._connection.attempts(timeout)
         # Reading a file and encoding a picture would hold the loop up.
         request = await asyncio.to_thread(build_request, image, options, bypass_cache=bypass_cache)
-        with errors_mapped():
-            return from_proto(await self._stub.Caption(request, timeout=seconds))
+        while True:
+            try:
+                with self._errors_mapped():
+                    response = await self._stub.Caption(
+                        request,
+                        timeout=attempts.seconds_left,
+                        metadata=self._connection.metadata(request.ByteSize()),
+                    )
+                return from_proto(response)
+            except CaptionError as error:
+                await asyncio.sleep(attempts.delay_after(error))
 
     async def caption_stream(
         self,
@@ -88,27 +92,58 @@ class AsyncCaptionClient:
         options: GenerationOptions | None = None,
         *,
         timeout: float | None = None,
+        bypass_cache: bool = False,
     ) -> AsyncGenerator[CaptionUpdate, None]:
         """Describe one image and yield the words as they become certain, at last the result.
 
-        The words of greedy search and sampling come one by one, those of beam search when all beams
-        that are left share them. Closing the generator, which leaving a loop over it does unless
-        somebody else holds it, ends the work on the server. Errors are raised from within the loop.
-        Arguments and errors are those of `CaptionClient.caption`.
+        As `CaptionClient.caption_stream`.
         """
-        seconds = self._timeout_seconds if timeout is None else checked_timeout(timeout)
-        request = await asyncio.to_thread(build_stream_request, image, options)
-        with errors_mapped():
-            call = self._stub.StreamCaption(request, timeout=seconds)
+        attempts = self._connection.attempts(timeout)
+        request = caption_pb2.StreamCaptionRequest(
+            request=await asyncio.to_thread(
+                build_request, image, options, bypass_cache=bypass_cache
+            )
+        )
+        begun = False
+        while True:
             try:
-                async for response in call:
-                    yield update_from_proto(response)
-            finally:
-                call.cancel()
+                with self._errors_mapped():
+                    call = self._stub.StreamCaption(
+                        request,
+                        timeout=attempts.seconds_left,
+                        metadata=self._connection.metadata(request.ByteSize()),
+                    )
+                    try:
+                        async for response in call:
+                            begun = True
+                            yield update_from_proto(response)
+                        return
+                    finally:
+                        call.cancel()
+            except CaptionError as error:
+                if begun:
+                    raise
+                await asyncio.sleep(attempts.delay_after(error))
 
     async def close(self) -> None:
-        """Close the connection; calls in flight are cancelled."""
+        """Close the connection; calls in flight, and later ones, fail with CLIENT_CLOSED."""
+        self._connection.closed.set()
         await self._channel.close()
+
+    @contextmanager
+    def _errors_mapped(self) -> Iterator[None]:
+        """Turn gRPC's errors into CaptionError."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            if self._connection.closed.is_set():
+                raise self._connection.closed_error() from error
+            raise from_rpc_error(error) from error
+        except (asyncio.CancelledError, grpc.aio.UsageError) as error:
+            # A call whose channel is closed ends as in a cancelled task.
+            if self._connection.closed.is_set():
+                raise self._connection.closed_error() from error
+            raise
 
     async def __aenter__(self) -> AsyncCaptionClient:
         """Give the client itself."""

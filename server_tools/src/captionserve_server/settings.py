@@ -35,7 +35,9 @@ class Settings(BaseSettings):
     )
 
     model_repository: DirectoryPath = Field(description="Model repository written by export.")
-    listen: Address = Field("127.0.0.1:9000", description="HOST:PORT of the service; port 0 is any.")
+    listen: Address = Field(
+        "127.0.0.1:9000", description="HOST:PORT of the service; port 0 is any."
+    )
     metrics_listen: Address = Field(
         "127.0.0.1:0", description="HOST:PORT of the Prometheus metrics."
     )

@@ -1,0 +1,84 @@
+"""When a call is tried again, decided without waiting or calling, for both clients alike.
+
+A service that cannot answer now (UNAVAILABLE: it restarts, its model does, or nobody listens there
+yet) is waited for until the caller's time is up. Captioning twice does no harm. What is refused for
+overload is not tried again, for that would feed the overload. gRPC's own retries are off: they give
+up after five attempts, and on every message of more than 256 KiB.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import grpc
+
+from captionserve._errors import NOT_CAPTIONSERVE, CaptionError
+
+# Where the server does not say how long to wait; doubled with each attempt, up to the most.
+_FIRST_DELAY_SECONDS = 0.1
+_MOST_DELAY_SECONDS = 2.0
+# A delay is made longer by a random share up to this, so that callers do not come back together.
+_JITTER = 0.25
+# Attempts beside the first ones, of all calls of a client together.
+_RETRIES_PER_SECOND = 20.0
+
+
+class RetryBudget:
+    """Keeps the repeated attempts of one client apart in time; shared by its calls and threads.
+
+    It never refuses one: a call that may wait, waits a little longer.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing spent."""
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def earliest(self, wanted: float) -> float:
+        """When an attempt may be made that is wanted then, by time.monotonic()."""
+        with self._lock:
+            granted = max(wanted, self._next)
+            self._next = granted + 1 / _RETRIES_PER_SECOND
+            return granted
+
+
+class Attempts:
+    """The attempts of one call."""
+
+    def __init__(self, budget: RetryBudget, seconds: float) -> None:
+        """Begin the call.
+
+        Args:
+            budget: the client's.
+            seconds: what the call may take, all attempts and waits together.
+        """
+        self._budget = budget
+        self._deadline = time.monotonic() + seconds
+        self._delay = _FIRST_DELAY_SECONDS
+
+    @property
+    def seconds_left(self) -> float:
+        """What the next attempt may take; 0 if the time is up."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def delay_after(self, error: CaptionError) -> float:
+        """How long to wait before the next attempt, in seconds.
+
+        Args:
+            error: what the last attempt has ended with.
+
+        Raises:
+            CaptionError: that error, if it is final or there is no time for another attempt.
+        """
+        if error.code is not grpc.StatusCode.UNAVAILABLE or error.reason == NOT_CAPTIONSERVE:
+            raise error
+        asked = self._delay if error.retry_after is None else error.retry_after
+        self._delay = min(2 * self._delay, _MOST_DELAY_SECONDS)
+        now = time.monotonic()
+        # Not randomness that anybody could make use of.
+        wanted = now + asked * (1 + random.uniform(0, _JITTER))
+        if wanted >= self._deadline or (at := self._budget.earliest(wanted)) >= self._deadline:
+            raise error
+        return at - now
