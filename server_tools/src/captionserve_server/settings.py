@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     balancer_seconds: float = Field(
         0.0,
         ge=0,
-        description="At the end, seconds between NOT_SERVING and refusing calls, in which balancers "
+        description="At the end, seconds between NOT_SERVING and refusing calls, for balancers to "
         "turn away.",
     )
     drain_seconds: float = Field(

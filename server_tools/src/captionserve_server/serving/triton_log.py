@@ -1,4 +1,4 @@
-"""What Triton and its models print: the last lines are remembered, all are kept where it is asked."""
+"""What Triton and its models print: the last lines are remembered, all are kept where wanted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TritonLog:
             )
 
     def pipe(self) -> int:
-        """A new descriptor to print to; what is printed is taken until its last holder closes it."""
+        """A new descriptor to print to; what is printed is taken until all holders have closed it."""
         self._lines.clear()
         reading, writing = os.pipe()
         threading.Thread(target=self._take, args=(reading,), name="triton-log", daemon=True).start()

@@ -1,0 +1,216 @@
+"""Who may come in, and whose turn it is: what one caller asks must not cost another.
+
+    Room    bounds calls and bytes in flight, of each caller and in all; decided before a request is
+            read, so that nobody fills the memory
+    Turns   the queue before the decoder, which holds what fits its slots: fair among callers, bulk
+            behind interactive, and closed to those who could not be answered in time
+
+A caller is known by its identity, which a token or a certificate says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+from captionserve_server.core.errors import DeadlineExceededError, OverloadedError
+
+# Of the last answers, how much the newest one counts in what the next is reckoned to take.
+_NEWEST_SHARE = 0.1
+
+
+@dataclass
+class _Use:
+    calls: int = 0
+    bytes: int = 0
+
+
+class Room:
+    """Calls and bytes in flight."""
+
+    def __init__(self, *, calls: int, calls_each: int, megabytes: int, megabytes_each: int) -> None:
+        """Begin empty.
+
+        Args:
+            calls: at once, of all callers.
+            calls_each: at once, of one caller.
+            megabytes: of all requests that are read or waiting.
+            megabytes_each: likewise, of one caller.
+        """
+        self._most = _Use(calls, megabytes * 2**20)
+        self._most_each = _Use(calls_each, megabytes_each * 2**20)
+        self.all = _Use()
+        self._each: dict[str, _Use] = {}
+
+    @contextmanager
+    def taken(self, identity: str, request_bytes: int) -> Iterator[None]:
+        """Have room for a call while the block runs.
+
+        Args:
+            identity: whose call it is.
+            request_bytes: what it will take.
+
+        Raises:
+            OverloadedError: if there is none, for this caller or for anybody.
+        """
+        own = self._each.setdefault(identity, _Use())
+        for use, most, whose in (
+            (self.all, self._most, "requests"),
+            (own, self._most_each, "requests of this caller"),
+        ):
+            if use.calls + 1 > most.calls:
+                raise OverloadedError(f"too many {whose} are in progress")
+            if use.bytes + request_bytes > most.bytes:
+                raise OverloadedError(f"too many bytes of {whose} are in progress")
+        for use in (self.all, own):
+            use.calls += 1
+            use.bytes += request_bytes
+        try:
+            yield
+        finally:
+            for use in (self.all, own):
+                use.calls -= 1
+                use.bytes -= request_bytes
+            if not own.calls:
+                self._each.pop(identity, None)
+
+
+@dataclass
+class _Caller:
+    """One identity's share of the decoder."""
+
+    working: int = 0
+    # By priority, the more urgent first.
+    waiting: tuple[collections.deque[asyncio.Future[None]], ...] = field(
+        default_factory=lambda: (collections.deque(), collections.deque())
+    )
+
+    @property
+    def idle(self) -> bool:
+        return not (self.working or any(self.waiting))
+
+
+class Turns:
+    """Lets as many work at once as the decoder takes."""
+
+    def __init__(self, at_once: int) -> None:
+        """Begin with nobody at work; `at_once` may be changed."""
+        self.at_once = at_once
+        self.working = 0
+        self.waiting = 0
+        # In the order of their last turns, so that of equals the one comes who has waited longest.
+        self._callers: dict[str, _Caller] = {}
+        # What an answer takes, and how long after the last one it comes, in seconds; 0 if unknown.
+        self._answer_seconds = 0.0
+        self._interval_seconds = 0.0
+        self._last_answer: float | None = None
+
+    @asynccontextmanager
+    async def turn(self, identity: str, *, bulk: bool, deadline: float) -> AsyncIterator[None]:
+        """Wait for a turn, and have it while the block runs.
+
+        Args:
+            identity: who wants it.
+            bulk: whether it may wait behind all that is interactive.
+            deadline: when the answer must be there, by the event loop's clock.
+
+        Raises:
+            OverloadedError: at once, if those before it will have taken the time.
+            DeadlineExceededError: if the turn comes too late for an answer.
+        """
+        clock = asyncio.get_running_loop().time
+        self._refuse_hopeless(identity, bulk, deadline - clock())
+        await self._wait(identity, bulk, deadline)
+        begin = clock()
+        try:
+            if deadline - begin < self._answer_seconds / 2:
+                raise DeadlineExceededError("the deadline passed before the caption was begun")
+            yield
+            self._answered(begin, clock())
+        finally:
+            self._end(identity)
+
+    def _refuse_hopeless(self, identity: str, bulk: bool, seconds: float) -> None:
+        """Refuse who cannot be answered in time by what the last answers took."""
+        if self.working < self.at_once:
+            return
+        own = self._callers.get(identity)
+        own_waiting = 0 if own is None else sum(map(len, own.waiting[: 1 + bulk]))
+        # Fair turns: before one's own next, each other caller has as many as oneself, at most.
+        ahead = own_waiting + sum(
+            min(own_waiting + 1, sum(map(len, other.waiting[: 1 + bulk])))
+            for other in self._callers.values()
+            if other is not own
+        )
+        if (ahead + 1) * self._interval_seconds + self._answer_seconds > seconds:
+            raise OverloadedError("too many requests are waiting")
+
+    async def _wait(self, identity: str, bulk: bool, deadline: float) -> None:
+        caller = self._callers.setdefault(identity, _Caller())
+        if self.working < self.at_once and not self.waiting:
+            self._begin(identity)
+            return
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        queue = caller.waiting[bulk]
+        queue.append(turn)
+        self.waiting += 1
+        try:
+            await asyncio.wait_for(asyncio.shield(turn), deadline - loop.time())
+        except BaseException as error:
+            if turn.done():  # It came together with the end.
+                self._end(identity)
+            else:
+                queue.remove(turn)
+                self.waiting -= 1
+                self._forget_if_idle(identity)
+            if isinstance(error, asyncio.TimeoutError):
+                raise DeadlineExceededError(
+                    "the deadline passed before the caption was begun"
+                ) from error
+            raise
+
+    def _begin(self, identity: str) -> None:
+        # Behind all others, of those that have as much as it.
+        caller = self._callers.pop(identity)
+        self._callers[identity] = caller
+        caller.working += 1
+        self.working += 1
+
+    def _end(self, identity: str) -> None:
+        self._callers[identity].working -= 1
+        self.working -= 1
+        self._forget_if_idle(identity)
+        self._next()
+
+    def _next(self) -> None:
+        """Give turns to those who wait, while there are turns."""
+        while self.working < self.at_once and self.waiting:
+            for priority in range(2):
+                wanting = [name for name, each in self._callers.items() if each.waiting[priority]]
+                if wanting:
+                    # Whoever has the least in work; the first of them, who has waited longest.
+                    identity = min(wanting, key=lambda name: self._callers[name].working)
+                    turn = self._callers[identity].waiting[priority].popleft()
+                    self.waiting -= 1
+                    self._begin(identity)
+                    turn.set_result(None)
+                    break
+
+    def _forget_if_idle(self, identity: str) -> None:
+        if self._callers[identity].idle:
+            del self._callers[identity]
+
+    def _answered(self, begin: float, now: float) -> None:
+        self._answer_seconds = _averaged(self._answer_seconds, now - begin)
+        # Between answers of a decoder that is not full there are pauses that say nothing.
+        if self._last_answer is not None and self.working >= self.at_once:
+            self._interval_seconds = _averaged(self._interval_seconds, now - self._last_answer)
+        self._last_answer = now
+
+
+def _averaged(average: float, newest: float) -> float:
+    return newest if not average else average + _NEWEST_SHARE * (newest - average)
