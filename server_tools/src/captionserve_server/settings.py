@@ -6,10 +6,11 @@ CAPTIONSERVE_ and the field's name, and checks the values wherever they come fro
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, DirectoryPath, Field, FilePath
+from pydantic import AfterValidator, DirectoryPath, Field, FilePath, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from captionserve_server.core.decode_budget import DEFAULT_DECODE_MEGABYTES
@@ -43,6 +44,20 @@ class Settings(BaseSettings):
     )
     health_listen: Address | None = Field(
         None, description="HOST:PORT of a plaintext server with health alone, for probes."
+    )
+    tls_certificate: Path | None = Field(
+        None, description="The server's certificate chain, PEM; with --tls-key, TLS is spoken."
+    )
+    tls_key: Path | None = Field(None, description="The certificate's private key, PEM.")
+    tls_client_ca: Path | None = Field(
+        None, description="Certificates that vouch for clients, PEM; others are turned away."
+    )
+    tokens: Path | None = Field(
+        None, description="File of `captionserve token`; calls need one of its tokens."
+    )
+    insecure: bool = Field(
+        False,
+        description="Listen on other addresses than loopback, although anybody could call or read.",
     )
     ready_file: Path | None = Field(
         None,
@@ -78,6 +93,13 @@ class Settings(BaseSettings):
     max_concurrent_calls: int = Field(
         256, ge=1, description="Captions in flight at once; one more is refused as OVERLOADED."
     )
+    max_concurrent_per_client: int = Field(
+        128, ge=1, description="Likewise of one client, as its token or certificate names it."
+    )
+    max_request_megabytes: int = Field(
+        512, ge=1, description="Memory of all requests that are read, waiting or in work."
+    )
+    max_request_megabytes_per_client: int = Field(256, ge=1, description="Likewise of one client.")
     max_streams_per_connection: int = Field(
         256, ge=1, description="Calls at once on one connection; more wait at the caller."
     )
@@ -111,3 +133,28 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         30.0, ge=0, description="At the end, seconds that calls in flight may take after that."
     )
+
+    @model_validator(mode="after")
+    def _check_security(self) -> Settings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
+        known = self.tls_client_ca is not None or self.tokens is not None
+        if self.insecure or (self.tls_certificate is not None and known):
+            return self
+        if not is_loopback(self.listen):
+            raise ValueError(
+                f"--listen {self.listen} is open to others: give TLS, and tokens or a client CA; "
+                "or --insecure, if something else keeps them out"
+            )
+        return self
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a HOST:PORT can be reached from this machine only."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -15,6 +15,7 @@ from captionserve_server.cli.demo import demo
 from captionserve_server.cli.evaluate import evaluate
 from captionserve_server.cli.export import export, make_checkpoint
 from captionserve_server.cli.serve import serve
+from captionserve_server.cli.token import token
 from captionserve_server.export.errors import UnsupportedCheckpointError
 from captionserve_server.serving.installation import TritonNotFoundError
 from captionserve_server.serving.launch import LaunchError
@@ -29,6 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(token, name="token")
 for command in (export, serve, caption, evaluate, calibrate, make_checkpoint, demo, bench):
     app.command()(command)
 

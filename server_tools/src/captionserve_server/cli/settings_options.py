@@ -67,7 +67,9 @@ def _settings(given: dict[str, Any]) -> Settings:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # Of several settings together; it names them.
+            raise typer.UsageError(message) from error
         name = str(first["loc"][0])
         hint = flag(name) if given.get(name) is not None else f"{flag(name)} or {variable(name)}"
-        message = first["msg"].removeprefix("Value error, ")
         raise typer.BadParameter(message, param_hint=hint) from error

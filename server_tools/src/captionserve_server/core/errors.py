@@ -7,6 +7,7 @@
     │   ├── UnsupportedImageFormatError
     │   ├── ImageTooManyPixelsError
     │   └── InvalidOptionsError     carries one violation per field
+    ├── UnauthenticatedError        the caller is not known
     ├── OverloadedError             try again later
     ├── DeadlineExceededError
     ├── CancelledError
@@ -103,6 +104,12 @@ class InvalidOptionsError(InvalidRequestError):
     def field_violations(self) -> Mapping[str, str]:
         """What is wrong, by option name."""
         return MappingProxyType(self._violations)
+
+
+class UnauthenticatedError(CaptionServeError):
+    """The caller has not said who calls, or with a token that is not known."""
+
+    reason = "UNAUTHENTICATED"
 
 
 class OverloadedError(CaptionServeError):

@@ -95,10 +95,12 @@ class Description:
     Attributes:
         version: which one it is.
         defaults: the options of its checkpoint.
+        slots: captions that it decodes at once.
     """
 
     version: int
     defaults: DecodingOptions
+    slots: int
 
 
 class Answer(NamedTuple):
@@ -143,7 +145,8 @@ class DecoderClient:
         try:
             description = json.loads(answer.outputs[wire.DESCRIPTION.name].values[0])
             defaults = DecodingOptions.from_given(description["defaults"])
-            return Description(int(description["version"]), defaults)
+            slots = int(description["slots"])
+            return Description(int(description["version"]), defaults, slots)
         except (ValueError, LookupError, TypeError, AttributeError, InvalidOptionsError) as error:
             raise ModelFaultError(_UNREADABLE) from error
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from captionserve.v1 import caption_pb2_grpc
+from captionserve.v1 import caption_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from captionserve_server.gateway.admission import Room
 from captionserve_server.gateway.cache import AnswerCache
+from captionserve_server.gateway.calls import Calls
 from captionserve_server.gateway.caption_service import SERVICE_NAME, CaptionService
+from captionserve_server.gateway.credentials import CertificatePaths, ServerCertificates
 from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
+from captionserve_server.gateway.identity import Identities
 from captionserve_server.gateway.interceptors import ErrorInterceptor, MetricsInterceptor
 from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.gateway.metrics import GatewayMetrics, MetricsServer
@@ -39,8 +43,18 @@ class Gateway:
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Keep the settings; nothing is opened before `start`."""
+        """Read certificates and tokens; nothing is opened before `start`.
+
+        Raises:
+            OSError: if a certificate, a key or the tokens cannot be read or used.
+        """
         self._settings = settings
+        self._identities = Identities(settings.tokens)
+        self._certificates: ServerCertificates | None = None
+        if settings.tls_certificate is not None and settings.tls_key is not None:
+            self._certificates = ServerCertificates(
+                CertificatePaths(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+            )
         self.address = ""
         self.metrics_address = ""
         self.health_address: str | None = None
@@ -64,12 +78,23 @@ class Gateway:
         self.metrics_address = self._metrics_server.address
         self._health = health.aio.HealthServicer()
         self._service = CaptionService(cache, metrics, self._settings)
+        self._calls = Calls(
+            self._identities,
+            Room(
+                calls=self._settings.max_concurrent_calls,
+                calls_each=self._settings.max_concurrent_per_client,
+                megabytes=self._settings.max_request_megabytes,
+                megabytes_each=self._settings.max_request_megabytes_per_client,
+            ),
+            max_message_bytes=self._settings.max_message_megabytes * 2**20,
+            deadline_cap_seconds=self._settings.deadline_cap_seconds,
+        )
         self._servers = [self._build_server(metrics)]
         try:
-            self.address = _listen(self._servers[0], self._settings.listen)
+            self.address = _listen(self._servers[0], self._settings.listen, self._certificates)
             if self._settings.health_listen is not None:
                 self._servers.append(self._health_server())
-                self.health_address = _listen(self._servers[1], self._settings.health_listen)
+                self.health_address = _listen(self._servers[1], self._settings.health_listen, None)
         except OSError:
             await self.close()
             raise
@@ -120,7 +145,7 @@ class Gateway:
         hurrying = asyncio.create_task(hurry.wait())
         await asyncio.wait([hurrying], timeout=self._settings.balancer_seconds)
         stopping = asyncio.create_task(self._servers[0].stop(self._settings.drain_seconds))
-        idle = asyncio.create_task(self._service.wait_idle())
+        idle = asyncio.create_task(self._calls.wait_idle())
         await asyncio.wait([stopping, idle, hurrying], return_when=asyncio.FIRST_COMPLETED)
         for task in (idle, hurrying):
             task.cancel()
@@ -143,11 +168,21 @@ class Gateway:
             interceptors=(MetricsInterceptor(SERVICE_NAME, metrics), ErrorInterceptor()),
             options=_server_options(self._settings),
         )
-        caption_pb2_grpc.add_CaptionServiceServicer_to_server(self._service, server)
+        server.add_generic_rpc_handlers((self._caption_handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         return server
+
+    def _caption_handlers(self) -> grpc.GenericRpcHandler:
+        calls, service = self._calls, self._service
+        handlers = {
+            "Caption": calls.unary(caption_pb2.CaptionRequest, service.caption),
+            "StreamCaption": calls.streaming(
+                caption_pb2.StreamCaptionRequest, service.stream_caption
+            ),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     def _health_server(self) -> grpc.aio.Server:
         """For probes, which speak plaintext only and should not wait behind calls."""
@@ -156,10 +191,13 @@ class Gateway:
         return server
 
 
-def _listen(server: grpc.aio.Server, listen: str) -> str:
+def _listen(server: grpc.aio.Server, listen: str, certificates: ServerCertificates | None) -> str:
     """Bind, and give the address with the port that was really taken."""
     try:
-        port = server.add_insecure_port(listen)
+        if certificates is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, certificates.credentials())
     except RuntimeError as error:
         raise OSError(f"cannot listen on {listen}") from error
     host, _, _ = listen.rpartition(":")
@@ -175,6 +213,8 @@ def _server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_connection_idle_ms", int(1000 * settings.connection_idle_seconds)),
         ("grpc.max_connection_age_ms", int(1000 * settings.connection_age_seconds)),
         ("grpc.max_connection_age_grace_ms", int(1000 * settings.deadline_cap_seconds)),
+        # Clients ping on connections with calls, so as to notice one that is dead.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         # Two gateways on one port would each get half of the calls, unnoticed.
         ("grpc.so_reuseport", 0),
     ]

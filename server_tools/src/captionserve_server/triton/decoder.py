@@ -95,6 +95,7 @@ class TritonPythonModel:
             max_entries=arguments.number("max_entries"),
             max_admissions=arguments.number("max_admissions"),
         )
+        self._slots = limits.slots
         step_model = GraphStepModel(graphs, self._bundle.geometry, limits.slots)
         step_model.warm_up()
         vocabulary = Vocabulary(self._bundle.special, self._bundle.geometry.vocabulary_size)
@@ -186,7 +187,7 @@ class TritonPythonModel:
 
     def _description(self) -> str:
         defaults = self._bundle.defaults.as_given()
-        return json.dumps({"version": self._version, "defaults": defaults})
+        return json.dumps({"version": self._version, "defaults": defaults, "slots": self._slots})
 
     def _die(self, error: BaseException) -> None:
         """End the process, because a thread has ended that should not have."""
