@@ -4,6 +4,7 @@ from captionserve._aio import AsyncCaptionClient
 from captionserve._client import CaptionClient
 from captionserve._errors import CaptionError
 from captionserve._images import ImageInput
+from captionserve._many import Outcome
 from captionserve._options import GenerationOptions
 from captionserve._results import (
     Attention,
@@ -25,5 +26,6 @@ __all__ = [
     "FinishReason",
     "GenerationOptions",
     "ImageInput",
+    "Outcome",
     "tls_credentials",
 ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import grpc
 
 from captionserve._errors import CaptionError, from_rpc_error
 from captionserve._images import ImageInput
+from captionserve._many import DEFAULT_WINDOW, Batch, Outcome
 from captionserve._options import GenerationOptions
 from captionserve._results import (
     CaptionResult,
@@ -18,9 +21,12 @@ from captionserve._results import (
     from_proto,
     update_from_proto,
 )
+from captionserve._retry import Backoff
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
+    IMAGE_ERRORS,
     Connection,
+    Metadata,
     Token,
     build_request,
     channel_options,
@@ -125,6 +131,47 @@ class AsyncCaptionClient:
                     raise
                 await asyncio.sleep(attempts.delay_after(error))
 
+    async def caption_many(
+        self,
+        images: Iterable[ImageInput] | AsyncIterable[ImageInput],
+        options: GenerationOptions | None = None,
+        *,
+        window: int = DEFAULT_WINDOW,
+        ordered: bool = True,
+        timeout: float | None = None,
+        bypass_cache: bool = False,
+    ) -> AsyncGenerator[Outcome, None]:
+        """Describe many images over one connection, and yield what becomes of each, exactly once.
+
+        As `CaptionClient.caption_many`; images may come from an asynchronous iterable.
+        """
+        self._connection.attempts(timeout)  # Checked before anything is pulled.
+        batch, pulled, more = Batch(window, ordered=ordered), _pulled(images), True
+        async with aclosing(_ManyCalls(self._stub, self._connection)) as calls:
+            while True:
+                while more and batch.has_room:
+                    try:
+                        image = await pulled.__anext__()
+                    except StopAsyncIteration:
+                        more = False
+                        break
+                    attempts = self._connection.attempts(timeout)
+                    try:
+                        request = await asyncio.to_thread(
+                            build_request, image, options, bypass_cache=bypass_cache
+                        )
+                    except IMAGE_ERRORS as error:
+                        batch.add_failed(error)
+                    else:
+                        batch.add(request, attempts)
+                for outcome in batch.outcomes():
+                    yield outcome
+                if not more and batch.is_done:
+                    return
+                if not (more and batch.has_room):
+                    with self._errors_mapped():
+                        await calls.advance(batch)
+
     async def close(self) -> None:
         """Close the connection; calls in flight, and later ones, fail with CLIENT_CLOSED."""
         self._connection.closed.set()
@@ -157,3 +204,107 @@ class AsyncCaptionClient:
     ) -> None:
         """Close the connection."""
         await self.close()
+
+
+async def _pulled(images: Iterable[ImageInput] | AsyncIterable[ImageInput]) -> AsyncIterator[Any]:
+    if isinstance(images, AsyncIterable):
+        async for image in images:
+            yield image
+    else:
+        for image in images:
+            yield image
+
+
+class _ManyCalls:
+    """The calls of one `caption_many`, one after the other, each read by a task of its own."""
+
+    def __init__(self, stub: Any, connection: Connection) -> None:
+        self._stub = stub
+        self._connection = connection
+        self._backoff = Backoff()
+        self._call: _ManyCall | None = None
+        self._events: asyncio.Queue[_Event] = asyncio.Queue()
+
+    async def advance(self, batch: Batch) -> None:
+        """Send what is to be sent, and wait until something has happened.
+
+        Raises:
+            CaptionError: if no call will do better.
+        """
+        if self._connection.closed.is_set():
+            raise self._connection.closed_error()
+        if self._call is None and batch.is_due:
+            self._call = _ManyCall(self._stub, self._connection.metadata(), self._events)
+        if self._call is not None:
+            for message in batch.sendable():
+                self._call.send(message)
+            if batch.is_drained:
+                self._call.finish()
+        with suppress(asyncio.TimeoutError):
+            event = await asyncio.wait_for(self._events.get(), batch.seconds_idle())
+            self._take(event, batch)
+        batch.expire()
+
+    async def aclose(self) -> None:
+        if self._call is not None:
+            await self._call.cancel()
+
+    def _take(self, event: _Event, batch: Batch) -> None:
+        if event.call is not self._call:  # One that was given up.
+            return
+        if event.response is not None:
+            self._backoff.reset()
+            batch.received(event.response)
+            return
+        self._call = None
+        batch.call_ended(event.error, 0.0 if batch.is_drained else self._backoff.next_delay())
+
+
+class _ManyCall:
+    """One CaptionMany call."""
+
+    def __init__(self, stub: Any, metadata: Metadata, events: asyncio.Queue[_Event]) -> None:
+        self._outgoing: asyncio.Queue[caption_pb2.CaptionManyRequest | None] = asyncio.Queue()
+        self._events = events
+        self._call = stub.CaptionMany(self._messages(), metadata=metadata)
+        self._reading = asyncio.create_task(self._read())
+
+    def send(self, message: caption_pb2.CaptionManyRequest) -> None:
+        self._outgoing.put_nowait(message)
+
+    def finish(self) -> None:
+        """Send no more."""
+        self._outgoing.put_nowait(None)
+
+    async def cancel(self) -> None:
+        self._call.cancel()
+        self.finish()
+        self._reading.cancel()
+        await asyncio.wait([self._reading])
+
+    async def _messages(self) -> AsyncIterator[caption_pb2.CaptionManyRequest]:
+        while (message := await self._outgoing.get()) is not None:
+            yield message
+
+    async def _read(self) -> None:
+        error: CaptionError | None = None
+        try:
+            async for response in self._call:
+                self._events.put_nowait(_Event(self, response, None))
+        except grpc.RpcError as raised:
+            error = from_rpc_error(raised)
+        except asyncio.CancelledError:  # The call's: its channel has been closed.
+            error = CaptionError(grpc.StatusCode.CANCELLED, "CANCELLED", "the call was cancelled")
+        except Exception as raised:  # It must not end in silence: somebody waits for its word.
+            error = CaptionError(grpc.StatusCode.INTERNAL, "INTERNAL", type(raised).__name__)
+        self.finish()
+        self._events.put_nowait(_Event(self, None, error))
+
+
+@dataclass(frozen=True)
+class _Event:
+    """What a call says, or that it has ended, and with which error."""
+
+    call: _ManyCall
+    response: caption_pb2.CaptionManyResponse | None
+    error: CaptionError | None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+import queue
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 
 import grpc
 
 from captionserve._errors import CaptionError, from_rpc_error
 from captionserve._images import ImageInput
+from captionserve._many import DEFAULT_WINDOW, Batch, Outcome
 from captionserve._options import GenerationOptions
 from captionserve._results import (
     CaptionResult,
@@ -17,9 +21,12 @@ from captionserve._results import (
     from_proto,
     update_from_proto,
 )
+from captionserve._retry import Backoff
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
+    IMAGE_ERRORS,
     Connection,
+    Metadata,
     Token,
     build_request,
     channel_options,
@@ -146,6 +153,58 @@ class CaptionClient:
                     raise
                 self._wait(attempts.delay_after(error))
 
+    def caption_many(
+        self,
+        images: Iterable[ImageInput],
+        options: GenerationOptions | None = None,
+        *,
+        window: int = DEFAULT_WINDOW,
+        ordered: bool = True,
+        timeout: float | None = None,
+        bypass_cache: bool = False,
+    ) -> Generator[Outcome, None, None]:
+        """Describe many images over one connection, and yield what becomes of each, exactly once.
+
+        Images are pulled as there is room for them, by whoever iterates over the outcomes. A
+        connection that is lost, or a service that restarts, is waited for; what was under way then
+        is asked for again. Closing the generator ends the work on the server.
+
+        Args:
+            images: each as `caption` takes it.
+            options: as for `caption`, for all images.
+            window: how many images may be pulled and not yet given out.
+            ordered: whether outcomes come in the images' order, else as they are finished.
+            timeout: as for `caption`, for each image, from when it was pulled.
+            bypass_cache: as for `caption`.
+
+        Raises:
+            CaptionError: if the service refuses all calls, or the client is closed.
+            ValueError: if the window or the timeout is not positive.
+        """
+        self._connection.attempts(timeout)  # Checked before anything is pulled.
+        batch, pulled, more = Batch(window, ordered=ordered), iter(images), True
+        with closing(_ManyCalls(self._stub, self._connection)) as calls:
+            while True:
+                while more and batch.has_room:
+                    try:
+                        image = next(pulled)
+                    except StopIteration:
+                        more = False
+                        break
+                    attempts = self._connection.attempts(timeout)
+                    try:
+                        request = build_request(image, options, bypass_cache=bypass_cache)
+                    except IMAGE_ERRORS as error:
+                        batch.add_failed(error)
+                    else:
+                        batch.add(request, attempts)
+                yield from batch.outcomes()
+                if not more and batch.is_done:
+                    return
+                if not (more and batch.has_room):
+                    with self._errors_mapped():
+                        calls.advance(batch)
+
     def close(self) -> None:
         """Close the connection; calls in flight, and later ones, fail with CLIENT_CLOSED."""
         self._connection.closed.set()
@@ -180,3 +239,96 @@ class CaptionClient:
     ) -> None:
         """Close the connection."""
         self.close()
+
+
+class _ManyCalls:
+    """The calls of one `caption_many`, one after the other, each read by a thread of its own."""
+
+    def __init__(self, stub: caption_pb2_grpc.CaptionServiceStub, connection: Connection) -> None:
+        self._stub = stub
+        self._connection = connection
+        self._backoff = Backoff()
+        self._call: _ManyCall | None = None
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+
+    def advance(self, batch: Batch) -> None:
+        """Send what is to be sent, and wait until something has happened.
+
+        Raises:
+            CaptionError: if no call will do better.
+        """
+        if self._connection.closed.is_set():
+            raise self._connection.closed_error()
+        if self._call is None and batch.is_due:
+            self._call = _ManyCall(self._stub, self._connection.metadata(), self._events)
+        if self._call is not None:
+            for message in batch.sendable():
+                self._call.send(message)
+            if batch.is_drained:
+                self._call.finish()
+        with suppress(queue.Empty):
+            self._take(self._events.get(timeout=batch.seconds_idle()), batch)
+        batch.expire()
+
+    def close(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+
+    def _take(self, event: _Event, batch: Batch) -> None:
+        if event.call is not self._call:  # One that was given up.
+            return
+        if event.response is not None:
+            self._backoff.reset()
+            batch.received(event.response)
+            return
+        self._call = None
+        batch.call_ended(event.error, 0.0 if batch.is_drained else self._backoff.next_delay())
+
+
+class _ManyCall:
+    """One CaptionMany call."""
+
+    def __init__(
+        self,
+        stub: caption_pb2_grpc.CaptionServiceStub,
+        metadata: Metadata,
+        events: queue.SimpleQueue[_Event],
+    ) -> None:
+        self._outgoing: queue.SimpleQueue[caption_pb2.CaptionManyRequest | None] = (
+            queue.SimpleQueue()
+        )
+        self._events = events
+        self._call = stub.CaptionMany(iter(self._outgoing.get, None), metadata=metadata)
+        threading.Thread(target=self._read, name="caption-many", daemon=True).start()
+
+    def send(self, message: caption_pb2.CaptionManyRequest) -> None:
+        self._outgoing.put(message)
+
+    def finish(self) -> None:
+        """Send no more."""
+        self._outgoing.put(None)
+
+    def cancel(self) -> None:
+        self._call.cancel()
+        self.finish()
+
+    def _read(self) -> None:
+        error: CaptionError | None = None
+        try:
+            for response in self._call:
+                self._events.put(_Event(self, response, None))
+        except grpc.RpcError as raised:
+            error = from_rpc_error(raised)
+        except Exception as raised:  # It must not end in silence: somebody waits for its word.
+            error = CaptionError(grpc.StatusCode.INTERNAL, "INTERNAL", type(raised).__name__)
+        self._outgoing.put(None)
+        self._events.put(_Event(self, None, error))
+
+
+@dataclass(frozen=True)
+class _Event:
+    """What a call says, or that it has ended, and with which error."""
+
+    call: _ManyCall
+    response: caption_pb2.CaptionManyResponse | None
+    error: CaptionError | None

@@ -44,6 +44,25 @@ class RetryBudget:
             return granted
 
 
+class Backoff:
+    """How long to wait between calls that fail one after the other."""
+
+    def __init__(self) -> None:
+        """Begin with the shortest delay."""
+        self._delay = _FIRST_DELAY_SECONDS
+
+    def reset(self) -> None:
+        """A call has gone well."""
+        self._delay = _FIRST_DELAY_SECONDS
+
+    def next_delay(self, asked: float | None = None) -> float:
+        """How long to wait, in seconds; the server may have asked for a time."""
+        asked = self._delay if asked is None else asked
+        self._delay = min(2 * self._delay, _MOST_DELAY_SECONDS)
+        # Not randomness that anybody could make use of.
+        return asked * (1 + random.uniform(0, _JITTER))
+
+
 class Attempts:
     """The attempts of one call."""
 
@@ -56,12 +75,17 @@ class Attempts:
         """
         self._budget = budget
         self._deadline = time.monotonic() + seconds
-        self._delay = _FIRST_DELAY_SECONDS
+        self._backoff = Backoff()
 
     @property
     def seconds_left(self) -> float:
         """What the next attempt may take; 0 if the time is up."""
         return max(0.0, self._deadline - time.monotonic())
+
+    @property
+    def seconds_over(self) -> float:
+        """How long the time has been up; negative while it is not."""
+        return time.monotonic() - self._deadline
 
     def delay_after(self, error: CaptionError) -> float:
         """How long to wait before the next attempt, in seconds.
@@ -74,11 +98,8 @@ class Attempts:
         """
         if error.code is not grpc.StatusCode.UNAVAILABLE or error.reason == NOT_CAPTIONSERVE:
             raise error
-        asked = self._delay if error.retry_after is None else error.retry_after
-        self._delay = min(2 * self._delay, _MOST_DELAY_SECONDS)
         now = time.monotonic()
-        # Not randomness that anybody could make use of.
-        wanted = now + asked * (1 + random.uniform(0, _JITTER))
+        wanted = now + self._backoff.next_delay(error.retry_after)
         if wanted >= self._deadline or (at := self._budget.earliest(wanted)) >= self._deadline:
             raise error
         return at - now

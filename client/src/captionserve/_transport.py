@@ -35,6 +35,9 @@ _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
 _SIZE_HEADER = "captionserve-request-bytes"
 
+# What reading an image or making its message raises; of many images it concerns that one alone.
+IMAGE_ERRORS = (CaptionError, OSError, TypeError, ValueError)
+
 Token = str | Callable[[], str]
 """A bearer token, or what gives the present one; asked for each attempt."""
 

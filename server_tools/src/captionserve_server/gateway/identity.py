@@ -39,7 +39,7 @@ class Identities:
             self._tokens = read_tokens(tokens)
 
     def refresh(self) -> None:
-        """Take in a file that has changed; one that cannot be used is said, and the last one kept."""
+        """Take in a file that has changed; one that cannot be used is said, and not taken."""
         if self._path is None:
             return
         try:

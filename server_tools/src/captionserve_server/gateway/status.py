@@ -59,15 +59,21 @@ class RpcStatus:
 def rpc_status(error: errors.CaptionServeError) -> RpcStatus:
     """The status that tells a caller of an error."""
     code = CODES[type(error)]
-    status = status_pb2.Status(code=code.value[0], message=error.message)
-    for detail in _details(error):
-        status.details.add().Pack(detail)
+    status = google_status(error)
     metadata: list[tuple[str, str | bytes]] = [
         ("grpc-status-details-bin", status.SerializeToString())
     ]
     if isinstance(error, errors.OverloadedError):
         metadata.append(("grpc-retry-pushback-ms", str(1000 * RETRY_DELAY_SECONDS)))
     return RpcStatus(code, error.message, tuple(metadata))
+
+
+def google_status(error: errors.CaptionServeError) -> status_pb2.Status:
+    """The same as a message of its own, which is all that an item of a call has."""
+    status = status_pb2.Status(code=CODES[type(error)].value[0], message=error.message)
+    for detail in _details(error):
+        status.details.add().Pack(detail)
+    return status
 
 
 def _details(error: errors.CaptionServeError) -> list[Message]:

@@ -40,7 +40,7 @@ class TritonLog:
             )
 
     def pipe(self) -> int:
-        """A new descriptor to print to; what is printed is taken until all holders have closed it."""
+        """A new descriptor to print to; what is printed is taken until nobody holds it any more."""
         self._lines.clear()
         reading, writing = os.pipe()
         threading.Thread(target=self._take, args=(reading,), name="triton-log", daemon=True).start()
