@@ -12,6 +12,9 @@ from captionserve._results import (
     CaptionResult,
     CaptionUpdate,
     FinishReason,
+    ModelInfo,
+    Models,
+    OptionLimits,
 )
 from captionserve._transport import tls_credentials
 
@@ -26,6 +29,9 @@ __all__ = [
     "FinishReason",
     "GenerationOptions",
     "ImageInput",
+    "ModelInfo",
+    "Models",
+    "OptionLimits",
     "Outcome",
     "tls_credentials",
 ]

@@ -18,7 +18,9 @@ from captionserve._options import GenerationOptions
 from captionserve._results import (
     CaptionResult,
     CaptionUpdate,
+    Models,
     from_proto,
+    models_from_proto,
     update_from_proto,
 )
 from captionserve._retry import Backoff
@@ -149,28 +151,55 @@ class AsyncCaptionClient:
         batch, pulled, more = Batch(window, ordered=ordered), _pulled(images), True
         async with aclosing(_ManyCalls(self._stub, self._connection)) as calls:
             while True:
-                while more and batch.has_room:
+                if more and batch.has_room:
                     try:
                         image = await pulled.__anext__()
                     except StopAsyncIteration:
                         more = False
-                        break
-                    attempts = self._connection.attempts(timeout)
-                    try:
-                        request = await asyncio.to_thread(
-                            build_request, image, options, bypass_cache=bypass_cache
-                        )
-                    except IMAGE_ERRORS as error:
-                        batch.add_failed(error)
                     else:
-                        batch.add(request, attempts)
+                        attempts = self._connection.attempts(timeout)
+                        try:
+                            request = await asyncio.to_thread(
+                                build_request, image, options, bypass_cache=bypass_cache
+                            )
+                            batch.add(request, attempts)
+                        except IMAGE_ERRORS as error:
+                            batch.add_failed(error)
                 for outcome in batch.outcomes():
                     yield outcome
                 if not more and batch.is_done:
                     return
-                if not (more and batch.has_room):
-                    with self._errors_mapped():
-                        await calls.advance(batch)
+                with self._errors_mapped():
+                    await calls.advance(batch, wait=not (more and batch.has_room))
+
+    async def models(self, *, timeout: float | None = None) -> Models:
+        """What the service serves, with which limits, and how busy it is.
+
+        Raises:
+            CaptionError: if the call failed.
+            ValueError: if the timeout is not a positive, finite number.
+        """
+        attempts = self._connection.attempts(timeout)
+        while True:
+            try:
+                with self._errors_mapped():
+                    response = await self._stub.GetModels(
+                        caption_pb2.GetModelsRequest(),
+                        timeout=attempts.seconds_left,
+                        metadata=self._connection.metadata(0),
+                    )
+                return models_from_proto(response)
+            except CaptionError as error:
+                await asyncio.sleep(attempts.delay_after(error))
+
+    async def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until the service answers, for so many seconds at most.
+
+        Raises:
+            CaptionError: why it does not, when the time is up or waiting is of no use.
+            ValueError: if the timeout is not a positive, finite number.
+        """
+        await self.models(timeout=timeout)
 
     async def close(self) -> None:
         """Close the connection; calls in flight, and later ones, fail with CLIENT_CLOSED."""
@@ -218,15 +247,17 @@ async def _pulled(images: Iterable[ImageInput] | AsyncIterable[ImageInput]) -> A
 class _ManyCalls:
     """The calls of one `caption_many`, one after the other, each read by a task of its own."""
 
-    def __init__(self, stub: Any, connection: Connection) -> None:
+    def __init__(
+        self, stub: caption_pb2_grpc.CaptionServiceAsyncStub, connection: Connection
+    ) -> None:
         self._stub = stub
         self._connection = connection
         self._backoff = Backoff()
         self._call: _ManyCall | None = None
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
 
-    async def advance(self, batch: Batch) -> None:
-        """Send what is to be sent, and wait until something has happened.
+    async def advance(self, batch: Batch, *, wait: bool) -> None:
+        """Send what is to be sent, and take what has happened; or wait until something has.
 
         Raises:
             CaptionError: if no call will do better.
@@ -240,9 +271,12 @@ class _ManyCalls:
                 self._call.send(message)
             if batch.is_drained:
                 self._call.finish()
-        with suppress(asyncio.TimeoutError):
-            event = await asyncio.wait_for(self._events.get(), batch.seconds_idle())
-            self._take(event, batch)
+        if wait and self._events.empty():
+            with suppress(asyncio.TimeoutError):
+                event = await asyncio.wait_for(self._events.get(), batch.seconds_idle())
+                self._take(event, batch)
+        while not self._events.empty():
+            self._take(self._events.get_nowait(), batch)
         batch.expire()
 
     async def aclose(self) -> None:
@@ -263,7 +297,12 @@ class _ManyCalls:
 class _ManyCall:
     """One CaptionMany call."""
 
-    def __init__(self, stub: Any, metadata: Metadata, events: asyncio.Queue[_Event]) -> None:
+    def __init__(
+        self,
+        stub: caption_pb2_grpc.CaptionServiceAsyncStub,
+        metadata: Metadata,
+        events: asyncio.Queue[_Event],
+    ) -> None:
         self._outgoing: asyncio.Queue[caption_pb2.CaptionManyRequest | None] = asyncio.Queue()
         self._events = events
         self._call = stub.CaptionMany(self._messages(), metadata=metadata)

@@ -18,7 +18,9 @@ from captionserve._options import GenerationOptions
 from captionserve._results import (
     CaptionResult,
     CaptionUpdate,
+    Models,
     from_proto,
+    models_from_proto,
     update_from_proto,
 )
 from captionserve._retry import Backoff
@@ -185,25 +187,52 @@ class CaptionClient:
         batch, pulled, more = Batch(window, ordered=ordered), iter(images), True
         with closing(_ManyCalls(self._stub, self._connection)) as calls:
             while True:
-                while more and batch.has_room:
+                if more and batch.has_room:
                     try:
                         image = next(pulled)
                     except StopIteration:
                         more = False
-                        break
-                    attempts = self._connection.attempts(timeout)
-                    try:
-                        request = build_request(image, options, bypass_cache=bypass_cache)
-                    except IMAGE_ERRORS as error:
-                        batch.add_failed(error)
                     else:
-                        batch.add(request, attempts)
+                        attempts = self._connection.attempts(timeout)
+                        try:
+                            request = build_request(image, options, bypass_cache=bypass_cache)
+                            batch.add(request, attempts)
+                        except IMAGE_ERRORS as error:
+                            batch.add_failed(error)
                 yield from batch.outcomes()
                 if not more and batch.is_done:
                     return
-                if not (more and batch.has_room):
-                    with self._errors_mapped():
-                        calls.advance(batch)
+                with self._errors_mapped():
+                    calls.advance(batch, wait=not (more and batch.has_room))
+
+    def models(self, *, timeout: float | None = None) -> Models:
+        """What the service serves, with which limits, and how busy it is.
+
+        Raises:
+            CaptionError: if the call failed.
+            ValueError: if the timeout is not a positive, finite number.
+        """
+        attempts = self._connection.attempts(timeout)
+        while True:
+            try:
+                with self._errors_mapped():
+                    response = self._stub.GetModels(
+                        caption_pb2.GetModelsRequest(),
+                        timeout=attempts.seconds_left,
+                        metadata=self._connection.metadata(0),
+                    )
+                return models_from_proto(response)
+            except CaptionError as error:
+                self._wait(attempts.delay_after(error))
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until the service answers, for so many seconds at most.
+
+        Raises:
+            CaptionError: why it does not, when the time is up or waiting is of no use.
+            ValueError: if the timeout is not a positive, finite number.
+        """
+        self.models(timeout=timeout)
 
     def close(self) -> None:
         """Close the connection; calls in flight, and later ones, fail with CLIENT_CLOSED."""
@@ -251,8 +280,8 @@ class _ManyCalls:
         self._call: _ManyCall | None = None
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
 
-    def advance(self, batch: Batch) -> None:
-        """Send what is to be sent, and wait until something has happened.
+    def advance(self, batch: Batch, *, wait: bool) -> None:
+        """Send what is to be sent, and take what has happened; or wait until something has.
 
         Raises:
             CaptionError: if no call will do better.
@@ -267,7 +296,9 @@ class _ManyCalls:
             if batch.is_drained:
                 self._call.finish()
         with suppress(queue.Empty):
-            self._take(self._events.get(timeout=batch.seconds_idle()), batch)
+            self._take(self._events.get(wait, batch.seconds_idle()), batch)
+            while True:
+                self._take(self._events.get_nowait(), batch)
         batch.expire()
 
     def close(self) -> None:

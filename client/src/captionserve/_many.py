@@ -198,7 +198,7 @@ class Batch:
             return
         error = _error_of(result.error)
         try:
-            delay = item.attempts.delay_after(error)
+            delay = item.attempts.delay_after(error, overload=True)
         except CaptionError:
             self._finish(Outcome(item.index, None, error))
             return

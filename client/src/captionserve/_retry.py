@@ -14,7 +14,7 @@ import time
 
 import grpc
 
-from captionserve._errors import NOT_CAPTIONSERVE, CaptionError
+from captionserve._errors import NOT_CAPTIONSERVE, OVERLOADED, CaptionError
 
 # Where the server does not say how long to wait; doubled with each attempt, up to the most.
 _FIRST_DELAY_SECONDS = 0.1
@@ -87,16 +87,19 @@ class Attempts:
         """How long the time has been up; negative while it is not."""
         return time.monotonic() - self._deadline
 
-    def delay_after(self, error: CaptionError) -> float:
+    def delay_after(self, error: CaptionError, *, overload: bool = False) -> float:
         """How long to wait before the next attempt, in seconds.
 
         Args:
             error: what the last attempt has ended with.
+            overload: whether one that was refused for overload is made again, as may be where a
+                window bounds them.
 
         Raises:
             CaptionError: that error, if it is final or there is no time for another attempt.
         """
-        if error.code is not grpc.StatusCode.UNAVAILABLE or error.reason == NOT_CAPTIONSERVE:
+        passes = error.code is grpc.StatusCode.UNAVAILABLE and error.reason != NOT_CAPTIONSERVE
+        if not passes and not (overload and error.reason == OVERLOADED):
             raise error
         now = time.monotonic()
         wanted = now + self._backoff.next_delay(error.retry_after)

@@ -100,6 +100,9 @@ class Settings(BaseSettings):
         512, ge=1, description="Memory of all requests that are read, waiting or in work."
     )
     max_request_megabytes_per_client: int = Field(256, ge=1, description="Likewise of one client.")
+    window: int = Field(
+        64, ge=1, description="Items of a CaptionMany call that may be unanswered at a time."
+    )
     max_streams_per_connection: int = Field(
         256, ge=1, description="Calls at once on one connection; more wait at the caller."
     )

@@ -118,7 +118,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         async for request in requests:
             if [tensor.name for tensor in request.inputs] == [wire.DESCRIBE.name]:
                 self.described += 1
-                text = json.dumps({"version": self.version, "defaults": self.defaults, "slots": 32})
+                description = {"version": self.version, "defaults": self.defaults, "slots": 32}
+                description |= {"precision": "int8", "image_size": [224, 224]}
+                text = json.dumps(description)
                 outputs = {wire.DESCRIPTION: encode_strings([text.encode()])}
                 yield self.response(outputs, request)
                 continue

@@ -8,6 +8,7 @@
     │   ├── ImageTooManyPixelsError
     │   └── InvalidOptionsError     carries one violation per field
     ├── UnauthenticatedError        the caller is not known
+    ├── ModelNotFoundError          that version is not served
     ├── OverloadedError             try again later
     ├── DeadlineExceededError
     ├── CancelledError
@@ -110,6 +111,12 @@ class UnauthenticatedError(CaptionServeError):
     """The caller has not said who calls, or with a token that is not known."""
 
     reason = "UNAUTHENTICATED"
+
+
+class ModelNotFoundError(CaptionServeError):
+    """The version of the model that is asked for is not served."""
+
+    reason = "MODEL_NOT_FOUND"
 
 
 class OverloadedError(CaptionServeError):

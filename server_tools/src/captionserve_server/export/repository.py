@@ -145,7 +145,7 @@ def export_checkpoint(
     ):
         staging = folder / Precision.FP32.value
         graphs = _export_graphs(checkpoint, staging, version, graph_format, progress)
-        _write_settings(checkpoint, staging, version)
+        _write_settings(checkpoint, staging, version, precision)
         agreement: Mapping[str, float] = {}
         if precision is not Precision.FP32:
             fp32, staging = staging, folder / precision.value
@@ -227,9 +227,12 @@ def _quantised(
     return paths
 
 
-def _write_settings(checkpoint: Checkpoint, staging: Path, version: int) -> None:
+def _write_settings(
+    checkpoint: Checkpoint, staging: Path, version: int, precision: Precision
+) -> None:
+    bundle = dataclasses.replace(checkpoint.bundle, precision=precision.value)
     folder = _version_folder(staging, files.DECODER, version)
-    (folder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
+    (folder / files.BUNDLE_FILE).write_text(bundle.to_json())
     checkpoint.tokenizer.backend_tokenizer.save(str(folder / files.TOKENIZER_FILE), pretty=False)
     settings = json.dumps(dataclasses.asdict(checkpoint.preprocessor), indent=2)
     (folder / files.PREPROCESSOR_FILE).write_text(settings + "\n")

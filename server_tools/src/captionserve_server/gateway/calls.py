@@ -7,8 +7,8 @@ the message of a unary call before it asks anybody, and a message may be many me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -35,10 +35,12 @@ class Call:
     Attributes:
         identity: who calls.
         deadline: when its answer must be there, by the event loop's clock.
+        bulk: whether it comes behind what is interactive, where it does not say itself.
     """
 
     identity: str
     deadline: float
+    bulk: bool = False
 
     @property
     def seconds_left(self) -> float:
@@ -110,6 +112,44 @@ class Calls:
                         yield answer
 
         return grpc.stream_stream_rpc_method_handler(handle, None, _serialized)
+
+    def many(
+        self, behaviour: Callable[[AsyncIterator[bytes], str], AsyncIterator[Message]]
+    ) -> Handler:
+        """The handler of a method that takes and gives streams; it is told who calls.
+
+        The behaviour takes the messages as bytes, and has room made for each.
+        """
+
+        async def handle(
+            requests: AsyncIterator[bytes], context: Context
+        ) -> AsyncIterator[Message]:
+            self._begin(context)
+            identity = self._identities.of(context)
+            with self._room.taken(identity, 0):
+                answers: Any = behaviour(requests, identity)
+                async with aclosing(answers):
+                    async for answer in answers:
+                        yield answer
+
+        return grpc.stream_stream_rpc_method_handler(handle, None, _serialized)
+
+    @contextmanager
+    def item(self, identity: str, item_bytes: int, seconds: float | None) -> Iterator[Call]:
+        """An item of a call of many, with room for it while the block runs.
+
+        Args:
+            identity: whose it is.
+            item_bytes: what its message takes.
+            seconds: how long it may take; None for the cap.
+
+        Raises:
+            OverloadedError: if there is no room.
+        """
+        cap = self._deadline_cap_seconds
+        seconds = cap if seconds is None else min(seconds, cap)
+        with self._room.taken(identity, item_bytes):
+            yield Call(identity, asyncio.get_running_loop().time() + seconds, bulk=True)
 
     @asynccontextmanager
     async def _received(

@@ -13,6 +13,7 @@ from captionserve.v1 import caption_pb2
 
 from captionserve_server.core.errors import (
     ModelFaultError,
+    ModelNotFoundError,
     ModelUnavailableError,
 )
 from captionserve_server.gateway.admission import Turns
@@ -23,6 +24,8 @@ from captionserve_server.gateway.conversion import (
     caption_part,
     caption_response,
     decoder_message,
+    limits_message,
+    model_message,
 )
 from captionserve_server.gateway.decoder_client import (
     Answer,
@@ -87,7 +90,7 @@ class CaptionService:
         """
         self._cache = cache
         self._metrics = metrics
-        self._deadline_cap_seconds = settings.deadline_cap_seconds
+        self._settings = settings
         self._decoder: DecoderClient | None = None
         self._suspects = Suspects()
         self._turns = Turns(_FIRST_TURNS)
@@ -135,8 +138,9 @@ class CaptionService:
         What would be the same the next time is remembered, and computed once for all who ask for it
         meanwhile. With bypass_cache it is computed for this call alone, and remembered as well.
         """
+        call = prioritised(call, request)
         message = decoder_message(request)
-        description = await self._described(call)
+        description = await self._described(call, request.model_version)
         options = description.defaults.with_given(message.given)
         image = await image_digest(message.image)
         key, version = None, description.version
@@ -154,7 +158,7 @@ class CaptionService:
             remembered.cached = True
             return remembered
         # Others may join who have more time than this caller.
-        cap = asyncio.get_running_loop().time() + self._deadline_cap_seconds
+        cap = asyncio.get_running_loop().time() + self._settings.deadline_cap_seconds
         shared = dataclasses.replace(work, call=dataclasses.replace(call, deadline=cap))
         response, joined = await self._captions.run(
             key, lambda: self._caption(shared), call.seconds_left
@@ -171,8 +175,9 @@ class CaptionService:
         self, request: caption_pb2.StreamCaptionRequest, call: Call
     ) -> AsyncIterator[caption_pb2.StreamCaptionResponse]:
         """Describe one image, word by word; neither remembered nor shared."""
+        call = prioritised(call, request.request)
         message = decoder_message(request.request)
-        description = await self._described(call)
+        description = await self._described(call, request.request.model_version)
         description.defaults.with_given(message.given)
         inputs = message.inputs(stream=True)
         image = await image_digest(message.image)
@@ -188,17 +193,36 @@ class CaptionService:
                 else:
                     yield caption_pb2.StreamCaptionResponse(part=_part(answer))
 
+    async def models(
+        self, request: caption_pb2.GetModelsRequest, call: Call
+    ) -> caption_pb2.GetModelsResponse:
+        """Say what is served."""
+        description = await self._described(call)
+        return caption_pb2.GetModelsResponse(
+            models=[model_message(description)],
+            limits=limits_message(self._settings),
+            load=caption_pb2.Load(
+                slots=description.slots,
+                working=self._turns.working,
+                waiting=self._turns.waiting,
+            ),
+        )
+
     @asynccontextmanager
     async def _working(self, image: bytes, call: Call) -> AsyncIterator[None]:
         """Have the decoder's attention for an image while the block runs."""
         async with (
             self._suspects.in_work(image, call.seconds_left),
-            self._turns.turn(call.identity, bulk=False, deadline=call.deadline),
+            self._turns.turn(call.identity, bulk=call.bulk, deadline=call.deadline),
         ):
             yield
 
-    async def _described(self, call: Call) -> Description:
-        """What the decoder is: remembered, or asked once for all who wait for it."""
+    async def _described(self, call: Call, version: int = 0) -> Description:
+        """What the decoder is: remembered, or asked once for all who wait for it.
+
+        Raises:
+            ModelNotFoundError: if it is of another version than is asked for; 0 asks for any.
+        """
 
         async def describe() -> Description:
             # Kept by the work itself: whoever comes before its first waiter wakes finds it.
@@ -206,9 +230,13 @@ class CaptionService:
             self._turns.at_once = self._description.slots + _SPARE_TURNS
             return self._description
 
-        if self._description is not None:
-            return self._description
-        description, _ = await self._descriptions.run("description", describe, call.seconds_left)
+        description = self._description
+        if description is None:
+            description, _ = await self._descriptions.run(
+                "description", describe, call.seconds_left
+            )
+        if version not in (0, description.version):
+            raise ModelNotFoundError(f"version {version} of the model is not served")
         return description
 
     async def _caption(self, work: _Work) -> caption_pb2.CaptionResponse:
@@ -228,6 +256,13 @@ class CaptionService:
             return caption_response(answer.outputs, answer.model_version)
         except (ValueError, LookupError) as error:
             raise ModelFaultError(_UNREADABLE) from error
+
+
+def prioritised(call: Call, request: caption_pb2.CaptionRequest) -> Call:
+    """The call with the priority that its request asks for, if it does."""
+    if request.priority == caption_pb2.PRIORITY_UNSPECIFIED:
+        return call
+    return dataclasses.replace(call, bulk=request.priority == caption_pb2.PRIORITY_BULK)
 
 
 def _time_limit(message: Message, call: Call) -> TimeLimit:

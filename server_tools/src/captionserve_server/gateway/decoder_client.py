@@ -96,11 +96,15 @@ class Description:
         version: which one it is.
         defaults: the options of its checkpoint.
         slots: captions that it decodes at once.
+        precision: of its weights.
+        image_size: (height, width) of the images that it reads.
     """
 
     version: int
     defaults: DecodingOptions
     slots: int
+    precision: str
+    image_size: tuple[int, int]
 
 
 class Answer(NamedTuple):
@@ -145,8 +149,14 @@ class DecoderClient:
         try:
             description = json.loads(answer.outputs[wire.DESCRIPTION.name].values[0])
             defaults = DecodingOptions.from_given(description["defaults"])
-            slots = int(description["slots"])
-            return Description(int(description["version"]), defaults, slots)
+            height, width = description["image_size"]
+            return Description(
+                version=int(description["version"]),
+                defaults=defaults,
+                slots=int(description["slots"]),
+                precision=str(description["precision"]),
+                image_size=(int(height), int(width)),
+            )
         except (ValueError, LookupError, TypeError, AttributeError, InvalidOptionsError) as error:
             raise ModelFaultError(_UNREADABLE) from error
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
 from captionserve.v1 import caption_pb2
@@ -18,6 +20,7 @@ from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
 from captionserve_server.gateway.identity import Identities
 from captionserve_server.gateway.interceptors import ErrorInterceptor, MetricsInterceptor
 from captionserve_server.gateway.kserve import InputTensor, encode_strings
+from captionserve_server.gateway.many import ManyCaptions
 from captionserve_server.gateway.metrics import GatewayMetrics, MetricsServer
 from captionserve_server.settings import Settings
 from captionserve_server.triton import wire
@@ -58,7 +61,7 @@ class Gateway:
         self.address = ""
         self.metrics_address = ""
         self.health_address: str | None = None
-        self._draining = False
+        self._draining = asyncio.Event()
 
     @property
     def last_answer(self) -> float:
@@ -128,7 +131,7 @@ class Gateway:
     async def set_serving(self, serving: bool) -> None:
         """Say through the health service whether captions can be answered; not after `drain`."""
         response = health_pb2.HealthCheckResponse
-        ready = serving and not self._draining
+        ready = serving and not self._draining.is_set()
         for name in _READY_NAMES:
             await self._health.set(name, response.SERVING if ready else response.NOT_SERVING)
 
@@ -140,7 +143,7 @@ class Gateway:
         Args:
             hurry: when set, nothing is waited for any more.
         """
-        self._draining = True
+        self._draining.set()
         await self.set_serving(False)
         hurrying = asyncio.create_task(hurry.wait())
         await asyncio.wait([hurrying], timeout=self._settings.balancer_seconds)
@@ -176,7 +179,28 @@ class Gateway:
 
     def _caption_handlers(self) -> grpc.GenericRpcHandler:
         calls, service = self._calls, self._service
+
+        async def answer_item(
+            item: caption_pb2.CaptionManyRequest, item_bytes: int, identity: str
+        ) -> caption_pb2.CaptionResponse:
+            asked = item.timeout.ToMilliseconds() / 1e3 if item.HasField("timeout") else None
+            with calls.item(identity, item_bytes, asked) as call:
+                return await service.caption(item.request, call)
+
+        def caption_many(
+            requests: AsyncIterator[bytes], identity: str
+        ) -> AsyncIterator[caption_pb2.CaptionManyResponse]:
+            return ManyCaptions(
+                requests,
+                partial(answer_item, identity=identity),
+                window=self._settings.window,
+                draining=self._draining,
+                seconds=self._settings.connection_age_seconds,
+            ).responses()
+
         handlers = {
+            "CaptionMany": calls.many(caption_many),
+            "GetModels": calls.unary(caption_pb2.GetModelsRequest, service.models),
             "Caption": calls.unary(caption_pb2.CaptionRequest, service.caption),
             "StreamCaption": calls.streaming(
                 caption_pb2.StreamCaptionRequest, service.stream_caption
@@ -212,7 +236,11 @@ def _server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
         ("grpc.max_connection_idle_ms", int(1000 * settings.connection_idle_seconds)),
         ("grpc.max_connection_age_ms", int(1000 * settings.connection_age_seconds)),
-        ("grpc.max_connection_age_grace_ms", int(1000 * settings.deadline_cap_seconds)),
+        # A call of many that begins with the connection's last second ends by itself in this time.
+        (
+            "grpc.max_connection_age_grace_ms",
+            int(1000 * (settings.connection_age_seconds + settings.deadline_cap_seconds)),
+        ),
         # Clients ping on connections with calls, so as to notice one that is dead.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         # Two gateways on one port would each get half of the calls, unnoticed.

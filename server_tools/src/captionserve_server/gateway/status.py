@@ -24,6 +24,7 @@ CODES: Mapping[type[errors.CaptionServeError], grpc.StatusCode] = {
     errors.UnsupportedImageFormatError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ImageTooManyPixelsError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidOptionsError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     # Not UNAVAILABLE: clients retry that by themselves, which feeds an overload.
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,

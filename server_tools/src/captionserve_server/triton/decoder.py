@@ -186,8 +186,15 @@ class TritonPythonModel:
         self._engine.submit(image, captioning.plan, captioning)
 
     def _description(self) -> str:
-        defaults = self._bundle.defaults.as_given()
-        return json.dumps({"version": self._version, "defaults": defaults, "slots": self._slots})
+        return json.dumps(
+            {
+                "version": self._version,
+                "defaults": self._bundle.defaults.as_given(),
+                "slots": self._slots,
+                "precision": self._bundle.precision,
+                "image_size": self._preprocessor.output_size(),
+            }
+        )
 
     def _die(self, error: BaseException) -> None:
         """End the process, because a thread has ended that should not have."""
