@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterab
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -34,6 +34,9 @@ from captionserve._transport import (
     channel_options,
 )
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
+
+# Of the generated code's two kinds of stub only the type checker knows.
+Stub: TypeAlias = "caption_pb2_grpc.CaptionServiceAsyncStub"
 
 
 class AsyncCaptionClient:
@@ -247,9 +250,7 @@ async def _pulled(images: Iterable[ImageInput] | AsyncIterable[ImageInput]) -> A
 class _ManyCalls:
     """The calls of one `caption_many`, one after the other, each read by a task of its own."""
 
-    def __init__(
-        self, stub: caption_pb2_grpc.CaptionServiceAsyncStub, connection: Connection
-    ) -> None:
+    def __init__(self, stub: Stub, connection: Connection) -> None:
         self._stub = stub
         self._connection = connection
         self._backoff = Backoff()
@@ -297,12 +298,7 @@ class _ManyCalls:
 class _ManyCall:
     """One CaptionMany call."""
 
-    def __init__(
-        self,
-        stub: caption_pb2_grpc.CaptionServiceAsyncStub,
-        metadata: Metadata,
-        events: asyncio.Queue[_Event],
-    ) -> None:
+    def __init__(self, stub: Stub, metadata: Metadata, events: asyncio.Queue[_Event]) -> None:
         self._outgoing: asyncio.Queue[caption_pb2.CaptionManyRequest | None] = asyncio.Queue()
         self._events = events
         self._call = stub.CaptionMany(self._messages(), metadata=metadata)
