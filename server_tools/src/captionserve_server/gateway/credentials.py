@@ -66,7 +66,7 @@ class ServerCertificates:
         self._paths = paths
         self._lock = threading.Lock()
         self._seen = self._state()
-        self._pair = _read(paths)
+        self._pair = self._given = _read(paths)
 
     @property
     def expires(self) -> datetime.datetime:
@@ -81,24 +81,28 @@ class ServerCertificates:
             require_client_authentication=self._paths.client_ca is not None,
         )
 
-    def refresh(self) -> bool:
-        """Take in files that have changed; whether there is a new pair."""
+    def refresh(self) -> None:
+        """Take in files that have changed."""
         with self._lock:
             state = self._state()
             if state == self._seen:
-                return False
+                return
             self._seen = state
             try:
                 self._pair = _read(self._paths)
             except CertificateError as error:
                 _log.error("the new certificate is refused, the old one stays: %s", error)
-                return False
+                return
         _log.info("a new certificate is used, which ends at %s", self._pair.expires)
-        return True
 
     def _changed_configuration(self) -> grpc.ServerCertificateConfiguration | None:
         """What gRPC shall take from now on; None leaves it as it is."""
-        return self._pair.configuration if self.refresh() else None
+        self.refresh()
+        with self._lock:
+            if self._pair is self._given:
+                return None
+            self._given = self._pair
+            return self._pair.configuration
 
     def _state(self) -> tuple[Any, ...]:
         """What changes when a file does; of one that is not there for a moment, that."""

@@ -29,6 +29,9 @@ from captionserve_server.triton import wire
 LIVE = "live"
 _READY_NAMES = ("", SERVICE_NAME)
 
+# How often files of certificates and tokens are looked at.
+_REFRESH_SECONDS = 1.0
+
 # One black pixel as a binary PPM, the smallest image there is.
 _CANARY = [InputTensor(wire.IMAGE, (1,), encode_strings([b"P6 1 1 255\n\0\0\0"]))]
 
@@ -62,6 +65,7 @@ class Gateway:
         self.metrics_address = ""
         self.health_address: str | None = None
         self._draining = asyncio.Event()
+        self._refreshing: asyncio.Task[None] | None = None
 
     @property
     def last_answer(self) -> float:
@@ -105,6 +109,7 @@ class Gateway:
         await self.set_serving(False)
         for server in self._servers:
             await server.start()
+        self._refreshing = asyncio.create_task(self._refresh_now_and_then())
 
     def connect(self, triton_address: str) -> None:
         """Have captions answered by the Triton at host:port."""
@@ -135,6 +140,12 @@ class Gateway:
         for name in _READY_NAMES:
             await self._health.set(name, response.SERVING if ready else response.NOT_SERVING)
 
+    def refresh(self) -> None:
+        """Take in certificates and tokens whose files have changed."""
+        self._identities.refresh()
+        if self._certificates is not None:
+            self._certificates.refresh()
+
     async def drain(self, hurry: asyncio.Event) -> None:
         """Report NOT_SERVING, wait for balancers, refuse new calls, let those in flight finish.
 
@@ -156,8 +167,15 @@ class Gateway:
         await self._servers[0].stop(None)
         await stopping
 
+    async def _refresh_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(_REFRESH_SECONDS)
+            self.refresh()
+
     async def close(self) -> None:
         """End whatever is still in flight, and close everything."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
         for server in self._servers:
             await server.stop(None)
         decoder = self._service.disconnect()
