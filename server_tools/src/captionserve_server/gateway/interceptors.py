@@ -15,6 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from captionserve_server.core.errors import CaptionServeError, InvalidRequestError
+from captionserve_server.gateway.identity import Identities
 from captionserve_server.gateway.metrics import GatewayMetrics
 from captionserve_server.gateway.status import rpc_status
 
@@ -49,6 +50,29 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         """Put the mapping around the call's handler."""
         handler = await continuation(handler_call_details)
         return None if handler is None else _rewrapped(_checked(handler), _errors_mapped)
+
+
+class IdentityInterceptor(grpc.aio.ServerInterceptor):
+    """Lets only callers that are known come to a service of another's making."""
+
+    def __init__(self, service: str, identities: Identities) -> None:
+        """Guard `service`, named with its package."""
+        self._prefix = f"/{service}/"
+        self._identities = identities
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """Put the question before the call's handler."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(self._prefix):
+            return handler
+        return _rewrapped(handler, self._known)
+
+    @asynccontextmanager
+    async def _known(self, context: Context) -> AsyncIterator[None]:
+        self._identities.of(context)
+        yield
 
 
 class MetricsInterceptor(grpc.aio.ServerInterceptor):

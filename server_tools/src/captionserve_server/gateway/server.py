@@ -18,7 +18,11 @@ from captionserve_server.gateway.caption_service import SERVICE_NAME, CaptionSer
 from captionserve_server.gateway.credentials import CertificatePaths, ServerCertificates
 from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
 from captionserve_server.gateway.identity import Identities
-from captionserve_server.gateway.interceptors import ErrorInterceptor, MetricsInterceptor
+from captionserve_server.gateway.interceptors import (
+    ErrorInterceptor,
+    IdentityInterceptor,
+    MetricsInterceptor,
+)
 from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.gateway.many import ManyCaptions
 from captionserve_server.gateway.metrics import GatewayMetrics, MetricsServer
@@ -186,7 +190,11 @@ class Gateway:
     def _build_server(self, metrics: GatewayMetrics) -> grpc.aio.Server:
         server = grpc.aio.server(
             # The first is the outermost.
-            interceptors=(MetricsInterceptor(SERVICE_NAME, metrics), ErrorInterceptor()),
+            interceptors=(
+                MetricsInterceptor(SERVICE_NAME, metrics),
+                ErrorInterceptor(),
+                IdentityInterceptor(reflection.SERVICE_NAME, self._identities),
+            ),
             options=_server_options(self._settings),
         )
         server.add_generic_rpc_handlers((self._caption_handlers(),))
