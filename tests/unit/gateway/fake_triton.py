@@ -111,6 +111,13 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.may_answer = asyncio.Event()
         self.stream: Stream = self.stream_well
 
+    def forget(self) -> None:
+        """Take it that nothing has been asked yet."""
+        self.described = self.opened = self.ended = 0
+        self.requests.clear()
+        self.seconds_left.clear()
+        self.arrived.clear()
+
     async def ModelStreamInfer(  # noqa: N802
         self, requests: AsyncIterator[service_pb2.ModelInferRequest], context: Context
     ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:

@@ -16,7 +16,7 @@ from captionserve_server.settings import Settings
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 
-from tests.unit.gateway.fake_triton import FakeTriton, fake_triton
+from tests.unit.gateway.fake_triton import WAIT_SECONDS, FakeTriton, fake_triton
 
 IMAGE = b"an image"
 MessageType = TypeVar("MessageType", bound=Message)
@@ -48,8 +48,8 @@ async def gateway_setup(**settings: Any) -> AsyncIterator[Setup]:
     async with fake_triton() as triton:
         gateway = Gateway(settings_of(**settings))
         await gateway.start()
-        gateway.connect(triton.address)
-        await gateway.set_serving(True)
+        await gateway.connect(triton.address, [triton.version], WAIT_SECONDS)
+        triton.forget()
         options = [("grpc.enable_retries", 0), ("grpc.max_send_message_length", -1)]
         try:
             async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,3 +36,13 @@ def serve(
 
 def _announce(report: ReadyReport) -> None:
     messages.print(f"serving captions on {report.grpc}, metrics on http://{report.metrics}/metrics")
+
+
+def reload(
+    ready_file: Annotated[
+        Path, typer.Option(help="The ready file of the service.", exists=True, dir_okay=False)
+    ],
+) -> None:
+    """Have a service take in new versions of its model repository, certificates and tokens."""
+    report = ReadyReport(**json.loads(ready_file.read_text()))
+    os.kill(report.pids["gateway"], signal.SIGHUP)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 
@@ -44,6 +44,7 @@ _LEAST_MARGIN_SECONDS = 0.05
 _MOST_MARGIN_SECONDS = 0.5
 _LEAST_MODEL_SECONDS = 0.001
 
+_STARTING = "the model server is being started"
 _UNREADABLE = "the model gave an answer that cannot be read"
 
 # Besides those that the decoder has slots for, so that it need not wait for the next.
@@ -62,15 +63,15 @@ class _Work:
         message: what the decoder is asked.
         image: the image's digest.
         call: for whom, and until when.
+        version: of the model.
         key: of the answer, where it is to be remembered.
-        version: that the key was made for.
     """
 
     message: Message
     image: bytes
     call: Call
-    key: bytes | None
     version: int
+    key: bytes | None
 
 
 class CaptionService:
@@ -96,13 +97,22 @@ class CaptionService:
         self._turns = Turns(_FIRST_TURNS)
         self.last_answer = -math.inf
         self._captions: SharedWork[caption_pb2.CaptionResponse] = SharedWork()
-        self._descriptions: SharedWork[Description] = SharedWork()
-        self._description: Description | None = None
+        # By version; stays while no decoder is connected, for what is remembered of its answers.
+        self._descriptions: Mapping[int, Description] = {}
 
-    def connect(self, decoder: DecoderClient) -> None:
-        """Ask this decoder, and what it is."""
-        self._decoder = decoder
-        self._description = None
+    def connect(
+        self, decoder: DecoderClient, descriptions: Sequence[Description]
+    ) -> DecoderClient | None:
+        """Ask this decoder from now on; whom was asked until now, and may still be answering.
+
+        Args:
+            decoder: whom to ask.
+            descriptions: its versions; the newest is the default.
+        """
+        former, self._decoder = self._decoder, decoder
+        self._descriptions = {each.version: each for each in descriptions}
+        self._turns.at_once = self._described(0).slots + _SPARE_TURNS
+        return former
 
     def disconnect(self) -> DecoderClient | None:
         """Ask nobody, and fail what is in flight; whom was asked until now.
@@ -115,19 +125,39 @@ class CaptionService:
             decoder.abandon()
         return decoder
 
-    async def ask(self, inputs: Sequence[InputTensor], time_limit: TimeLimit) -> Answer:
+    async def ask(
+        self, inputs: Sequence[InputTensor], version: int, time_limit: TimeLimit
+    ) -> Answer:
         """What the decoder makes of a message, past everything that stands before it here.
 
         Raises:
             CaptionServeError: as the decoder's client does.
         """
-        answer = await self._connected().caption(inputs, time_limit)
+        answer = await self._connected().caption(inputs, version, time_limit)
         self.last_answer = asyncio.get_running_loop().time()
         return answer
 
+    async def prove(self, inputs: Sequence[InputTensor], time_limit: TimeLimit) -> None:
+        """Ask for a caption of the default version; CaptionServeError if there is none."""
+        await self.ask(inputs, self._described(0).version, time_limit)
+
+    def _described(self, version: int) -> Description:
+        """What a version is; 0 for the default.
+
+        Raises:
+            ModelUnavailableError: if no decoder has been connected yet.
+            ModelNotFoundError: if the version is not served.
+        """
+        if not self._descriptions:
+            raise ModelUnavailableError(_STARTING)
+        found = self._descriptions.get(version or max(self._descriptions))
+        if found is None:
+            raise ModelNotFoundError(f"version {version} of the model is not served")
+        return found
+
     def _connected(self) -> DecoderClient:
         if self._decoder is None:
-            raise ModelUnavailableError("the model server is being started")
+            raise ModelUnavailableError(_STARTING)
         return self._decoder
 
     async def caption(
@@ -140,13 +170,13 @@ class CaptionService:
         """
         call = prioritised(call, request)
         message = decoder_message(request)
-        description = await self._described(call, request.model_version)
+        description = self._described(request.model_version)
         options = description.defaults.with_given(message.given)
         image = await image_digest(message.image)
-        key, version = None, description.version
+        version, key = description.version, None
         if options.reproducible:
             key = answer_key(image, options, version)
-        work = _Work(message, image, call, key, version)
+        work = _Work(message, image, call, version, key)
         if key is None or request.bypass_cache:
             response, _ = await self._captions.run(
                 object(), lambda: self._caption(work), call.seconds_left
@@ -177,18 +207,19 @@ class CaptionService:
         """Describe one image, word by word; neither remembered nor shared."""
         call = prioritised(call, request.request)
         message = decoder_message(request.request)
-        description = await self._described(call, request.request.model_version)
+        description = self._described(request.request.model_version)
         description.defaults.with_given(message.given)
         inputs = message.inputs(stream=True)
         image = await image_digest(message.image)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._working(image, call))
-            stream = self._connected().stream(inputs, _time_limit(message, call))
+            time_limit = _time_limit(message, call)
+            stream = self._connected().stream(inputs, description.version, time_limit)
             answers = await stack.enter_async_context(aclosing(stream))
             async for answer in answers:
                 if answer.is_final:
                     self.last_answer = asyncio.get_running_loop().time()
-                    response = self._response(answer)
+                    response = _response(answer)
                     yield caption_pb2.StreamCaptionResponse(response=response)
                 else:
                     yield caption_pb2.StreamCaptionResponse(part=_part(answer))
@@ -197,12 +228,15 @@ class CaptionService:
         self, request: caption_pb2.GetModelsRequest, call: Call
     ) -> caption_pb2.GetModelsResponse:
         """Say what is served."""
-        description = await self._described(call)
+        default = self._described(0)
         return caption_pb2.GetModelsResponse(
-            models=[model_message(description)],
+            models=[
+                model_message(self._descriptions[version], is_default=version == default.version)
+                for version in sorted(self._descriptions, reverse=True)
+            ],
             limits=limits_message(self._settings),
             load=caption_pb2.Load(
-                slots=description.slots,
+                slots=default.slots,
                 working=self._turns.working,
                 waiting=self._turns.waiting,
             ),
@@ -217,45 +251,22 @@ class CaptionService:
         ):
             yield
 
-    async def _described(self, call: Call, version: int = 0) -> Description:
-        """What the decoder is: remembered, or asked once for all who wait for it.
-
-        Raises:
-            ModelNotFoundError: if it is of another version than is asked for; 0 asks for any.
-        """
-
-        async def describe() -> Description:
-            # Kept by the work itself: whoever comes before its first waiter wakes finds it.
-            self._description = await self._connected().describe()
-            self._turns.at_once = self._description.slots + _SPARE_TURNS
-            return self._description
-
-        description = self._description
-        if description is None:
-            description, _ = await self._descriptions.run(
-                "description", describe, call.seconds_left
-            )
-        if version not in (0, description.version):
-            raise ModelNotFoundError(f"version {version} of the model is not served")
-        return description
-
     async def _caption(self, work: _Work) -> caption_pb2.CaptionResponse:
         """Have it captioned, and remember the answer where there is a key."""
         async with self._working(work.image, work.call):
-            answer = await self.ask(work.message.inputs(), _time_limit(work.message, work.call))
-        response = self._response(answer)
-        # Another version may have taken over since the key was made.
-        if work.key is not None and answer.model_version == work.version:
+            time_limit = _time_limit(work.message, work.call)
+            answer = await self.ask(work.message.inputs(), work.version, time_limit)
+        response = _response(answer)
+        if work.key is not None:
             self._cache.put(work.key, response)
         return response
 
-    def _response(self, answer: Answer) -> caption_pb2.CaptionResponse:
-        if self._description is not None and self._description.version != answer.model_version:
-            self._description = None
-        try:
-            return caption_response(answer.outputs, answer.model_version)
-        except (ValueError, LookupError) as error:
-            raise ModelFaultError(_UNREADABLE) from error
+
+def _response(answer: Answer) -> caption_pb2.CaptionResponse:
+    try:
+        return caption_response(answer.outputs, answer.model_version)
+    except (ValueError, LookupError) as error:
+        raise ModelFaultError(_UNREADABLE) from error
 
 
 def prioritised(call: Call, request: caption_pb2.CaptionRequest) -> Call:

@@ -171,13 +171,13 @@ _COLUMNS = (wire.TEXT, wire.SCORE, wire.FINISH_REASON, wire.CONFIDENCE, wire.DEG
 _TOKEN_ROWS = (wire.TOKEN_IDS, wire.TOKEN_LOGPROBS, wire.TOKEN_TEXTS)
 
 
-def model_message(description: Description) -> caption_pb2.Model:
+def model_message(description: Description, *, is_default: bool) -> caption_pb2.Model:
     """What callers are told of a version of the model."""
     defaults = dict(description.defaults.as_given())
     early_stopping = defaults.pop("early_stopping", None)
     message = caption_pb2.Model(
         version=description.version,
-        is_default=True,
+        is_default=is_default,
         precision=description.precision,
         image_height=description.image_size[0],
         image_width=description.image_size[1],

@@ -133,16 +133,19 @@ class DecoderClient:
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._idle: list[_Stream] = []
         self._calls: set[_Call] = set()
+        self._no_calls = asyncio.Event()
+        self._no_calls.set()
         self._abandoned = False
         # Unique without asking the system for randomness in each call.
         self._id_prefix = uuid.uuid4().hex[:16]
         self._id_numbers = itertools.count()
 
-    async def describe(self) -> Description:
-        """Ask which version answers and what its defaults are; CaptionServeError on failure."""
+    async def describe(self, version: int) -> Description:
+        """Ask what a version is; CaptionServeError on failure."""
         inputs = [InputTensor(wire.DESCRIBE, (1,), b"\x01")]
+        time_limit = TimeLimit(_DESCRIBE_SECONDS, _DESCRIBE_SECONDS)
         try:
-            answer = await self.caption(inputs, TimeLimit(_DESCRIBE_SECONDS, _DESCRIBE_SECONDS))
+            answer = await self.caption(inputs, version, time_limit)
         except DeadlineExceededError as error:
             # Not the caller's deadline: the decoder answers this one at once.
             raise ModelUnavailableError(_UNAVAILABLE) from error
@@ -160,24 +163,27 @@ class DecoderClient:
         except (ValueError, LookupError, TypeError, AttributeError, InvalidOptionsError) as error:
             raise ModelFaultError(_UNREADABLE) from error
 
-    async def caption(self, inputs: Iterable[InputTensor], time_limit: TimeLimit) -> Answer:
+    async def caption(
+        self, inputs: Iterable[InputTensor], version: int, time_limit: TimeLimit
+    ) -> Answer:
         """The final answer to one message; cancelling the task cancels the work in Triton.
 
         Args:
             inputs: the decoder's inputs.
+            version: which of its versions shall answer.
             time_limit: how long it may take.
 
         Raises:
             CaptionServeError: whatever went wrong.
         """
-        async with aclosing(self.stream(inputs, time_limit)) as answers:
+        async with aclosing(self.stream(inputs, version, time_limit)) as answers:
             async for answer in answers:
                 if answer.is_final:
                     return answer
         raise AssertionError("a stream ends with its final answer, or an error")
 
     async def stream(
-        self, inputs: Iterable[InputTensor], time_limit: TimeLimit
+        self, inputs: Iterable[InputTensor], version: int, time_limit: TimeLimit
     ) -> AsyncGenerator[Answer, None]:
         """The answers to one message as they come, the final one last.
 
@@ -187,6 +193,7 @@ class DecoderClient:
         request = infer_request(
             wire.DECODER,
             inputs,
+            version=version,
             request_id=f"{self._id_prefix}-{next(self._id_numbers)}",
             timeout_microseconds=int(time_limit.model_seconds * 1e6),
         )
@@ -194,6 +201,7 @@ class DecoderClient:
         kept = self._take_idle()
         call = _Call(kept or self._stub.ModelStreamInfer(), request.id)
         self._calls.add(call)
+        self._no_calls.clear()
         timer = asyncio.get_running_loop().call_later(time_limit.call_seconds, call.expire)
         try:
             if kept is None:
@@ -216,10 +224,16 @@ class DecoderClient:
         finally:
             timer.cancel()
             self._calls.discard(call)
+            if not self._calls:
+                self._no_calls.set()
             if call.ended and len(self._idle) < _KEPT_STREAMS:
                 self._idle.append(call.stream)
             else:
                 call.stream.cancel()
+
+    async def wait_idle(self) -> None:
+        """Wait until no call is in flight."""
+        await self._no_calls.wait()
 
     def abandon(self) -> None:
         """Fail all calls as ModelUnavailableError, because nobody will answer them any more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
 import grpc
@@ -115,9 +115,34 @@ class Gateway:
             await server.start()
         self._refreshing = asyncio.create_task(self._refresh_now_and_then())
 
-    def connect(self, triton_address: str) -> None:
-        """Have captions answered by the Triton at host:port."""
-        self._service.connect(DecoderClient(triton_address))
+    async def connect(
+        self, triton_address: str, versions: Sequence[int], seconds: float
+    ) -> DecoderClient | None:
+        """Have captions answered by a Triton, once each of its versions has given one.
+
+        Args:
+            triton_address: its host:port.
+            versions: of the model; the newest is the default.
+            seconds: how long each may take for its first caption.
+
+        Returns:
+            whom was asked until now, and may still be answering.
+
+        Raises:
+            CaptionServeError: if a version gives none; then nothing has changed.
+        """
+        decoder = DecoderClient(triton_address)
+        try:
+            descriptions = []
+            for version in versions:
+                descriptions.append(await decoder.describe(version))
+                await decoder.caption(_CANARY, version, TimeLimit(seconds, seconds))
+        except BaseException:
+            await decoder.close()
+            raise
+        former = self._service.connect(decoder, descriptions)
+        await self.set_serving(True)
+        return former
 
     async def disconnect(self) -> None:
         """Say NOT_SERVING; calls in flight, and new ones, fail as ModelUnavailableError."""
@@ -135,7 +160,7 @@ class Gateway:
         Raises:
             CaptionServeError: if it failed, or was not there in time.
         """
-        await self._service.ask(_CANARY, TimeLimit(seconds, seconds))
+        await self._service.prove(_CANARY, TimeLimit(seconds, seconds))
 
     async def set_serving(self, serving: bool) -> None:
         """Say through the health service whether captions can be answered; not after `drain`."""

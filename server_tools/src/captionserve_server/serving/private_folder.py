@@ -23,6 +23,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from captionserve_server.runtime.model_repository import versions_of
 from captionserve_server.serving.installation import TritonInstallation, assemble_backends
 
 # What a shell takes as it is.
@@ -72,6 +73,11 @@ class PrivateFolder:
             assemble_backends(installation, self.backends)
             copy_repository(repository, self.repository)
             undo.pop_all()
+
+    @property
+    def versions(self) -> list[int]:
+        """The versions in the copy, the oldest first."""
+        return versions_of(self.repository)
 
     @property
     def shared_memory_prefix(self) -> str:

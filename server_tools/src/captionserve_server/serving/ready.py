@@ -38,7 +38,7 @@ class ReadyFile:
         draft.write_text(json.dumps(said, indent=2) + "\n")
         draft.replace(self._path)
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Say that the service has ended."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)

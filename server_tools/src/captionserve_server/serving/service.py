@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from captionserve_server.gateway.server import Gateway
 from captionserve_server.runtime.model_repository import what_is_missing
 from captionserve_server.serving.installation import find_triton
-from captionserve_server.serving.private_folder import PrivateFolder
 from captionserve_server.serving.ready import ReadyFile, ReadyReport
 from captionserve_server.serving.supervisor import Supervisor
 from captionserve_server.serving.triton_log import TritonLog
@@ -29,9 +28,10 @@ class _Signals:
     end: asyncio.Event = field(default_factory=asyncio.Event)
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def obey(self) -> None:
-        """Begin to listen."""
+    def obey(self, on_reload: Callable[[], object]) -> None:
+        """Begin to listen; SIGHUP asks for a reload."""
         loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, on_reload)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked)
 
@@ -41,6 +41,8 @@ class _Signals:
 
 async def serve(settings: Settings, on_ready: Callable[[ReadyReport], None]) -> None:
     """Run the service until SIGTERM or SIGINT.
+
+    SIGHUP takes in the model repository's present state, certificates and tokens.
 
     The end: NOT_SERVING, a wait for balancers, no new calls, the calls in flight, Triton. A second
     signal cuts every wait short.
@@ -60,16 +62,15 @@ async def serve(settings: Settings, on_ready: Callable[[ReadyReport], None]) -> 
     if wrong:
         raise NoModelRepositoryError(wrong)
     signals = _Signals()
-    signals.obey()
     ready = _Announcement(ReadyFile(settings.ready_file), on_ready)
     installation = find_triton(settings.tritonserver)
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(contextlib.closing(TritonLog(settings.triton_log)))
-        folder = PrivateFolder(installation, settings.model_repository)
-        stack.enter_context(contextlib.closing(folder))
-        stack.callback(ready.file.remove)
+    with (
+        contextlib.closing(TritonLog(settings.triton_log)) as log,
+        contextlib.closing(ready.file),
+    ):
         async with _gateway(settings) as gateway:
-            supervisor = Supervisor(settings, installation, folder, log, gateway, ready.tell)
+            supervisor = Supervisor(settings, installation, log, gateway, ready.tell)
+            signals.obey(lambda: (gateway.refresh(), supervisor.reload.set()))
             supervising = asyncio.create_task(supervisor.run(signals.hurry))
             ending = asyncio.create_task(signals.end.wait())
             try:

@@ -6,8 +6,9 @@
                 and started anew
     given up    after too many failures within a time
 
-A model's process is not replaced alone. Triton does not let go of a model whose process has died,
-and loading all of them takes hardly longer than one (docs/adr/0017).
+A model's process is not replaced alone: Triton does not let go of a model whose process has died,
+and starting all of it takes hardly longer. New versions are taken in the same way, by a second
+Triton beside the first (docs/adr/0017).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import collections
 import logging
 import os
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from captionserve_server.core.errors import CaptionServeError
+from captionserve_server.gateway.decoder_client import DecoderClient
 from captionserve_server.gateway.server import Gateway
 from captionserve_server.serving.installation import TritonInstallation
 from captionserve_server.serving.private_folder import PrivateFolder
@@ -36,8 +39,19 @@ _QUIET_SECONDS = 5.0
 _CANARY_SECONDS = 10.0
 # So often in a row it may fail.
 _CANARIES = 2
+# What the last answers of a Triton may take beyond the longest time that a call has.
+_RETIRE_SECONDS = 5.0
 
-Result = TypeVar("Result")
+First = TypeVar("First")
+Second = TypeVar("Second")
+
+
+@dataclass
+class _Running:
+    """A Triton, and the folder that it serves from."""
+
+    folder: PrivateFolder
+    triton: TritonProcess
 
 
 class TritonEndedError(RuntimeError):
@@ -45,13 +59,16 @@ class TritonEndedError(RuntimeError):
 
 
 class Supervisor:
-    """Runs one Triton after the other."""
+    """Runs one Triton after the other.
+
+    Attributes:
+        reload: set it to have the model repository's present state taken in.
+    """
 
     def __init__(
         self,
         settings: Settings,
         installation: TritonInstallation,
-        folder: PrivateFolder,
         log: TritonLog,
         gateway: Gateway,
         on_ready: Callable[[ReadyReport], None],
@@ -61,18 +78,18 @@ class Supervisor:
         Args:
             settings: of the service.
             installation: which Triton to run.
-            folder: what it serves from.
             log: takes what it prints.
             gateway: is connected to each Triton that is ready, and told when it has failed.
             on_ready: told of each Triton that is ready.
         """
+        self.reload = asyncio.Event()
         self._settings = settings
         self._installation = installation
-        self._folder = folder
         self._log = log
         self._gateway = gateway
         self._on_ready = on_ready
         self._failures: collections.deque[float] = collections.deque()
+        self._retiring: set[asyncio.Task[None]] = set()
 
     async def run(self, hurry: asyncio.Event) -> None:
         """Keep a Triton running until the task is cancelled, which ends it.
@@ -83,50 +100,76 @@ class Supervisor:
         Raises:
             TritonStartError: if the first one does not become ready.
             TritonEndedError: if it fails too often.
+            NoPlainFolderError: if there is no place for Triton's files.
         """
-        first = True
-        while True:
-            triton = self._start()
-            try:
-                await self._make_ready(triton)
-                first = False
-                reason = await self._until_failure(triton)
-            except asyncio.CancelledError:
-                # Triton waits for streams that are open.
-                await self._gateway.disconnect()
-                await triton.stop(hurry)
-                raise
-            except TritonStartError as error:
-                if first:
-                    raise
-                reason = str(error)
-            finally:
-                await self._gateway.disconnect()
-                await asyncio.to_thread(triton.kill)
-                self._folder.tidy()
-            self._count(reason)
+        running = await self._new_folder()
+        try:
+            await self._make_ready(running)
+            while True:
+                running, reason = await self._until_failure(running, hurry)
+                await self._end(running)
+                self._count(reason)
+                await self._restart(running)
+        except asyncio.CancelledError:
+            # Triton waits for streams that are open.
+            await self._gateway.disconnect()
+            await running.triton.stop(hurry)
+            raise
+        finally:
+            for task in self._retiring:
+                task.cancel()
+            await asyncio.gather(*self._retiring, return_exceptions=True)
+            await self._end(running)
+            running.folder.close()
 
-    def _start(self) -> TritonProcess:
+    async def _new_folder(self) -> _Running:
+        """A Triton that is being started, from the model repository's present state."""
+        repository = self._settings.model_repository
+        folder = await asyncio.to_thread(PrivateFolder, self._installation, repository)
+        try:
+            return _Running(folder, self._start(folder))
+        except BaseException:
+            folder.close()
+            raise
+
+    def _start(self, folder: PrivateFolder) -> TritonProcess:
         return TritonProcess(
             self._installation,
-            self._folder,
+            folder,
             self._log,
             threads=self._settings.threads,
             decode_megabytes=self._settings.decode_megabytes,
         )
 
-    async def _make_ready(self, triton: TritonProcess) -> None:
-        await triton.wait_ready(self._settings.start_seconds)
-        self._gateway.connect(triton.addresses.grpc)
+    async def _restart(self, running: _Running) -> None:
+        """Start Triton anew, from the same files, until it is ready or has failed too often."""
+        while True:
+            running.triton = self._start(running.folder)
+            try:
+                await self._make_ready(running)
+                return
+            except TritonStartError as error:
+                await self._end(running)
+                self._count(str(error))
+
+    async def _make_ready(self, running: _Running) -> DecoderClient | None:
+        """Wait until Triton is ready, and have the gateway ask it; whom it has asked until then.
+
+        Raises:
+            TritonStartError: if it does not become ready.
+        """
+        triton, seconds = running.triton, self._settings.start_seconds
+        await triton.wait_ready(seconds)
         # Triton says that it is ready before anything has decoded.
-        proof = self._gateway.prove(self._settings.start_seconds)
+        connecting = self._gateway.connect(triton.addresses.grpc, running.folder.versions, seconds)
         try:
-            failure = await _either(proof, triton.failure())
+            former = await _either(connecting, triton.failure())
         except CaptionServeError as error:
-            raise TritonStartError(f"the first caption failed: {error.message}") from error
-        if failure is not None:
-            raise TritonStartError(f"{failure}, before the first caption\n{self._log.tail()}")
-        await self._gateway.set_serving(True)
+            raise TritonStartError(
+                f"the first caption failed: {error.message}\n{self._log.tail()}"
+            ) from error
+        if isinstance(former, str):
+            raise TritonStartError(f"{former}, before the first caption\n{self._log.tail()}")
         self._on_ready(
             ReadyReport(
                 grpc=self._gateway.address,
@@ -138,10 +181,68 @@ class Supervisor:
                 pids={"gateway": os.getpid(), "triton": triton.pid},
             )
         )
+        return former
 
-    async def _until_failure(self, triton: TritonProcess) -> str:
-        """What has happened to Triton, when it has."""
-        return await _either(triton.failure(), self._until_no_caption())
+    async def _until_failure(self, running: _Running, hurry: asyncio.Event) -> tuple[_Running, str]:
+        """Wait until Triton has failed, taking in new states meanwhile; which one, and why."""
+        while True:
+            failing = _either(running.triton.failure(), self._until_no_caption())
+            failure = await _either(failing, self.reload.wait())
+            if isinstance(failure, str):
+                return running, failure
+            self.reload.clear()
+            running = await self._take_in(running, hurry)
+
+    async def _take_in(self, running: _Running, hurry: asyncio.Event) -> _Running:
+        """Serve the model repository's present state, if all of it can be; which Triton serves.
+
+        A second Triton is started beside the one that serves, so that nothing has changed until
+        each version has given a caption; the former one ends when its calls have.
+        """
+        try:
+            new = await self._new_folder()
+        except OSError as error:
+            _log.error("the model repository is not taken in: %s", error)
+            return running
+        try:
+            former = await _either(self._make_ready(new), running.triton.failure())
+            if isinstance(former, str):
+                raise TritonStartError(f"{former}, while a new state was taken in")
+        except BaseException as error:
+            await asyncio.to_thread(new.triton.kill)
+            new.folder.close()
+            if not isinstance(error, TritonStartError):
+                raise
+            _log.error("the model repository's new state is not taken in: %s", error)
+            return running
+        _log.info("serving versions %s", ", ".join(map(str, new.folder.versions)))
+        retiring = asyncio.create_task(self._retire(running, former, hurry))
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+        return new
+
+    async def _retire(
+        self, running: _Running, client: DecoderClient | None, hurry: asyncio.Event
+    ) -> None:
+        """End a Triton that is not asked any more, once it has answered what it was asked."""
+        try:
+            if client is not None:
+                # No call lasts longer than the cap.
+                answered = asyncio.wait_for(
+                    client.wait_idle(), self._settings.deadline_cap_seconds + _RETIRE_SECONDS
+                )
+                await _either(answered, running.triton.failure())
+        finally:
+            if client is not None:
+                await client.close()
+            await running.triton.stop(hurry)
+            running.folder.close()
+
+    async def _end(self, running: _Running) -> None:
+        """End a Triton that has failed, and have its calls fail."""
+        await self._gateway.disconnect()
+        await asyncio.to_thread(running.triton.kill)
+        running.folder.tidy()
 
     async def _until_no_caption(self) -> str:
         """Ask for captions while nobody else does, until they stay away; what to say then."""
@@ -179,13 +280,14 @@ class Supervisor:
 
 
 async def _either(
-    first: Coroutine[Any, Any, Result], second: Coroutine[Any, Any, str]
-) -> Result | str:
+    first: Coroutine[Any, Any, First] | asyncio.Future[First],
+    second: Coroutine[Any, Any, Second],
+) -> First | Second:
     """The result of whichever ends first; the other is cancelled."""
-    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(each) for each in (first, second)]
+    tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(each) for each in (first, second)]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        result: Result | str = next(iter(done)).result()
+        result: First | Second = next(task for task in tasks if task in done).result()
         return result
     finally:
         for task in tasks:
