@@ -23,15 +23,22 @@ class NoModelRepositoryError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Signals:
-    """What SIGTERM and SIGINT have asked for: the first to end, the second to hurry."""
+    """What signals have asked for.
+
+    Attributes:
+        end: set by the first SIGTERM or SIGINT.
+        hurry: set by the second.
+        reload: set by SIGHUP.
+    """
 
     end: asyncio.Event = field(default_factory=asyncio.Event)
     hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    reload: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def obey(self, on_reload: Callable[[], object]) -> None:
-        """Begin to listen; SIGHUP asks for a reload."""
+    def obey(self) -> None:
+        """Begin to listen."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, on_reload)
+        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked)
 
@@ -62,6 +69,7 @@ async def serve(settings: Settings, on_ready: Callable[[ReadyReport], None]) -> 
     if wrong:
         raise NoModelRepositoryError(wrong)
     signals = _Signals()
+    signals.obey()
     ready = _Announcement(ReadyFile(settings.ready_file), on_ready)
     installation = find_triton(settings.tritonserver)
     with (
@@ -70,8 +78,7 @@ async def serve(settings: Settings, on_ready: Callable[[ReadyReport], None]) -> 
     ):
         async with _gateway(settings) as gateway:
             supervisor = Supervisor(settings, installation, log, gateway, ready.tell)
-            signals.obey(lambda: (gateway.refresh(), supervisor.reload.set()))
-            supervising = asyncio.create_task(supervisor.run(signals.hurry))
+            supervising = asyncio.create_task(supervisor.run(signals.reload, signals.hurry))
             ending = asyncio.create_task(signals.end.wait())
             try:
                 await asyncio.wait([supervising, ending], return_when=asyncio.FIRST_COMPLETED)
