@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Coroutine
@@ -59,11 +60,7 @@ class TritonEndedError(RuntimeError):
 
 
 class Supervisor:
-    """Runs one Triton after the other.
-
-    Attributes:
-        reload: set it to have the model repository's present state taken in.
-    """
+    """Runs one Triton after the other."""
 
     def __init__(
         self,
@@ -82,7 +79,6 @@ class Supervisor:
             gateway: is connected to each Triton that is ready, and told when it has failed.
             on_ready: told of each Triton that is ready.
         """
-        self.reload = asyncio.Event()
         self._settings = settings
         self._installation = installation
         self._log = log
@@ -91,10 +87,11 @@ class Supervisor:
         self._failures: collections.deque[float] = collections.deque()
         self._retiring: set[asyncio.Task[None]] = set()
 
-    async def run(self, hurry: asyncio.Event) -> None:
+    async def run(self, reload: asyncio.Event, hurry: asyncio.Event) -> None:
         """Keep a Triton running until the task is cancelled, which ends it.
 
         Args:
+            reload: when set, what has changed is taken in: versions, certificates and tokens.
             hurry: when set, the end does not wait for Triton.
 
         Raises:
@@ -106,7 +103,7 @@ class Supervisor:
         try:
             await self._make_ready(running)
             while True:
-                running, reason = await self._until_failure(running, hurry)
+                running, reason = await self._until_failure(running, reload, hurry)
                 await self._end(running)
                 self._count(reason)
                 await self._restart(running)
@@ -183,14 +180,17 @@ class Supervisor:
         )
         return former
 
-    async def _until_failure(self, running: _Running, hurry: asyncio.Event) -> tuple[_Running, str]:
+    async def _until_failure(
+        self, running: _Running, reload: asyncio.Event, hurry: asyncio.Event
+    ) -> tuple[_Running, str]:
         """Wait until Triton has failed, taking in new states meanwhile; which one, and why."""
         while True:
             failing = _either(running.triton.failure(), self._until_no_caption())
-            failure = await _either(failing, self.reload.wait())
+            failure = await _either(failing, reload.wait())
             if isinstance(failure, str):
                 return running, failure
-            self.reload.clear()
+            reload.clear()
+            self._gateway.refresh()
             running = await self._take_in(running, hurry)
 
     async def _take_in(self, running: _Running, hurry: asyncio.Event) -> _Running:
@@ -231,7 +231,8 @@ class Supervisor:
                 answered = asyncio.wait_for(
                     client.wait_idle(), self._settings.deadline_cap_seconds + _RETIRE_SECONDS
                 )
-                await _either(answered, running.triton.failure())
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await _either(answered, running.triton.failure())
         finally:
             if client is not None:
                 await client.close()
