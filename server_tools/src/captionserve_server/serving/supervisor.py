@@ -99,25 +99,25 @@ class Supervisor:
             TritonEndedError: if it fails too often.
             NoPlainFolderError: if there is no place for Triton's files.
         """
-        running = await self._new_folder()
+        self._running = await self._new_folder()
         try:
-            await self._make_ready(running)
+            await self._make_ready(self._running)
             while True:
-                running, reason = await self._until_failure(running, reload, hurry)
-                await self._end(running)
+                reason = await self._until_failure(reload, hurry)
+                await self._end(self._running)
                 self._count(reason)
-                await self._restart(running)
+                await self._restart(self._running)
         except asyncio.CancelledError:
             # Triton waits for streams that are open.
             await self._gateway.disconnect()
-            await running.triton.stop(hurry)
+            await self._running.triton.stop(hurry)
             raise
         finally:
             for task in self._retiring:
                 task.cancel()
             await asyncio.gather(*self._retiring, return_exceptions=True)
-            await self._end(running)
-            running.folder.close()
+            await self._end(self._running)
+            self._running.folder.close()
 
     async def _new_folder(self) -> _Running:
         """A Triton that is being started, from the model repository's present state."""
@@ -180,30 +180,29 @@ class Supervisor:
         )
         return former
 
-    async def _until_failure(
-        self, running: _Running, reload: asyncio.Event, hurry: asyncio.Event
-    ) -> tuple[_Running, str]:
-        """Wait until Triton has failed, taking in new states meanwhile; which one, and why."""
+    async def _until_failure(self, reload: asyncio.Event, hurry: asyncio.Event) -> str:
+        """Wait until Triton has failed, taking in new states meanwhile; what has happened."""
         while True:
-            failing = _either(running.triton.failure(), self._until_no_caption())
+            failing = _either(self._running.triton.failure(), self._until_no_caption())
             failure = await _either(failing, reload.wait())
             if isinstance(failure, str):
-                return running, failure
+                return failure
             reload.clear()
             self._gateway.refresh()
-            running = await self._take_in(running, hurry)
+            await self._take_in(hurry)
 
-    async def _take_in(self, running: _Running, hurry: asyncio.Event) -> _Running:
-        """Serve the model repository's present state, if all of it can be; which Triton serves.
+    async def _take_in(self, hurry: asyncio.Event) -> None:
+        """Serve the model repository's present state, if all of it can be.
 
         A second Triton is started beside the one that serves, so that nothing has changed until
         each version has given a caption; the former one ends when its calls have.
         """
+        running = self._running
         try:
             new = await self._new_folder()
         except OSError as error:
             _log.error("the model repository is not taken in: %s", error)
-            return running
+            return
         try:
             former = await _either(self._make_ready(new), running.triton.failure())
             if isinstance(former, str):
@@ -214,12 +213,12 @@ class Supervisor:
             if not isinstance(error, TritonStartError):
                 raise
             _log.error("the model repository's new state is not taken in: %s", error)
-            return running
+            return
+        self._running = new
         _log.info("serving versions %s", ", ".join(map(str, new.folder.versions)))
         retiring = asyncio.create_task(self._retire(running, former, hurry))
         self._retiring.add(retiring)
         retiring.add_done_callback(self._retiring.discard)
-        return new
 
     async def _retire(
         self, running: _Running, client: DecoderClient | None, hurry: asyncio.Event

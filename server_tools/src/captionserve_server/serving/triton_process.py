@@ -99,6 +99,7 @@ class TritonProcess:
         self._process = self._start(installation.binary, folder, ports, environment)
         self.pid = self._process.pid
         self._watch = ProcessWatch(self.pid, folder.heartbeats)
+        self._killed = False
 
     async def wait_ready(self, timeout_seconds: float) -> None:
         """Wait until every model is loaded and warmed up.
@@ -145,6 +146,9 @@ class TritonProcess:
 
     def kill(self) -> None:
         """End the server and its models at once."""
+        if self._killed:  # Its process group may be another's by now.
+            return
+        self._killed = True
         # The stubs are in the process group of their own that `_start` made.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
