@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, DirectoryPath, Field, FilePath, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -135,6 +135,10 @@ class Settings(BaseSettings):
     )
     drain_seconds: float = Field(
         30.0, ge=0, description="At the end, seconds that calls in flight may take after that."
+    )
+
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Form of the service's own log, on stderr: text or json."
     )
 
     @model_validator(mode="after")

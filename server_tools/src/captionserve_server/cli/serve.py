@@ -13,6 +13,7 @@ import typer
 
 from captionserve_server.cli.console import messages, print_json
 from captionserve_server.cli.settings_options import with_settings
+from captionserve_server.serving.logs import configure_logs
 from captionserve_server.serving.ready import ReadyReport
 from captionserve_server.serving.service import serve as run_service
 from captionserve_server.settings import Settings
@@ -29,6 +30,7 @@ def serve(
     if print_config:
         print_json(settings.model_dump(mode="json"))
         return
+    configure_logs(settings.log_format)
     messages.print("starting Triton")
     asyncio.run(run_service(settings, _announce))
     messages.print("stopped")

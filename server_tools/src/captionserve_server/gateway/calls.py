@@ -7,6 +7,8 @@ the message of a unary call before it asks anybody, and a message may be many me
 from __future__ import annotations
 
 import asyncio
+import re
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+from structlog.contextvars import bind_contextvars
 
 from captionserve_server.core.errors import DeadlineExceededError, InvalidRequestError
 from captionserve_server.gateway.admission import Room
@@ -21,6 +24,10 @@ from captionserve_server.gateway.identity import Identities
 
 # How a client says how large its request is.
 SIZE_HEADER = "captionserve-request-bytes"
+# How a client names a call, so that its own log and the service's can be held together.
+REQUEST_ID_HEADER = "x-request-id"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 # Generic in the type stubs only.
@@ -125,7 +132,7 @@ class Calls:
             requests: AsyncIterator[bytes], context: Context
         ) -> AsyncIterator[Message]:
             self._begin(context)
-            identity = self._identities.of(context)
+            identity = self._identify(context)
             with self._room.taken(identity, 0):
                 answers: Any = behaviour(requests, identity)
                 async with aclosing(answers):
@@ -157,7 +164,7 @@ class Calls:
     ) -> AsyncIterator[tuple[Request, Call]]:
         """The call and its only message, with room for it while the block runs."""
         self._begin(context)
-        call = Call(self._identities.of(context), self._deadline(context))
+        call = Call(self._identify(context), self._deadline(context))
         announced = _announced_bytes(context, self._max_message_bytes)
         with self._room.taken(call.identity, announced):
             raw = await _only_message(requests, call.seconds_left)
@@ -168,6 +175,13 @@ class Calls:
             except DecodeError as error:
                 raise InvalidRequestError("the request is not a valid message") from error
             yield message, call
+
+    def _identify(self, context: Context) -> str:
+        """Who calls; from here on in all lines that are logged for the call."""
+        bind_contextvars(request_id=_request_id(context))
+        identity = self._identities.of(context)
+        bind_contextvars(identity=identity)
+        return identity
 
     def _deadline(self, context: Context) -> float:
         remaining: float | None = context.time_remaining()
@@ -198,6 +212,14 @@ def _announced_bytes(context: Context, most: int) -> int:
                 raise InvalidRequestError(f"{SIZE_HEADER} is no number of bytes")
             return min(int(text), most)
     return most
+
+
+def _request_id(context: Context) -> str:
+    """The caller's own name for the call, where it is one that a log can show; else one of ours."""
+    for name, value in context.invocation_metadata() or ():
+        if name == REQUEST_ID_HEADER and _REQUEST_ID.fullmatch(str(value)):
+            return str(value)
+    return uuid.uuid4().hex
 
 
 async def _only_message(requests: AsyncIterator[bytes], seconds: float) -> bytes:

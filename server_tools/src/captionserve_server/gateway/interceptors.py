@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
+from structlog.contextvars import clear_contextvars
 
 from captionserve_server.core.errors import CaptionServeError, InvalidRequestError
 from captionserve_server.gateway.identity import Identities
@@ -95,6 +96,7 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _counted(self, context: Context) -> AsyncIterator[None]:
         allowed = context.time_remaining()
+        clear_contextvars()
         with self._metrics.call() as record:
             try:
                 yield

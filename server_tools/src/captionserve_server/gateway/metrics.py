@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -17,6 +18,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 _LATENCY_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0)
 # How often the metrics' server looks whether it shall end, which is what `stop` waits for.
 _POLL_SECONDS = 0.05
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,9 +85,12 @@ class GatewayMetrics:
         try:
             yield record
         finally:
+            seconds = time.perf_counter() - begin
             self._in_flight.dec()
-            self._latency.observe(time.perf_counter() - begin)
+            self._latency.observe(seconds)
             self._requests.labels(record.code.name).inc()
+            fields = {"code": record.code.name, "seconds": round(seconds, 4)}
+            _log.info("call", extra=fields)
 
 
 class MetricsServer:
