@@ -30,10 +30,10 @@ test-wheels: setup  ## The wheels installed outside the checkout, without constr
 lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_options.py
+	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py
 	cd proto && ../$(BIN)/buf lint
 	$(BIN)/python proto/generate.py --check
-	$(BIN)/python docs/generate_options.py --check
+	$(BIN)/python docs/generate_pages.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -41,7 +41,7 @@ format: setup
 
 generate: setup  ## Regenerate the gRPC code from proto/, and the table of options.
 	$(BIN)/python proto/generate.py
-	$(BIN)/python docs/generate_options.py
+	$(BIN)/python docs/generate_pages.py
 
 evaluate: setup  ## Accuracy of the demo checkpoint on held-out scenes, through the whole stack.
 	$(BIN)/captionserve evaluate --checkpoint demo/checkpoint
