@@ -31,7 +31,7 @@ lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py
-	cd proto && ../$(BIN)/buf lint
+	$(BIN)/python proto/lint.py
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate_pages.py --check
 

@@ -158,7 +158,7 @@ class Reference:
                 ),
                 options,
             )
-        return self._generated(image, self._prefix(options), **self._generate_pages(options))
+        return self._generated(image, self._prefix(options), **self._generate_options(options))
 
     @torch.no_grad()
     def _generated(
@@ -187,7 +187,7 @@ class Reference:
             scores = output.sequences_scores.tolist()
         return [ReferenceCaption(*parts) for parts in zip(tokens, logprobs, scores, strict=True)]
 
-    def _generate_pages(self, options: DecodingOptions) -> dict[str, Any]:
+    def _generate_options(self, options: DecodingOptions) -> dict[str, Any]:
         """The options as keyword arguments of generate(); nothing is left to the checkpoint."""
         given: dict[str, Any] = {name: getattr(options, name) for name in _SHARED}
         given |= {"do_sample": False, "early_stopping": options.early_stopping}
