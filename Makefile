@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-images soak-checkpoints profile bench perf clean
+.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-images soak-checkpoints profile bench perf clean
 
 setup: $(VENV)/installed
 
@@ -58,6 +58,10 @@ soak: setup  ## 2,000 mixed requests, a third given up; everything must be back 
 
 soak-options: setup  ## More than 300 combinations of options of each checkpoint, through the whole stack.
 	$(BIN)/python -m pytest tests/e2e/test_equals_generate.py --soak-options 1
+
+soak-faults: setup  ## Ten minutes of load while processes are killed and stopped: nothing wrong, all heals.
+	$(BIN)/python -m pytest tests/faults/test_heals_under_load.py --soak-faults 600 \
+		--log-cli-level INFO
 
 soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bounded time and memory.
 	$(BIN)/python -m pytest tests/faults/test_image_soak.py --soak-images 5000 \

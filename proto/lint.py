@@ -47,7 +47,7 @@ def tagged(tag: str) -> bytes:
 
 
 def buf(*arguments: str, folder: Path) -> int:
-    """buf's exit code, of our own files alone."""
+    """The exit code of buf, of our own files alone."""
     command = [str(BUF), *arguments, "--path", API.parts[0]]
     return subprocess.run(command, cwd=folder, check=False).returncode
 

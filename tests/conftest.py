@@ -57,6 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--soak-images", type=int, default=500, help="files of tests/faults/test_image_soak.py"
     )
     parser.addoption(
+        "--soak-faults",
+        type=float,
+        default=60.0,
+        help="seconds of tests/faults/test_heals_under_load.py",
+    )
+    parser.addoption(
         "--soak-checkpoints",
         type=int,
         default=20,

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +17,12 @@ from captionserve_server.runtime.model_repository import MODELS
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
+from tests.faults.served import WAIT_SECONDS, Served, serving, wait_until
 from tests.reference import picture
 
-WAIT_SECONDS = 60.0
 NAME = "projected"
 SERVICE = "captionserve.v1.CaptionService"
 LONG = GenerationOptions(num_beams=8, max_length=200, min_length=199)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
-
-
-@dataclass
-class Served:
-    """A service of its own, whose processes may be harmed."""
-
-    process: subprocess.Popen[str]
-    ready_file: Path
-
-    @property
-    def report(self) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads(self.ready_file.read_text())
-        return report
-
-    @property
-    def triton(self) -> psutil.Process:
-        return psutil.Process(self.report["pids"]["triton"])
-
-    def victim(self, name: str) -> psutil.Process:
-        """Triton, or the process of one of its models."""
-        if name == "Triton":
-            return self.triton
-        (found,) = [p for p in self.triton.children() if f"{name}_0" in " ".join(p.cmdline())]
-        return found
-
-
-@contextmanager
-def serving(repository: Path, folder: Path, *arguments: str) -> Iterator[Served]:
-    ready_file = folder / "ready.json"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
-            *("--model-repository", str(repository), "--listen", "127.0.0.1:0"),
-            *("--ready-file", str(ready_file), "--health-listen", "127.0.0.1:0", *arguments),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait_until(lambda: ready_file.exists() or process.poll() is not None)
-        yield Served(process, ready_file)
-    finally:
-        process.terminate()
-        try:
-            process.communicate(timeout=WAIT_SECONDS)
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +34,9 @@ def served(
     many = ("--max-restarts", "100")
     with serving(model_repository(NAME), folder, *many) as service:
         yield service
-        service.process.terminate()
-        _, errors = service.process.communicate(timeout=WAIT_SECONDS)
-        assert service.process.returncode == 0, errors
-        assert "Traceback" not in errors
+        said = service.end()
+        assert service.process.returncode == 0, said
+        assert "Traceback" not in said
 
 
 def health(address: str, name: str) -> int:
@@ -186,10 +125,9 @@ def test_a_signal_while_triton_is_away_ends_it(
     with serving(model_repository(NAME), tmp_path) as served:
         family = psutil.Process(served.process.pid).children(recursive=True)
         served.triton.send_signal(signal.SIGSTOP)
-        served.process.terminate()
-        _, errors = served.process.communicate(timeout=WAIT_SECONDS)
-    assert served.process.returncode == 0, errors
-    assert "Traceback" not in errors
+        said = served.end()
+    assert served.process.returncode == 0, said
+    assert "Traceback" not in said
     assert not served.ready_file.exists()
     assert not any(process.is_running() for process in family)
 
@@ -205,11 +143,12 @@ def test_after_too_many_deaths_it_ends_and_says_why(
         wait_until(lambda: served.report["pids"]["triton"] != first)
         family = psutil.Process(served.process.pid).children(recursive=True)
         served.triton.kill()
-        _, errors = served.process.communicate(timeout=WAIT_SECONDS)
-    assert served.process.returncode == 1
-    assert "error: Triton has failed 2 times within 60 seconds" in errors
-    assert "the last time: Triton has ended by itself" in errors
-    assert "Traceback" not in errors
+        served.process.wait(WAIT_SECONDS)
+    said = served.log.read_text()
+    assert served.process.returncode == 1, said
+    assert "error: Triton has failed 2 times within 60 seconds" in said
+    assert "the last time: Triton has ended by itself" in said
+    assert "Traceback" not in said
     assert "Started GRPCInferenceService" in log.read_text()
     assert not served.ready_file.exists()
     assert not any(process.is_running() for process in family)
