@@ -7,11 +7,12 @@ folder for the time.
 
 from __future__ import annotations
 
-import importlib.resources
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from google.rpc import status_pb2
 
 PROTO_ROOT = Path(__file__).resolve().parent
 API = Path("captionserve", "v1", "caption.proto")
@@ -26,7 +27,7 @@ def workspace(folder: Path, api: bytes) -> Path:
         (Path("buf.yaml"), (PROTO_ROOT / "buf.yaml").read_bytes()),
         (
             Path("google", "rpc", IMPORTED),
-            importlib.resources.files("google.rpc").joinpath(IMPORTED).read_bytes(),
+            Path(status_pb2.__file__).with_name(IMPORTED).read_bytes(),
         ),
     ):
         target = folder / path
