@@ -67,6 +67,7 @@ class AsyncCaptionClient:
         # gRPC would tie the channel to some other loop and fail at the first call.
         asyncio.get_running_loop()
         self._connection = Connection.of(target, timeout, credentials, token)
+        self._closed = asyncio.Event()
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, channel_options())
         else:
@@ -95,7 +96,7 @@ class AsyncCaptionClient:
                     )
                 return from_proto(response)
             except CaptionError as error:
-                await asyncio.sleep(attempts.delay_after(error))
+                await self._wait(attempts.delay_after(error))
 
     async def caption_stream(
         self,
@@ -134,7 +135,7 @@ class AsyncCaptionClient:
             except CaptionError as error:
                 if begun:
                     raise
-                await asyncio.sleep(attempts.delay_after(error))
+                await self._wait(attempts.delay_after(error))
 
     async def caption_many(
         self,
@@ -193,7 +194,7 @@ class AsyncCaptionClient:
                     )
                 return models_from_proto(response)
             except CaptionError as error:
-                await asyncio.sleep(attempts.delay_after(error))
+                await self._wait(attempts.delay_after(error))
 
     async def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until the service answers, for so many seconds at most.
@@ -207,7 +208,13 @@ class AsyncCaptionClient:
     async def close(self) -> None:
         """Close the connection; calls in flight, and later ones, fail with CLIENT_CLOSED."""
         self._connection.closed.set()
+        self._closed.set()
         await self._channel.close()
+
+    async def _wait(self, seconds: float) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._closed.wait(), seconds)
+            raise self._connection.closed_error()
 
     @contextmanager
     def _errors_mapped(self) -> Iterator[None]:

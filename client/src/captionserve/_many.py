@@ -156,8 +156,10 @@ class Batch:
             raise error
         due = time.monotonic() + delay
         for item in self._sent.values():
-            item.due, item.error = due, error or item.error
+            item.due = due
         self._waiting |= self._sent
+        for item in self._waiting.values():
+            item.error = error or item.error
         # The oldest first, as they were.
         self._waiting = dict(sorted(self._waiting.items()))
         self._sent = {}

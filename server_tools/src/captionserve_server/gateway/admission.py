@@ -83,6 +83,8 @@ class _Caller:
     """One identity's share of the decoder."""
 
     working: int = 0
+    # The number of its last turn; 0 before the first.
+    last_turn: int = 0
     # By priority, the more urgent first.
     waiting: tuple[collections.deque[asyncio.Future[None]], ...] = field(
         default_factory=lambda: (collections.deque(), collections.deque())
@@ -101,8 +103,8 @@ class Turns:
         self.at_once = at_once
         self.working = 0
         self.waiting = 0
-        # In the order of their last turns, so that of equals the one comes who has waited longest.
         self._callers: dict[str, _Caller] = {}
+        self._turns = 0
         # What an answer takes, and how long after the last one it comes, in seconds; 0 if unknown.
         self._answer_seconds = 0.0
         self._interval_seconds = 0.0
@@ -174,9 +176,9 @@ class Turns:
             raise
 
     def _begin(self, identity: str) -> None:
-        # Behind all others, of those that have as much as it.
-        caller = self._callers.pop(identity)
-        self._callers[identity] = caller
+        self._turns += 1
+        caller = self._callers[identity]
+        caller.last_turn = self._turns
         caller.working += 1
         self.working += 1
 
@@ -190,10 +192,14 @@ class Turns:
         """Give turns to those who wait, while there are turns."""
         while self.working < self.at_once and self.waiting:
             for priority in range(2):
-                wanting = [name for name, each in self._callers.items() if each.waiting[priority]]
+                wanting = [
+                    (each.working, each.last_turn, name)
+                    for name, each in self._callers.items()
+                    if each.waiting[priority]
+                ]
                 if wanting:
-                    # Whoever has the least in work; the first of them, who has waited longest.
-                    identity = min(wanting, key=lambda name: self._callers[name].working)
+                    # Whoever has the least in work; of equals, whose last turn is the longest ago.
+                    *_, identity = min(wanting)
                     turn = self._callers[identity].waiting[priority].popleft()
                     self.waiting -= 1
                     self._begin(identity)
