@@ -43,9 +43,17 @@ class Setup:
 
 
 @asynccontextmanager
-async def gateway_setup(**settings: Any) -> AsyncIterator[Setup]:
-    """A gateway that is connected and serves; keyword arguments are settings."""
+async def gateway_setup(
+    defaults: dict[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[Setup]:
+    """A gateway that is connected and serves.
+
+    Args:
+        defaults: of the fake Triton's checkpoint.
+        settings: of the gateway.
+    """
     async with fake_triton() as triton:
+        triton.defaults = defaults or {}
         gateway = Gateway(settings_of(**settings))
         await gateway.start()
         await gateway.connect(triton.address, [triton.version], WAIT_SECONDS)

@@ -163,8 +163,8 @@ def test_a_model_that_is_away_says_when_to_come_back() -> None:
 
 def test_no_triton_is_model_unavailable() -> None:
     async def run() -> Failure:
-        # Port 1 is a system port where nothing listens.
-        async with gateway_setup(triton_address="127.0.0.1:1") as setup:
+        async with gateway_setup() as setup:
+            await setup.gateway.disconnect()
             return await failure_of(setup.stub, request_of())
 
     failure = asyncio.run(run())

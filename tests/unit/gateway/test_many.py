@@ -201,8 +201,8 @@ def test_who_leaves_has_nothing_computed_any_more() -> None:
 
 def test_models_say_what_is_served() -> None:
     async def run() -> caption_pb2.GetModelsResponse:
-        async with gateway_setup(window=7, deadline_cap_seconds=1.5) as setup:
-            setup.triton.defaults = {"num_beams": 4, "early_stopping": True}
+        defaults = {"num_beams": 4, "early_stopping": True}
+        async with gateway_setup(defaults, window=7, deadline_cap_seconds=1.5) as setup:
             answer: caption_pb2.GetModelsResponse = await setup.stub.GetModels(
                 caption_pb2.GetModelsRequest(), timeout=10
             )

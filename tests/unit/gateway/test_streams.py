@@ -213,8 +213,8 @@ def test_a_stream_that_breaks_off_is_told_by_its_status(
 
 def test_no_triton_is_model_unavailable() -> None:
     async def run() -> tuple[Responses, Failure | None]:
-        # Port 1 is a system port where nothing listens.
-        async with gateway_setup(triton_address="127.0.0.1:1") as setup:
+        async with gateway_setup() as setup:
+            await setup.gateway.disconnect()
             return await responses_of(setup)
 
     found, failure = asyncio.run(run())
