@@ -22,7 +22,6 @@ from captionserve_server.triton import wire
 from tritonclient.grpc import service_pb2
 
 from tests.unit.gateway.fake_triton import WAIT_SECONDS, Context, fake_triton
-from tests.unit.gateway.harness import gateway_setup, request_of
 
 IMAGE = [InputTensor(wire.IMAGE, (1,), encode_strings([b"an image"]))]
 VERSION = 3

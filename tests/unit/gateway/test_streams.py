@@ -76,7 +76,7 @@ def failing_stream(
 
 async def metrics_when_idle(setup: Setup) -> dict[str, float]:
     """The metrics once no call is in flight."""
-    await setup.gateway._service.wait_idle()
+    await setup.gateway._calls.wait_idle()
     return await asyncio.to_thread(metrics_of, setup)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 from captionserve_server.serving import private_folder
+from captionserve_server.serving.installation import TritonInstallation
 from captionserve_server.serving.private_folder import (
     NoPlainFolderError,
+    PrivateFolder,
     copy_repository,
     make_plain_folder,
 )
@@ -59,3 +63,79 @@ def test_no_place_at_all_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(private_folder, "_USUAL_FOLDERS", (str(tmp_path / "none"),))
     with pytest.raises(NoPlainFolderError, match="TMPDIR"):
         make_plain_folder()
+
+
+@pytest.fixture
+def installation(tmp_path: Path) -> TritonInstallation:
+    """One with the Python backend alone, whose program is never run."""
+    (tmp_path / "backends" / "python").mkdir(parents=True)
+    (tmp_path / "stub").touch()
+    return TritonInstallation(
+        binary=tmp_path / "tritonserver",
+        backends=tmp_path / "backends",
+        python_stub=tmp_path / "stub",
+        library_folders=(),
+    )
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """Where temporary folders and shared memory lie for a test."""
+    temporary, shared = tmp_path / "temporary", tmp_path / "shm"
+    temporary.mkdir()
+    shared.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(private_folder, "_SHARED_MEMORY", shared)
+    monkeypatch.setattr(private_folder, "_USUAL_FOLDERS", ())
+    return temporary, shared
+
+
+@pytest.mark.parametrize("lacking", ["backends", "repository"])
+def test_what_cannot_be_filled_leaves_nothing(
+    lacking: str, installation: TritonInstallation, places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "repository").mkdir()
+    (tmp_path / lacking).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        PrivateFolder(installation, tmp_path / "repository")
+    assert [list(place.iterdir()) for place in places] == [[], []]
+
+
+def test_what_a_killed_service_has_left_is_removed_and_a_living_ones_is_not(
+    installation: TritonInstallation, places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    temporary, shared = places
+    (tmp_path / "repository").mkdir()
+    living = PrivateFolder(installation, tmp_path / "repository")
+    dead = PrivateFolder(installation, tmp_path / "repository")
+    for folder in (living, dead):
+        (shared / f"{folder.shared_memory_prefix}_region").touch()
+    # As the kernel does when a process ends: its locks are gone, its files are not.
+    os.close(dead._lock)
+
+    third = PrivateFolder(installation, tmp_path / "repository")
+
+    left = {living.shared_memory_prefix, third.shared_memory_prefix}
+    assert {path.name for path in temporary.iterdir()} == left
+    assert {path.name for path in shared.iterdir()} == {
+        f"{living.shared_memory_prefix}_region",
+        *(f"{name}.lock" for name in left),
+    }
+    for folder in (living, third):
+        folder.close()
+    assert [list(place.iterdir()) for place in places] == [[], []]
+
+
+def test_a_triton_that_has_ended_leaves_the_files_for_the_next(
+    installation: TritonInstallation, places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, shared = places
+    (tmp_path / "repository" / "decoder" / "12").mkdir(parents=True)
+    with contextlib.closing(PrivateFolder(installation, tmp_path / "repository")) as folder:
+        (shared / f"{folder.shared_memory_prefix}_region").touch()
+        (folder.heartbeats / "17").touch()
+        folder.tidy()
+        assert [path.suffix for path in shared.iterdir()] == [".lock"]
+        assert list(folder.heartbeats.iterdir()) == []
+        assert folder.versions == [12]
+        assert (folder.backends / "python").is_dir()
