@@ -111,7 +111,7 @@ def _read_detail(status: status_pb2.Status, detail: Message) -> bool:
     for packed in status.details:
         if packed.Is(detail.DESCRIPTOR):
             try:
-                return packed.Unpack(detail)
+                return bool(packed.Unpack(detail))
             except DecodeError:  # Another server's.
                 detail.Clear()
     return False

@@ -23,7 +23,7 @@ from captionserve_server.gateway.kserve import InputTensor, Outputs, encode_stri
 from captionserve_server.settings import Settings
 from captionserve_server.triton import wire
 
-EARLY_STOPPING: Mapping[int, bool | str] = {
+EARLY_STOPPING: Mapping[caption_pb2.EarlyStopping.ValueType, bool | str] = {
     caption_pb2.EARLY_STOPPING_FALSE: False,
     caption_pb2.EARLY_STOPPING_TRUE: True,
     caption_pb2.EARLY_STOPPING_NEVER: "never",
@@ -174,7 +174,7 @@ _TOKEN_ROWS = (wire.TOKEN_IDS, wire.TOKEN_LOGPROBS, wire.TOKEN_TEXTS)
 def model_message(description: Description, *, is_default: bool) -> caption_pb2.Model:
     """What callers are told of a version of the model."""
     defaults = dict(description.defaults.as_given())
-    early_stopping = defaults.pop("early_stopping", None)
+    early_stopping = defaults.pop("early_stopping")
     message = caption_pb2.Model(
         version=description.version,
         is_default=is_default,
@@ -182,13 +182,13 @@ def model_message(description: Description, *, is_default: bool) -> caption_pb2.
         image_height=description.image_size[0],
         image_width=description.image_size[1],
     )
-    for number, value in EARLY_STOPPING.items():
-        if value == early_stopping and type(value) is type(early_stopping):
-            message.defaults.early_stopping = number
+    message.defaults.early_stopping = next(
+        number for number, meaning in EARLY_STOPPING.items() if meaning == early_stopping
+    )
     for name, value in defaults.items():
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, list):
             getattr(message.defaults, name).values.extend(value)
-        elif value is not None:
+        else:
             setattr(message.defaults, name, value)
     return message
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from cryptography import x509
@@ -77,7 +78,8 @@ class ServerCertificates:
         """What a server listens with."""
         return grpc.dynamic_ssl_server_credentials(
             self._pair.configuration,
-            self._changed_configuration,
+            # None leaves it as it is, which the type stubs do not know.
+            cast("Callable[[], grpc.ServerCertificateConfiguration]", self._changed_configuration),
             require_client_authentication=self._paths.client_ca is not None,
         )
 

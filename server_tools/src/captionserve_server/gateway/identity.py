@@ -62,8 +62,9 @@ class Identities:
         """
         if self._tokens is not None:
             return self._by_token(self._tokens, context)
-        names = context.auth_context().get(_COMMON_NAME)
-        return names[0].decode(errors="replace") if names else ANYBODY
+        for name in context.auth_context().get(_COMMON_NAME, ()):
+            return name.decode(errors="replace")
+        return ANYBODY
 
     def _by_token(self, tokens: Tokens, context: Context) -> str:
         sent = [value for name, value in context.invocation_metadata() or () if name == _HEADER]
