@@ -85,10 +85,10 @@ profile: setup $(FULL_SIZE)  ## Where the time of full batches goes, on the full
 		--rows 'captionserve*32 in flight' --reference 'bare graphs fp32' --reference 'bare graphs int8' \
 		--json docs/measurements/profile.json
 
-bench: setup $(FULL_SIZE)  ## Speed beside other ways to run the same model: full-size, then the demo's; an hour or two.
-	$(BIN)/captionserve bench --checkpoint $(FULL_SIZE) --tokens 16 \
+bench: setup $(FULL_SIZE)  ## Speed beside other ways to run the same model: full-size, then the demo's; two hours.
+	$(BIN)/captionserve bench --checkpoint $(FULL_SIZE) --tokens 16 --rounds 3 \
 		--json docs/measurements/bench-full.json --chart docs/measurements/bench-full.png
-	$(BIN)/captionserve bench --checkpoint demo/checkpoint --images 128 \
+	$(BIN)/captionserve bench --checkpoint demo/checkpoint --images 128 --rounds 3 \
 		--json docs/measurements/bench-demo.json --chart docs/measurements/bench-demo.png
 
 perf: setup  ## NVIDIA's perf_analyzer against the captioner; more options with PERF="...".

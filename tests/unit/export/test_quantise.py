@@ -23,7 +23,6 @@ from captionserve_server.runtime.graph_format import GraphFormat
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 
 from tests.checkpoints import RANDOM_CHECKPOINTS
-from tests.conftest import DEMO, QuantisedRepositories
 
 LOWER = (Precision.INT8, Precision.INT4)
 # Of the demo's held-out scenes, half of them in an unseen style.
@@ -138,10 +137,15 @@ def test_torchscript_is_written_in_fp32_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("precision", "least"), [(Precision.INT8, 0.97), (Precision.INT4, 0.9)])
 def test_captions_of_the_demo_agree_with_fp32(
-    in_precision: QuantisedRepositories, precision: Precision, least: float
+    model_repository: Callable[[str], Path],
+    checkpoint_folder: Callable[[str], Path],
+    tmp_path: Path,
+    precision: Precision,
+    least: float,
 ) -> None:
-    fp32, quantised = (in_precision(DEMO, each) for each in (Precision.FP32, precision))
-    agreement = caption_agreement(fp32, quantised, IMAGES)
+    quantised = tmp_path / "repository"
+    export_checkpoint(str(checkpoint_folder("demo")), quantised, precision=precision)
+    agreement = caption_agreement(model_repository("demo"), quantised, IMAGES)
     assert agreement.images == IMAGES
     assert agreement.same_captions >= least
     assert agreement.cider_d >= least * agreement.cider_d_of_fp32
