@@ -1,14 +1,15 @@
-"""Lint the API with buf, and hold it to what was tagged: `python proto/lint.py [TAG]`.
+"""Lint the API with buf, and hold it to the newest release: `python proto/lint.py`.
 
-With a tag, changes that would break callers of that version are refused; additions are not. buf
-reads imports from its own workspace only, so that what google.rpc has is put beside the API, in a
-folder for the time.
+Changes that would break callers of the newest tag (v0.1 and later) are refused; additions are not.
+buf reads imports from its own workspace only, so that what google.rpc has is put beside the API, in
+a folder for the time.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from google.rpc import status_pb2
 PROTO_ROOT = Path(__file__).resolve().parent
 API = Path("captionserve", "v1", "caption.proto")
 IMPORTED = "status.proto"
-BUF = Path(sys.executable).parent / "buf"
+BUF = Path(sysconfig.get_path("scripts"), "buf")
 
 
 def workspace(folder: Path, api: bytes) -> Path:
@@ -36,33 +37,31 @@ def workspace(folder: Path, api: bytes) -> Path:
     return folder
 
 
-def tagged(tag: str) -> bytes:
-    """The API as it was tagged."""
-    found = subprocess.run(
-        ["git", "show", f"{tag}:proto/{API.as_posix()}"],
-        cwd=PROTO_ROOT,
-        capture_output=True,
-        check=True,
-    )
-    return found.stdout
+def git(*arguments: str) -> bytes | None:
+    """What git answers; None where it has nothing to say."""
+    done = subprocess.run(["git", *arguments], cwd=PROTO_ROOT, capture_output=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def buf(*arguments: str, folder: Path) -> int:
-    """The exit code of buf, of our own files alone."""
-    command = [str(BUF), *arguments, "--path", API.parts[0]]
-    return subprocess.run(command, cwd=folder, check=False).returncode
+    """The exit code of buf."""
+    return subprocess.run([str(BUF), *arguments], cwd=folder, check=False).returncode
 
 
-def main(arguments: list[str]) -> int:
-    """Lint, and compare with a tag if one is given."""
+def main() -> int:
+    """Lint, and compare with the newest release if there is one."""
     with tempfile.TemporaryDirectory() as directory:
         present = workspace(Path(directory, "present"), (PROTO_ROOT / API).read_bytes())
-        failed = buf("lint", folder=present)
-        if arguments:
-            former = workspace(Path(directory, "former"), tagged(arguments[0]))
+        failed = buf("lint", "--path", API.parts[0], folder=present)
+        tag = git("describe", "--tags", "--abbrev=0", "--match", "v*")
+        released = tag and git("show", f"{tag.decode()}:proto/{API.as_posix()}")
+        if released:
+            former = workspace(Path(directory, "former"), released)
             failed |= buf("breaking", "--against", str(former), folder=present)
+        else:
+            print("no release is tagged: the API is not compared with one")
         return failed
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -50,7 +50,7 @@ def reason_of(status: status_pb2.Status) -> str:
     info = error_details_pb2.ErrorInfo()
     for packed in status.details:
         packed.Unpack(info)
-    return info.reason
+    return str(info.reason)
 
 
 def test_the_window_comes_first_and_every_item_is_answered_once() -> None:

@@ -81,7 +81,7 @@ class Files:
         self.key.write_bytes(key_pem(pair))
 
     @property
-    def settings(self) -> dict[str, Path]:
+    def settings(self) -> dict[str, Any]:
         return {"tls_certificate": self.certificate, "tls_key": self.key}
 
     def credentials(self, client: Pair | None = None) -> grpc.ChannelCredentials:

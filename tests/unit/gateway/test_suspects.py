@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 from captionserve_server.core.errors import (
@@ -16,15 +17,20 @@ from captionserve_server.gateway.suspects import Suspects
 LONG = 20.0
 
 
+@asynccontextmanager
+async def at_work(suspects: Suspects, image: bytes) -> AsyncIterator[None]:
+    """The decoder works on an image while the block runs."""
+    async with suspects.alone(image, LONG):
+        with suspects.in_work(image):
+            yield
+
+
 async def die_of(suspects: Suspects, *images: bytes) -> list[type[BaseException]]:
     """The decoder dies with these in work; what became of each."""
     dead = asyncio.Event()
-    begun = 0
 
     async def work(image: bytes) -> None:
-        nonlocal begun
-        async with suspects.in_work(image, LONG):
-            begun += 1
+        async with at_work(suspects, image):
             await dead.wait()
             raise ModelUnavailableError("dead")
 
@@ -38,7 +44,7 @@ async def die_of(suspects: Suspects, *images: bytes) -> list[type[BaseException]
 
 
 async def caption(suspects: Suspects, image: bytes) -> None:
-    async with suspects.in_work(image, LONG):
+    async with at_work(suspects, image):
         pass
 
 
@@ -95,7 +101,7 @@ def test_of_the_suspects_one_is_in_work_at_a_time() -> None:
         dead = asyncio.Event()
 
         async def work(image: bytes) -> None:
-            async with suspects.in_work(image, LONG):
+            async with at_work(suspects, image):
                 if image == b"a":
                     await dead.wait()
                     raise ModelUnavailableError("dead")
@@ -115,7 +121,7 @@ def test_others_do_not_wait_for_suspects() -> None:
         suspects = Suspects()
         await die_of(suspects, b"a")
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(suspects.in_work(b"a", LONG))
+            await stack.enter_async_context(at_work(suspects, b"a"))
             await asyncio.wait_for(caption(suspects, b"b"), LONG)
 
     asyncio.run(run())
@@ -125,9 +131,9 @@ def test_a_suspects_turn_comes_in_time_or_not_at_all() -> None:
     async def run() -> None:
         suspects = Suspects()
         await die_of(suspects, b"a", b"b")
-        async with suspects.in_work(b"a", LONG):
+        async with at_work(suspects, b"a"):
             with pytest.raises(DeadlineExceededError):
-                async with suspects.in_work(b"b", 0.05):
+                async with suspects.alone(b"b", 0.05):
                     pass
 
     asyncio.run(run())

@@ -246,10 +246,11 @@ class CaptionService:
     async def _working(self, image: bytes, call: Call) -> AsyncIterator[None]:
         """Have the decoder's attention for an image while the block runs."""
         async with (
-            self._suspects.in_work(image, call.seconds_left),
+            self._suspects.alone(image, call.seconds_left),
             self._turns.turn(call.identity, bulk=call.bulk, deadline=call.deadline),
         ):
-            yield
+            with self._suspects.in_work(image):
+                yield
 
     async def _caption(self, work: _Work) -> caption_pb2.CaptionResponse:
         """Have it captioned, and remember the answer where there is a key."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from cachetools import TTLCache
 
@@ -38,37 +38,44 @@ class Suspects:
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
-    async def in_work(self, digest: bytes, seconds: float) -> AsyncIterator[None]:
-        """The decoder works on an image while the block runs.
+    async def alone(self, digest: bytes, seconds: float) -> AsyncIterator[None]:
+        """No other suspect is worked on while the block runs, if the image is one.
 
         Args:
             digest: the image's.
-            seconds: how long it may wait for its turn, if it is suspect.
+            seconds: how long it may wait for that.
+
+        Raises:
+            DeadlineExceededError: if its turn does not come in time.
+        """
+        if digest not in self._suspects:
+            yield
+            return
+        await self._wait_for_turn(seconds)
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def in_work(self, digest: bytes) -> Iterator[None]:
+        """The decoder works on an image while the block runs.
 
         Raises:
             ModelFaultError: if the image is refused, or the decoder has just died of it.
-            DeadlineExceededError: if its turn does not come in time.
         """
-        suspect = digest in self._suspects
-        if suspect:
-            await self._wait_for_turn(seconds)
+        self._check(digest)
+        self._in_work[digest] += 1
         try:
-            # Behind the wait: it may have been found guilty or innocent meanwhile.
+            yield
+            self._suspects.discard(digest)
+        except ModelUnavailableError:
             self._check(digest)
-            self._in_work[digest] += 1
-            try:
-                yield
-                self._suspects.discard(digest)
-            except ModelUnavailableError:
-                self._check(digest)
-                raise
-            finally:
-                self._in_work[digest] -= 1
-                if not self._in_work[digest]:
-                    del self._in_work[digest]
+            raise
         finally:
-            if suspect:
-                self._turn.release()
+            self._in_work[digest] -= 1
+            if not self._in_work[digest]:
+                del self._in_work[digest]
 
     def decoder_died(self) -> None:
         """The decoder has died; to be called while what was in work still is."""

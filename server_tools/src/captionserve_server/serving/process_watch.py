@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from captionserve_server.runtime.model_repository import MODELS
-
 LOOK_SECONDS = 0.25
 # Many times the interval of the beats: on a machine that is overloaded a thread may wait long.
 HEARTBEAT_SECONDS = 10.0
 
 _PROC = Path("/proc")
 _STUB = "triton_python_backend_stub"
+# Which of its arguments names the model's instance (the last one ends the list): decoder_0_0.
+_INSTANCE = -3
+_INSTANCE_SUFFIX = "_0_0"
 
 
 class _State(NamedTuple):
@@ -112,12 +113,10 @@ def _state(pid: int) -> _State | None:
 def _model_of(pid: int) -> str | None:
     """The name of the process of a Python model; None for any other process."""
     try:
-        command = (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace")
+        arguments = (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    if _STUB not in command:
+    # Triton also starts the program without arguments, through a shell, to see whether it is there.
+    if not arguments[0].endswith(_STUB) or len(arguments) < -_INSTANCE:
         return None
-    # The longest first, for one name begins like another.
-    names = sorted(MODELS, key=len, reverse=True)
-    model = next((name for name in names if f"{name}_0" in command), "a model")
-    return f"the process of {model}"
+    return f"the process of {arguments[_INSTANCE].removesuffix(_INSTANCE_SUFFIX)}"

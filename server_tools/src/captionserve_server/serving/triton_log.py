@@ -13,6 +13,8 @@ _log = logging.getLogger("captionserve_server.triton_log")
 
 # Triton's own writing: E0923 10:11:12.123456 ...; what has another beginning is a model's.
 _SEVERE = ("E", "F")
+# What every Triton says that finds no GPU.
+_NO_GPU = ("CudaDriverHelper", "NVML")
 _REMEMBERED_LINES = 200
 _TAIL_LINES = 15
 _MOST_CHARACTERS = 2000
@@ -49,7 +51,7 @@ class TritonLog:
     def tail(self) -> str:
         """The last errors of the present Triton; its last lines, if there are none."""
         lines = list(self._lines)
-        errors = [line for line in lines if line.startswith(_SEVERE)] or lines
+        errors = list(filter(_is_severe, lines)) or lines
         return "\n".join(errors[-_TAIL_LINES:])
 
     def close(self) -> None:
@@ -63,8 +65,12 @@ class TritonLog:
             for line in lines:
                 text = line.rstrip("\n")[:_MOST_CHARACTERS]
                 self._lines.append(text)
-                if text.startswith(_SEVERE):
+                if _is_severe(text):
                     _log.warning("%s", text)
                 if self._file is not None:
                     # A handler writes its own troubles, such as a full disk, to standard error.
                     self._file.handle(logging.makeLogRecord({"msg": text}))
+
+
+def _is_severe(line: str) -> bool:
+    return line.startswith(_SEVERE) and not any(word in line for word in _NO_GPU)

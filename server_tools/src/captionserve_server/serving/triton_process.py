@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from captionserve_server.serving.process_watch import ProcessWatch
 from captionserve_server.serving.triton_log import TritonLog
 
 _LOOPBACK = "127.0.0.1"
+_PR_SET_CHILD_SUBREAPER = 36
 _POLL_SECONDS = 0.05
 # How long Triton waits for its models, and what it gets beyond that to say goodbye.
 _EXIT_SECONDS = 30
@@ -149,10 +151,14 @@ class TritonProcess:
         if self._killed:  # Its process group may be another's by now.
             return
         self._killed = True
-        # The stubs are in the process group of their own that `_start` made.
+        # The stubs are in the process group of their own that `_start` made, and fall to us when
+        # Triton is gone. What has not been waited for may still hold its memory.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-self.pid, 0)
 
     def _start(
         self,
@@ -178,6 +184,7 @@ class TritonProcess:
             f"--http-port={ports[1]}",
             f"--metrics-port={ports[2]}",
         ]
+        _adopt_orphans()
         output = self._log.pipe()
         try:
             return subprocess.Popen(
@@ -190,6 +197,11 @@ class TritonProcess:
             )
         finally:
             os.close(output)
+
+
+def _adopt_orphans() -> None:
+    """Have children of a child that has ended become ours, wherever an init process is far."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 async def _is_ready(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> bool:
