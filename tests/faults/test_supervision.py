@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from tests.reference import picture
 
 NAME = "projected"
 SERVICE = "captionserve.v1.CaptionService"
+_shades = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_it_heals_itself(name: str, number: signal.Signals, served: Served) -> N
     image = picture(1)
     with CaptionClient(served.report["grpc"], timeout=WAIT_SECONDS) as client:
         right = client.caption(image, bypass_cache=True).text
-        with calls_in_work(served, [image] * 3) as calls, ThreadPoolExecutor(1) as pool:
+        with calls_in_work(served, large(), large()) as calls, ThreadPoolExecutor(1) as pool:
             patient = pool.submit(client.caption, image, bypass_cache=True)
             served.victim(name).send_signal(number)
             for call in calls:
@@ -75,17 +77,19 @@ def test_it_heals_itself(name: str, number: signal.Signals, served: Served) -> N
     assert_only_the_present_one_has_shared_memory(served)
 
 
+def large() -> bytes:
+    """An image file that takes a second to read, is small, and has not been in work before."""
+    return png(Image.new("RGB", (7000, 7000), (next(_shades), 0, 0)))
+
+
 @contextmanager
-def calls_in_work(served: Served, images: list[Image.Image]) -> Iterator[list[Any]]:
-    """Calls that the decoder has and cannot answer, because it stands still."""
+def calls_in_work(served: Served, *images: bytes) -> Iterator[list[Any]]:
+    """Calls that are not tried again, once the decoder works on their images."""
     target = served.report["grpc"]
-    served.victim("decoder").suspend()
     with CaptionClient(target) as client, grpc.insecure_channel(target) as channel:
         stub: Any = caption_pb2_grpc.CaptionServiceStub(channel)
         requests = [
-            caption_pb2.CaptionRequest(
-                image=caption_pb2.Image(encoded=png(image)), bypass_cache=True
-            )
+            caption_pb2.CaptionRequest(image=caption_pb2.Image(encoded=image), bypass_cache=True)
             for image in images
         ]
         calls = [stub.Caption.future(request, timeout=WAIT_SECONDS) for request in requests]
@@ -173,10 +177,10 @@ def test_after_too_many_deaths_it_ends_and_says_why(
     assert not any(process.is_running() for process in family)
 
 
-def death_at_work(served: Served, images: list[Image.Image]) -> None:
+def death_at_work(served: Served, *images: bytes) -> None:
     """The decoder dies while it works on these; until all is well again."""
     before = served.report["pids"]["triton"]
-    with calls_in_work(served, images) as calls:
+    with calls_in_work(served, *images) as calls:
         served.victim("decoder").kill()
         assert all(call.exception(WAIT_SECONDS) is not None for call in calls)
     wait_until(lambda: served.report["pids"]["triton"] != before)
@@ -185,13 +189,13 @@ def death_at_work(served: Served, images: list[Image.Image]) -> None:
 def test_an_image_that_kills_the_decoder_twice_is_refused(
     model_repository: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    poison, harmless = picture(3), picture(4)
+    poison, harmless = large(), large()
     with (
         serving(model_repository(NAME), tmp_path) as served,
         CaptionClient(served.report["grpc"], timeout=WAIT_SECONDS) as client,
     ):
-        death_at_work(served, [poison, harmless])
-        death_at_work(served, [poison])
+        death_at_work(served, poison, harmless)
+        death_at_work(served, poison)
         with pytest.raises(CaptionError) as refused:
             client.caption(poison)
         assert refused.value.reason == "MODEL_FAULT"

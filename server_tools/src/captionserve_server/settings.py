@@ -81,6 +81,10 @@ class Settings(BaseSettings):
         ge=0,
         description="Memory for answers that may be asked for again; 0 turns the cache off.",
     )
+    cache_scope: Literal["identity", "all"] = Field(
+        "identity",
+        description="Whether an answer is remembered for the client that asked for it, or for all.",
+    )
     decode_megabytes: int = Field(
         DEFAULT_DECODE_MEGABYTES,
         ge=1,

@@ -52,16 +52,17 @@ async def image_digest(image: Iterable[InputTensor]) -> bytes:
     return await asyncio.to_thread(digest)
 
 
-def answer_key(image: bytes, options: DecodingOptions, model_version: int) -> bytes:
-    """What an answer depends on, as 32 bytes.
+def answer_key(image: bytes, options: DecodingOptions, model_version: int, scope: str) -> bytes:
+    """What an answer depends on, and for whom it is remembered, as 32 bytes.
 
     Args:
         image: its digest.
         options: all of them, the checkpoint's defaults included.
         model_version: which one answers.
+        scope: the same for all who may be given it.
     """
     # repr() is exact for numbers and quotes texts, so that different options stay different.
-    return hashlib.sha256(image + repr((model_version, options)).encode()).digest()
+    return hashlib.sha256(image + repr((model_version, options, scope)).encode()).digest()
 
 
 class AnswerCache:

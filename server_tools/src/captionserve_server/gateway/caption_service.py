@@ -175,7 +175,8 @@ class CaptionService:
         image = await image_digest(message.image)
         version, key = description.version, None
         if options.reproducible:
-            key = answer_key(image, options, version)
+            scope = call.identity if self._settings.cache_scope == "identity" else ""
+            key = answer_key(image, options, version, scope)
         work = _Work(message, image, call, version, key)
         if key is None or request.bypass_cache:
             response, _ = await self._captions.run(
