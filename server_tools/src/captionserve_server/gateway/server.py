@@ -245,6 +245,7 @@ class Gateway:
                 requests,
                 partial(answer_item, identity=identity),
                 window=self._settings.window,
+                message_bytes=self._settings.max_message_megabytes * 2**20,
                 draining=self._draining,
                 seconds=self._settings.connection_age_seconds,
             ).responses()
