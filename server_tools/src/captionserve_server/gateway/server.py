@@ -220,7 +220,7 @@ class Gateway:
                 ErrorInterceptor(),
                 IdentityInterceptor(reflection.SERVICE_NAME, self._identities),
             ),
-            options=_server_options(self._settings),
+            options=server_options(self._settings),
         )
         server.add_generic_rpc_handlers((self._caption_handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -280,7 +280,8 @@ def _listen(server: grpc.aio.Server, listen: str, certificates: ServerCertificat
     return f"{host}:{port}"
 
 
-def _server_options(settings: Settings) -> list[tuple[str, int]]:
+def server_options(settings: Settings) -> list[tuple[str, int]]:
+    """How the server treats connections."""
     max_message_bytes = settings.max_message_megabytes * 2**20
     return [
         ("grpc.max_send_message_length", max_message_bytes),
