@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from captionserve._transport import channel_options
 from captionserve_server.gateway.server import server_options
 
@@ -9,7 +11,7 @@ from tests.unit.gateway.harness import settings_of
 
 
 def test_pings_and_silence_are_allowed() -> None:
-    client = dict(channel_options())
+    client: dict[str, Any] = dict(channel_options())
     server = dict(server_options(settings_of()))
     # One that pings more often is sent away with ENHANCE_YOUR_CALM.
     assert (
@@ -21,7 +23,7 @@ def test_pings_and_silence_are_allowed() -> None:
 
 
 def test_messages_of_one_size_are_sent_and_read() -> None:
-    client = dict(channel_options())
+    client: dict[str, Any] = dict(channel_options())
     server = dict(server_options(settings_of()))
     for name in ("grpc.max_send_message_length", "grpc.max_receive_message_length"):
         assert client[name] == server[name]
