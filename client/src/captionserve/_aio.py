@@ -255,7 +255,7 @@ class _Many:
         self._pulling = asyncio.create_task(self._pull(_asynchronous(images)))
 
     async def advance(self) -> None:
-        """Send what is to be sent, wait until something happens, and take it in.
+        """Wait until something happens, take it in, and send what is to be sent.
 
         Raises:
             CaptionError: if no call will do better.
@@ -263,6 +263,14 @@ class _Many:
         """
         if self._connection.closed.is_set():
             raise self._connection.closed_error()
+        # Not before all that has happened is taken in, however long the caller has been away.
+        step: Step = self._batch.expire
+        if not self._steps.empty():
+            step = self._steps.get_nowait()
+        else:
+            with suppress(asyncio.TimeoutError):
+                step = await asyncio.wait_for(self._steps.get(), self._batch.seconds_idle())
+        step()
         if self._call is None and self._batch.wants_call:
             self._call = _ManyCall(
                 self._stub, self._connection.metadata(), self._received, self._ended
@@ -272,13 +280,6 @@ class _Many:
                 self._call.send(message)
             if self._batch.is_drained:
                 self._call.finish()
-        try:
-            step = await asyncio.wait_for(self._steps.get(), self._batch.seconds_idle())
-        except asyncio.TimeoutError:
-            pass
-        else:
-            step()
-        self._batch.expire()
 
     async def aclose(self) -> None:
         self._pulling.cancel()

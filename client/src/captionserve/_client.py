@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import NoReturn, TypeVar
@@ -177,7 +177,7 @@ class CaptionClient:
             options: as for `caption`, for all images.
             window: how many images may be pulled and not yet given out.
             ordered: whether outcomes come in the images' order, else as they are finished.
-            timeout: as for `caption`, for each image, from when it was pulled.
+            timeout: as for `caption`, for each image, once it has been read.
             bypass_cache: as for `caption`.
 
         Raises:
@@ -295,7 +295,7 @@ class _Many:
         ).start()
 
     def advance(self) -> None:
-        """Send what is to be sent, wait until something happens, and take it in.
+        """Wait until something happens, take it in, and send what is to be sent.
 
         Raises:
             CaptionError: if no call will do better.
@@ -303,6 +303,11 @@ class _Many:
         """
         if self._connection.closed.is_set():
             raise self._connection.closed_error()
+        # Not before all that has happened is taken in, however long the caller has been away.
+        step: Step = self._batch.expire
+        with suppress(queue.Empty):
+            step = self._steps.get(timeout=self._batch.seconds_idle())
+        step()
         if self._call is None and self._batch.wants_call:
             self._call = _ManyCall(
                 self._stub, self._connection.metadata(), self._received, self._ended
@@ -312,13 +317,6 @@ class _Many:
                 self._call.send(message)
             if self._batch.is_drained:
                 self._call.finish()
-        try:
-            step = self._steps.get(timeout=self._batch.seconds_idle())
-        except queue.Empty:
-            pass
-        else:
-            step()
-        self._batch.expire()
 
     def close(self) -> None:
         self._closed = True

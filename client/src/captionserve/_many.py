@@ -138,19 +138,19 @@ class Batch:
 
     def prepared(self, image: ImageInput) -> Step:
         """Read the next image, beside all else; the step that takes it in."""
-        attempts = self._attempts()
         try:
             request = self._request(image)
         except Exception as error:  # Of many images it concerns this one alone.
             return partial(self._add_failed, error)
-        return partial(self._add, request, attempts)
+        return partial(self._add, request)
 
     def all_pulled(self) -> None:
         """There are no more images."""
         self._all_pulled = True
 
-    def _add(self, request: caption_pb2.CaptionRequest, attempts: Attempts) -> None:
-        item = _Item(self._pulled, request, attempts, time.monotonic())
+    def _add(self, request: caption_pb2.CaptionRequest) -> None:
+        # Its time begins only now: the caller may have been away since it was read.
+        item = _Item(self._pulled, request, self._attempts(), time.monotonic())
         self._waiting[item.id] = item
         self._pulled += 1
 
