@@ -294,7 +294,7 @@ class _Many:
             except StopAsyncIteration:
                 self._steps.put_nowait(self._batch.all_pulled)
                 return
-            except Exception as error:
+            except BaseException as error:
                 self._steps.put_nowait(partial(_raise, error))
                 return
             # Reading a file and encoding a picture would hold the loop up.
@@ -373,5 +373,5 @@ async def _asynchronous(
             yield image
 
 
-def _raise(error: Exception) -> NoReturn:
+def _raise(error: BaseException) -> NoReturn:
     raise error
