@@ -385,21 +385,20 @@ def tensor(raw: bytes, shape: tuple[int, ...] = (1,)) -> InputTensor:
 
 def test_a_key_tells_images_shapes_options_and_versions_apart() -> None:
     plain, beams = DecodingOptions(), DecodingOptions(num_beams=2)
-    asked: list[tuple[list[InputTensor], DecodingOptions, int]] = [
-        ([tensor(b"ab")], plain, 1),
-        ([tensor(b"ab")], plain, 2),
-        ([tensor(b"ab")], beams, 1),
-        ([tensor(b"ab", (2,))], plain, 1),
-        ([tensor(b"a"), tensor(b"b")], plain, 1),
-        ([tensor(b"ac")], plain, 1),
-        ([tensor(bytes(2**21))], plain, 1),
+    asked: list[tuple[list[InputTensor], DecodingOptions, int, str]] = [
+        ([tensor(b"ab")], plain, 1, ""),
+        ([tensor(b"ab")], plain, 1, "alice"),
+        ([tensor(b"ab")], plain, 2, ""),
+        ([tensor(b"ab")], beams, 1, ""),
+        ([tensor(b"ab", (2,))], plain, 1, ""),
+        ([tensor(b"a"), tensor(b"b")], plain, 1, ""),
+        ([tensor(b"ac")], plain, 1, ""),
+        ([tensor(bytes(2**21))], plain, 1, ""),
     ]
 
     async def run() -> list[bytes]:
         return [
-            answer_key(await image_digest(image), options, version)
-            for image, options, version in asked
-            for _ in range(2)
+            answer_key(await image_digest(image), *rest) for image, *rest in asked for _ in range(2)
         ]
 
     keys = asyncio.run(run())

@@ -180,7 +180,7 @@ def without(spec: wire.TensorSpec) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     "outputs",
     [
-        *(without(spec) for spec in wire.CAPTIONS if spec not in (wire.TEXT, wire.ATTENTIONS)),
+        *(without(spec) for spec in wire.ANSWER if spec not in (wire.TEXT, wire.ATTENTIONS)),
         good_outputs() | {wire.TOKEN_LOGPROBS: np.zeros((2, 1), "<f4")},
         good_outputs() | {wire.TOKEN_TEXTS: np.full((2, 2), b"", np.object_)},
         good_outputs() | {wire.DEGENERATE: np.zeros(1, "?")},
@@ -213,7 +213,7 @@ def test_a_version_that_is_no_number_is_a_model_fault() -> None:
 def test_no_captions_is_a_model_fault() -> None:
     outputs: dict[wire.TensorSpec, Any] = {
         spec: np.zeros((0,) * len(spec.dims), "<f8" if spec is wire.SCORE else "<i4")
-        for spec in wire.CAPTIONS
+        for spec in wire.ANSWER
     }
     failure = failing(lambda triton: triton.answer_with(infer_response(outputs)))
     assert reason_of(failure) == "MODEL_FAULT"

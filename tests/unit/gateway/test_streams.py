@@ -234,7 +234,7 @@ def test_no_triton_is_model_unavailable() -> None:
         part_outputs("a", 5) | {wire.NEW_TEXT: b"\x05\x00\x00\x00cut"},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros((1, 1), "<i4")},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros(1, "<i8")},
-        *(without(spec) for spec in wire.CAPTIONS if spec is not wire.ATTENTIONS),
+        *(without(spec) for spec in wire.ANSWER if spec is not wire.ATTENTIONS),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_a_model_fault(outputs: dict[Any, Any]) -> None:
@@ -290,6 +290,12 @@ def test_an_unexpected_exception_shows_nothing_of_itself(
     assert SECRET in caplog.text, "whoever runs the server must find the exception in the log"
 
 
+def requests(code: str, identity: str = "anybody") -> str:
+    """The sample that counts streams that ended so."""
+    labels = f'code="{code}",identity="{identity}",method="StreamCaption"'
+    return f"captionserve_requests_total{{{labels}}}"
+
+
 def test_bytes_that_are_no_message_are_invalid_and_counted() -> None:
     async def run() -> tuple[Failure, list[service_pb2.ModelInferRequest], dict[str, float]]:
         async with gateway_setup() as setup:
@@ -305,7 +311,7 @@ def test_bytes_that_are_no_message_are_invalid_and_counted() -> None:
     assert failure.details() == "the request is not a valid message"
     assert reason_of(failure) == "INVALID_REQUEST"
     assert asked == []
-    assert samples['captionserve_requests_total{code="INVALID_ARGUMENT"}'] == 1
+    assert samples[requests("INVALID_ARGUMENT")] == 1
 
 
 def test_streams_are_counted_by_code() -> None:
@@ -322,11 +328,11 @@ def test_streams_are_counted_by_code() -> None:
             return during, await metrics_when_idle(setup)
 
     during, after = asyncio.run(run())
-    assert during["captionserve_requests_in_flight"] == 1
-    assert after["captionserve_requests_in_flight"] == 0
-    assert after["captionserve_request_seconds_count"] == 2
-    assert after['captionserve_requests_total{code="OK"}'] == 1
-    assert after['captionserve_requests_total{code="INTERNAL"}'] == 1
+    assert during['captionserve_requests_in_flight{method="StreamCaption"}'] == 1
+    assert after['captionserve_requests_in_flight{method="StreamCaption"}'] == 0
+    assert after['captionserve_request_seconds_count{method="StreamCaption"}'] == 2
+    assert after[requests("OK")] == 1
+    assert after[requests("INTERNAL")] == 1
 
 
 def test_the_end_does_not_wait_for_tritons_end() -> None:
@@ -357,8 +363,8 @@ def test_a_caller_that_leaves_ends_the_stream_at_triton_and_is_counted(stream: s
             return samples
 
     samples = asyncio.run(run())
-    assert samples["captionserve_requests_in_flight"] == 0
-    assert samples['captionserve_requests_total{code="CANCELLED"}'] == 1
+    assert samples['captionserve_requests_in_flight{method="StreamCaption"}'] == 0
+    assert samples[requests("CANCELLED")] == 1
 
 
 @pytest.mark.parametrize("stream", ["stream_when_allowed", "stream_on_and_on"])
@@ -373,8 +379,8 @@ def test_the_callers_deadline_ends_a_stream_and_is_counted(stream: str) -> None:
 
     code, samples = asyncio.run(run())
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert samples["captionserve_requests_in_flight"] == 0
-    assert samples['captionserve_requests_total{code="DEADLINE_EXCEEDED"}'] == 1
+    assert samples['captionserve_requests_in_flight{method="StreamCaption"}'] == 0
+    assert samples[requests("DEADLINE_EXCEEDED")] == 1
 
 
 def test_the_cap_holds_without_a_deadline() -> None:

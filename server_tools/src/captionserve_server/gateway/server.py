@@ -21,13 +21,18 @@ from captionserve_server.gateway.identity import Identities
 from captionserve_server.gateway.interceptors import (
     ErrorInterceptor,
     IdentityInterceptor,
-    MetricsInterceptor,
+    ObservingInterceptor,
 )
 from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.gateway.many import ManyCaptions
 from captionserve_server.gateway.metrics import GatewayMetrics, MetricsServer
+from captionserve_server.gateway.status import code_of
 from captionserve_server.settings import Settings
+from captionserve_server.tracing import Traces
 from captionserve_server.triton import wire
+
+# What an item of a call of many is called among the methods.
+_ITEM = "CaptionMany.item"
 
 # What health says of: the process, the server as a whole ("") and the service.
 LIVE = "live"
@@ -50,6 +55,7 @@ class Gateway:
         address: host:port that is listened on; known after `start`.
         metrics_address: host:port of the metrics; known after `start`.
         health_address: host:port of the plaintext server with health alone; None without one.
+        metrics: what is counted.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -57,6 +63,7 @@ class Gateway:
 
         Raises:
             OSError: if a certificate, a key or the tokens cannot be read or used.
+            TracingNotInstalledError: if traces are wanted, without what makes them.
         """
         self._settings = settings
         self._identities = Identities(settings.tokens)
@@ -68,6 +75,9 @@ class Gateway:
         self.address = ""
         self.metrics_address = ""
         self.health_address: str | None = None
+        self.metrics = GatewayMetrics()
+        self._traces = Traces(settings.otlp_endpoint, "captionserve.gateway")
+        self._show_expiry()
         self._draining = asyncio.Event()
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -82,25 +92,35 @@ class Gateway:
         Raises:
             OSError: if an address cannot be listened on.
         """
-        metrics = GatewayMetrics()
         cache = AnswerCache(self._settings.cache_megabytes * 2**20)
-        metrics.cache_bytes.set_function(lambda: cache.used_bytes)
-        self._metrics_server = MetricsServer(self._settings.metrics_listen, metrics.registry)
-        self.metrics_address = self._metrics_server.address
+        room = Room(
+            calls=self._settings.max_concurrent_calls,
+            calls_each=self._settings.max_concurrent_per_client,
+            megabytes=self._settings.max_request_megabytes,
+            megabytes_each=self._settings.max_request_megabytes_per_client,
+        )
         self._health = health.aio.HealthServicer()
-        self._service = CaptionService(cache, metrics, self._settings)
+        self._service = CaptionService(cache, self.metrics, self._traces, self._settings)
+        turns = self._service.turns
+        self.metrics.show(
+            {
+                "admitted": lambda: room.all.calls,
+                "request_bytes": lambda: room.all.bytes,
+                "turns": lambda: turns.at_once,
+                "working": lambda: turns.working,
+                "waiting": lambda: turns.waiting,
+                "cache_bytes": lambda: cache.used_bytes,
+            }
+        )
+        self._metrics_server = MetricsServer(self._settings.metrics_listen, self.metrics.registry)
+        self.metrics_address = self._metrics_server.address
         self._calls = Calls(
             self._identities,
-            Room(
-                calls=self._settings.max_concurrent_calls,
-                calls_each=self._settings.max_concurrent_per_client,
-                megabytes=self._settings.max_request_megabytes,
-                megabytes_each=self._settings.max_request_megabytes_per_client,
-            ),
+            room,
             max_message_bytes=self._settings.max_message_megabytes * 2**20,
             deadline_cap_seconds=self._settings.deadline_cap_seconds,
         )
-        self._servers = [self._build_server(metrics)]
+        self._servers = [self._build_server()]
         try:
             self.address = _listen(self._servers[0], self._settings.listen, self._certificates)
             if self._settings.health_listen is not None:
@@ -168,12 +188,14 @@ class Gateway:
         ready = serving and not self._draining.is_set()
         for name in _READY_NAMES:
             await self._health.set(name, response.SERVING if ready else response.NOT_SERVING)
+        self.metrics.serving.set(ready)
 
     def refresh(self) -> None:
         """Take in certificates and tokens whose files have changed."""
         self._identities.refresh()
         if self._certificates is not None:
             self._certificates.refresh()
+            self._show_expiry()
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Report NOT_SERVING, wait for balancers, refuse new calls, let those in flight finish.
@@ -201,6 +223,10 @@ class Gateway:
             await asyncio.sleep(_REFRESH_SECONDS)
             self.refresh()
 
+    def _show_expiry(self) -> None:
+        if self._certificates is not None:
+            self.metrics.certificate_expiry.set(self._certificates.expires.timestamp())
+
     async def close(self) -> None:
         """End whatever is still in flight, and close everything."""
         if self._refreshing is not None:
@@ -211,12 +237,13 @@ class Gateway:
         if decoder is not None:
             await decoder.close()
         await asyncio.to_thread(self._metrics_server.stop)
+        await asyncio.to_thread(self._traces.close)
 
-    def _build_server(self, metrics: GatewayMetrics) -> grpc.aio.Server:
+    def _build_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(
             # The first is the outermost.
             interceptors=(
-                MetricsInterceptor(SERVICE_NAME, metrics),
+                ObservingInterceptor(SERVICE_NAME, self.metrics, self._traces),
                 ErrorInterceptor(),
                 IdentityInterceptor(reflection.SERVICE_NAME, self._identities),
             ),
@@ -235,8 +262,13 @@ class Gateway:
             item: caption_pb2.CaptionManyRequest, item_bytes: int, identity: str
         ) -> caption_pb2.CaptionResponse:
             asked = item.timeout.ToMilliseconds() / 1e3 if item.HasField("timeout") else None
-            with calls.item(identity, item_bytes, asked) as call:
-                return await service.caption(item.request, call)
+            with self.metrics.call(_ITEM) as record:
+                try:
+                    with calls.item(identity, item_bytes, asked) as call:
+                        return await service.caption(item.request, call)
+                except BaseException as error:
+                    record.code = code_of(error)
+                    raise
 
         def caption_many(
             requests: AsyncIterator[bytes], identity: str

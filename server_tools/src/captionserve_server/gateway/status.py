@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,6 +68,14 @@ def rpc_status(error: errors.CaptionServeError) -> RpcStatus:
     if isinstance(error, errors.OverloadedError):
         metadata.append(("grpc-retry-pushback-ms", str(1000 * RETRY_DELAY_SECONDS)))
     return RpcStatus(code, error.message, tuple(metadata))
+
+
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """The code of whatever a caption ends with."""
+    if isinstance(error, errors.CaptionServeError):
+        return CODES[type(error)]
+    cancelled = isinstance(error, asyncio.CancelledError)
+    return grpc.StatusCode.CANCELLED if cancelled else grpc.StatusCode.INTERNAL
 
 
 def google_status(error: errors.CaptionServeError) -> status_pb2.Status:

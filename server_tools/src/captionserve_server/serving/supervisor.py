@@ -267,6 +267,7 @@ class Supervisor:
         """Remember a failure; TritonEndedError if there are too many."""
         now = asyncio.get_running_loop().time()
         self._failures.append(now)
+        self._gateway.metrics.restarts.inc()
         while self._failures[0] < now - self._settings.restart_window_seconds:
             self._failures.popleft()
         tail = self._log.tail()

@@ -105,7 +105,7 @@ class Front(ABC):
                 wire.DECODER,
                 self._version,
                 {**inputs, wire.STREAM: np.array([self.streams])},
-                (*wire.PART, *wire.CAPTIONS),
+                (*wire.PART, *wire.ANSWER),
                 request_id=name,
                 # Rounded up: 0 would be no limit.
                 timeout_microseconds=0 if math.isinf(left) else math.ceil(left * 1e6),
@@ -118,6 +118,6 @@ class Front(ABC):
         name = self._names.get(caller)
         if name is not None:
             for _ in call_decoupled(
-                wire.DECODER, self._version, {wire.CANCEL: text_array(name)}, wire.CAPTIONS
+                wire.DECODER, self._version, {wire.CANCEL: text_array(name)}, wire.ANSWER
             ):
                 pass
