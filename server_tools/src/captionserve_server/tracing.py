@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+
+from captionserve_server.core.engine.timeline import Stage
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -26,22 +28,6 @@ _CLOSE_MILLISECONDS = 3000
 
 class TracingNotInstalledError(RuntimeError):
     """An endpoint is given, and OpenTelemetry is not installed; says what to do."""
-
-
-class Stage(Protocol):
-    """A part of a call that has passed."""
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-
-    @property
-    def begin(self) -> float:
-        """When it began, in seconds since 1970."""
-
-    @property
-    def seconds(self) -> float:
-        """How long it took."""
 
 
 class Traces:
@@ -128,6 +114,6 @@ def record_code(span: Span | None, code: int) -> None:
         span.set_status(Status(StatusCode.ERROR))
 
 
-def traces_of_triton(service: str) -> Traces:
-    """The traces of one of Triton's processes, as the environment says."""
-    return Traces(os.environ.get(OTLP_ENDPOINT_VARIABLE) or None, service)
+def endpoint_for_models() -> str | None:
+    """Where Triton's processes send their spans, if anywhere."""
+    return os.environ.get(OTLP_ENDPOINT_VARIABLE) or None

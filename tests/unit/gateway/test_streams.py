@@ -35,7 +35,7 @@ from tests.unit.gateway.test_failures import (
     violations_of,
     without,
 )
-from tests.unit.gateway.test_lifecycle import begin_to_stop, metrics_of
+from tests.unit.gateway.test_lifecycle import begin_to_stop, in_flight, metrics_of, requests
 
 Responses = list[caption_pb2.StreamCaptionResponse]
 STREAM_CAPTION = "/captionserve.v1.CaptionService/StreamCaption"
@@ -290,12 +290,6 @@ def test_an_unexpected_exception_shows_nothing_of_itself(
     assert SECRET in caplog.text, "whoever runs the server must find the exception in the log"
 
 
-def requests(code: str, identity: str = "anybody") -> str:
-    """The sample that counts streams that ended so."""
-    labels = f'code="{code}",identity="{identity}",method="StreamCaption"'
-    return f"captionserve_requests_total{{{labels}}}"
-
-
 def test_bytes_that_are_no_message_are_invalid_and_counted() -> None:
     async def run() -> tuple[Failure, list[service_pb2.ModelInferRequest], dict[str, float]]:
         async with gateway_setup() as setup:
@@ -311,7 +305,7 @@ def test_bytes_that_are_no_message_are_invalid_and_counted() -> None:
     assert failure.details() == "the request is not a valid message"
     assert reason_of(failure) == "INVALID_REQUEST"
     assert asked == []
-    assert samples[requests("INVALID_ARGUMENT")] == 1
+    assert samples[requests("StreamCaption", "INVALID_ARGUMENT")] == 1
 
 
 def test_streams_are_counted_by_code() -> None:
@@ -328,11 +322,11 @@ def test_streams_are_counted_by_code() -> None:
             return during, await metrics_when_idle(setup)
 
     during, after = asyncio.run(run())
-    assert during['captionserve_requests_in_flight{method="StreamCaption"}'] == 1
-    assert after['captionserve_requests_in_flight{method="StreamCaption"}'] == 0
+    assert during[in_flight("StreamCaption")] == 1
+    assert after[in_flight("StreamCaption")] == 0
     assert after['captionserve_request_seconds_count{method="StreamCaption"}'] == 2
-    assert after[requests("OK")] == 1
-    assert after[requests("INTERNAL")] == 1
+    assert after[requests("StreamCaption", "OK")] == 1
+    assert after[requests("StreamCaption", "INTERNAL")] == 1
 
 
 def test_the_end_does_not_wait_for_tritons_end() -> None:
@@ -363,8 +357,8 @@ def test_a_caller_that_leaves_ends_the_stream_at_triton_and_is_counted(stream: s
             return samples
 
     samples = asyncio.run(run())
-    assert samples['captionserve_requests_in_flight{method="StreamCaption"}'] == 0
-    assert samples[requests("CANCELLED")] == 1
+    assert samples[in_flight("StreamCaption")] == 0
+    assert samples[requests("StreamCaption", "CANCELLED")] == 1
 
 
 @pytest.mark.parametrize("stream", ["stream_when_allowed", "stream_on_and_on"])
@@ -379,8 +373,8 @@ def test_the_callers_deadline_ends_a_stream_and_is_counted(stream: str) -> None:
 
     code, samples = asyncio.run(run())
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert samples['captionserve_requests_in_flight{method="StreamCaption"}'] == 0
-    assert samples[requests("DEADLINE_EXCEEDED")] == 1
+    assert samples[in_flight("StreamCaption")] == 0
+    assert samples[requests("StreamCaption", "DEADLINE_EXCEEDED")] == 1
 
 
 def test_the_cap_holds_without_a_deadline() -> None:

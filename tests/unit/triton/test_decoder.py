@@ -56,6 +56,7 @@ class Setup:
         self.model.initialize(
             {
                 "model_config": json.dumps(config),
+                "model_name": "decoder",
                 "model_repository": str(repository / "decoder"),
                 "model_version": "1",
             }

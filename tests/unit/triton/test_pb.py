@@ -56,6 +56,7 @@ def arguments(**parameters: str) -> dict[str, str]:
     config = {"parameters": strings, "name": "decoder"}
     return {
         "model_config": json.dumps(config),
+        "model_name": "decoder",
         "model_repository": "repository/decoder",
         "model_version": "3",
     }

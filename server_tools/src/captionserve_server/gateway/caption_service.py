@@ -13,6 +13,7 @@ from typing import NamedTuple
 from captionserve.v1 import caption_pb2
 from structlog.contextvars import bind_contextvars
 
+from captionserve_server.core.engine.timeline import Stage, stages_of
 from captionserve_server.core.errors import (
     ModelFaultError,
     ModelNotFoundError,
@@ -37,10 +38,11 @@ from captionserve_server.gateway.decoder_client import (
 )
 from captionserve_server.gateway.kserve import InputTensor
 from captionserve_server.gateway.metrics import GatewayMetrics
-from captionserve_server.gateway.stages import Stage, decoder_stages, turn_stage
+from captionserve_server.gateway.stages import turn_stage
 from captionserve_server.gateway.suspects import Suspects
 from captionserve_server.settings import Settings
 from captionserve_server.tracing import Traces
+from captionserve_server.triton import wire
 
 # Of the time left, what a partial caption needs to come to the end of a decoding step and back.
 _PARTIAL_MARGIN = 0.1
@@ -288,7 +290,7 @@ class CaptionService:
         """What the decoder's last answer says."""
         try:
             response = caption_response(answer.outputs, answer.model_version)
-            stages = [turn, *decoder_stages(answer.outputs)]
+            stages = [turn, *stages_of(answer.outputs[wire.TIMES.name].values)]
         except (ValueError, LookupError) as error:
             raise ModelFaultError(_UNREADABLE) from error
         tokens = sum(len(caption.token_ids) for caption in response.captions)

@@ -23,10 +23,12 @@ from prometheus_client import (
     Histogram,
     MetricsHandler,
     ProcessCollector,
+    disable_created_metrics,
 )
 from structlog.contextvars import get_contextvars
 
-from captionserve_server.gateway.stages import Stage, first_token_seconds
+from captionserve_server.core.engine.timeline import Stage
+from captionserve_server.gateway.stages import first_token_seconds
 
 # Seconds; a caption takes from some hundredths of a second to some seconds under load.
 _CALL_BUCKETS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0)
@@ -86,6 +88,8 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         """Begin at zero."""
+        # When each counter was made is one more series of each, and nobody's question.
+        disable_created_metrics()
         self.described: list[Described] = []
         self.registry = CollectorRegistry()
         ProcessCollector("captionserve", registry=self.registry)

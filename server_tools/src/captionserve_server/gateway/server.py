@@ -197,6 +197,10 @@ class Gateway:
             self._certificates.refresh()
             self._show_expiry()
 
+    async def wait_idle(self) -> None:
+        """Wait until no call is in flight."""
+        await self._calls.wait_idle()
+
     async def drain(self, hurry: asyncio.Event) -> None:
         """Report NOT_SERVING, wait for balancers, refuse new calls, let those in flight finish.
 
@@ -210,7 +214,7 @@ class Gateway:
         hurrying = asyncio.create_task(hurry.wait())
         await asyncio.wait([hurrying], timeout=self._settings.balancer_seconds)
         stopping = asyncio.create_task(self._servers[0].stop(self._settings.drain_seconds))
-        idle = asyncio.create_task(self._calls.wait_idle())
+        idle = asyncio.create_task(self.wait_idle())
         await asyncio.wait([stopping, idle, hurrying], return_when=asyncio.FIRST_COMPLETED)
         for task in (idle, hurrying):
             task.cancel()

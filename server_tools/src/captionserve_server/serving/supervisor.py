@@ -136,6 +136,7 @@ class Supervisor:
             self._log,
             threads=self._settings.threads,
             decode_megabytes=self._settings.decode_megabytes,
+            otlp_endpoint=self._settings.otlp_endpoint,
         )
 
     async def _restart(self, running: _Running) -> None:

@@ -24,6 +24,7 @@ from captionserve_server.serving.installation import TritonInstallation
 from captionserve_server.serving.private_folder import PrivateFolder
 from captionserve_server.serving.process_watch import ProcessWatch
 from captionserve_server.serving.triton_log import TritonLog
+from captionserve_server.tracing import OTLP_ENDPOINT_VARIABLE, TRACE_HEADERS
 
 _LOOPBACK = "127.0.0.1"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -41,6 +42,8 @@ _MALLOC = ":".join(
         f"glibc.malloc.trim_threshold={16 << 20}",
     )
 )
+# What callers of Triton itself may say to models: of which trace they are.
+_TRACE_HEADERS = f"({'|'.join(TRACE_HEADERS)})"
 # Becomes the program that it is given, and has the kernel end that with the thread that started it,
 # which is the service's main one. Not a preexec_fn: that runs Python between fork and exec, where a
 # lock may be held by one of the gateway's threads that the fork has left behind.
@@ -80,6 +83,7 @@ class TritonProcess:
         *,
         threads: int,
         decode_megabytes: int,
+        otlp_endpoint: str | None,
     ) -> None:
         """Start the server; use `wait_ready` before relying on it.
 
@@ -89,6 +93,7 @@ class TritonProcess:
             log: takes what it prints.
             threads: of one run of a graph; 0 follows from the cores there are.
             decode_megabytes: memory of all images that are decoded at once.
+            otlp_endpoint: where its models send traces, if anywhere.
         """
         self._log = log
         ports = _free_ports(3)
@@ -97,6 +102,7 @@ class TritonProcess:
             THREADS_VARIABLE: str(threads),
             DECODE_MEGABYTES_VARIABLE: str(decode_megabytes),
             HEARTBEAT_FOLDER_VARIABLE: str(folder.heartbeats),
+            OTLP_ENDPOINT_VARIABLE: otlp_endpoint or "",
         }
         self._process = self._start(installation.binary, folder, ports, environment)
         self.pid = self._process.pid
@@ -177,6 +183,8 @@ class TritonProcess:
             # Every config.pbtxt is complete. To complete one, Triton starts a Python model one time
             # more, which takes seconds; and if that process dies, it waits for it for ever.
             "--disable-auto-complete-config",
+            f"--grpc-header-forward-pattern={_TRACE_HEADERS}",
+            f"--http-header-forward-pattern={_TRACE_HEADERS}",
             f"--grpc-address={_LOOPBACK}",
             f"--http-address={_LOOPBACK}",
             f"--metrics-address={_LOOPBACK}",

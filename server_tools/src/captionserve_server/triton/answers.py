@@ -10,7 +10,7 @@ import numpy as np
 from captionserve_server.core.captions import CaptionPlan
 from captionserve_server.core.detokenise import TextStream
 from captionserve_server.core.engine.scheduler import Outcome
-from captionserve_server.core.engine.timeline import STAGES, Timeline
+from captionserve_server.core.engine.timeline import Timeline
 from captionserve_server.core.engine.worker import OnDeath, WorkerPool
 from captionserve_server.core.errors import (
     CaptionServeError,
@@ -91,7 +91,7 @@ class Answering:
                     finished = [self._finisher.finished(each, plan) for each in outcome]
                     tensors = caption_tensors(finished)
                     timeline.passed("answer")
-                    last = response({**tensors, wire.TIMES: _times(timeline)})
+                    last = response({**tensors, wire.TIMES: np.array(timeline.numbers, np.float64)})
             except Exception as error:  # A caption that cannot be told is its own caller's loss.
                 last = error_response(error)
             try:
@@ -177,11 +177,6 @@ class Captioning:
         prefix = self.plan.words.prefix
         seen, self._known = len(prefix) + self._known, len(certain)
         self._answering.send_part(self._caller, stream, (*prefix, *certain), seen, last=last)
-
-
-def _times(timeline: Timeline) -> Array:
-    seconds = [timeline.seconds.get(stage, 0.0) for stage in STAGES]
-    return np.array([timeline.begun, *seconds], np.float64)
 
 
 def caption_tensors(captions: Sequence[FinishedCaption]) -> dict[wire.TensorSpec, Array]:
