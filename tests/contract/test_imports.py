@@ -44,6 +44,7 @@ ALLOWED = {
         "gateway",
         "serving",
         "settings",
+        "tracing",
         "export",
         "local",
         "demo",

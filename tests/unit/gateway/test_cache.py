@@ -398,7 +398,9 @@ def test_a_key_tells_images_shapes_options_and_versions_apart() -> None:
 
     async def run() -> list[bytes]:
         return [
-            answer_key(await image_digest(image), *rest) for image, *rest in asked for _ in range(2)
+            answer_key(await image_digest(image), options, version, scope)
+            for image, options, version, scope in asked
+            for _ in range(2)
         ]
 
     keys = asyncio.run(run())

@@ -22,6 +22,7 @@ from captionserve_server.core.errors import (
 from captionserve_server.gateway.admission import Turns
 from captionserve_server.gateway.cache import AnswerCache, SharedWork, answer_key, image_digest
 from captionserve_server.gateway.calls import Call
+from captionserve_server.gateway.canary import canary
 from captionserve_server.gateway.conversion import (
     Message,
     caption_part,
@@ -155,9 +156,10 @@ class CaptionService:
         self.last_answer = asyncio.get_running_loop().time()
         return answer
 
-    async def prove(self, inputs: Sequence[InputTensor], time_limit: TimeLimit) -> None:
+    async def prove(self, time_limit: TimeLimit) -> None:
         """Ask for a caption of the default version; CaptionServeError if there is none."""
-        await self.ask(inputs, self._described(0).version, time_limit)
+        description = self._described(0)
+        await self.ask(canary(description), description.version, time_limit)
 
     def _described(self, version: int) -> Description:
         """What a version is; 0 for the default.

@@ -89,7 +89,7 @@ class GatewayMetrics:
     def __init__(self) -> None:
         """Begin at zero."""
         # When each counter was made is one more series of each, and nobody's question.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.described: list[Described] = []
         self.registry = CollectorRegistry()
         ProcessCollector("captionserve", registry=self.registry)

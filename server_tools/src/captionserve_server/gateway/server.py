@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from captionserve_server.gateway.admission import Room
 from captionserve_server.gateway.cache import AnswerCache
 from captionserve_server.gateway.calls import Calls
+from captionserve_server.gateway.canary import canary
 from captionserve_server.gateway.caption_service import SERVICE_NAME, CaptionService
 from captionserve_server.gateway.credentials import CertificatePaths, ServerCertificates
 from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
@@ -23,13 +24,11 @@ from captionserve_server.gateway.interceptors import (
     IdentityInterceptor,
     ObservingInterceptor,
 )
-from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.gateway.many import ManyCaptions
 from captionserve_server.gateway.metrics import GatewayMetrics, MetricsServer
 from captionserve_server.gateway.status import code_of
 from captionserve_server.settings import Settings
 from captionserve_server.tracing import Traces
-from captionserve_server.triton import wire
 
 # What an item of a call of many is called among the methods.
 _ITEM = "CaptionMany.item"
@@ -40,9 +39,6 @@ _READY_NAMES = ("", SERVICE_NAME)
 
 # How often files of certificates and tokens are looked at.
 _REFRESH_SECONDS = 1.0
-
-# One black pixel as a binary PPM, the smallest image there is.
-_CANARY = [InputTensor(wire.IMAGE, (1,), encode_strings([b"P6 1 1 255\n\0\0\0"]))]
 
 
 class Gateway:
@@ -155,8 +151,9 @@ class Gateway:
         try:
             descriptions = []
             for version in versions:
-                descriptions.append(await decoder.describe(version))
-                await decoder.caption(_CANARY, version, TimeLimit(seconds, seconds))
+                description = await decoder.describe(version)
+                await decoder.caption(canary(description), version, TimeLimit(seconds, seconds))
+                descriptions.append(description)
         except BaseException:
             await decoder.close()
             raise
@@ -180,7 +177,7 @@ class Gateway:
         Raises:
             CaptionServeError: if it failed, or was not there in time.
         """
-        await self._service.prove(_CANARY, TimeLimit(seconds, seconds))
+        await self._service.prove(TimeLimit(seconds, seconds))
 
     async def set_serving(self, serving: bool) -> None:
         """Say through the health service whether captions can be answered; not after `drain`."""

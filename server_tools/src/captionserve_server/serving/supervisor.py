@@ -25,12 +25,15 @@ from typing import Any, TypeVar
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.decoder_client import DecoderClient
 from captionserve_server.gateway.server import Gateway
+from captionserve_server.runtime.cores import THREADS_VARIABLE
+from captionserve_server.runtime.decode_memory import DECODE_MEGABYTES_VARIABLE
 from captionserve_server.serving.installation import TritonInstallation
 from captionserve_server.serving.private_folder import PrivateFolder
 from captionserve_server.serving.ready import ReadyReport
 from captionserve_server.serving.triton_log import TritonLog
 from captionserve_server.serving.triton_process import TritonProcess, TritonStartError
 from captionserve_server.settings import Settings
+from captionserve_server.tracing import OTLP_ENDPOINT_VARIABLE
 
 _log = logging.getLogger(__name__)
 
@@ -130,14 +133,12 @@ class Supervisor:
             raise
 
     def _start(self, folder: PrivateFolder) -> TritonProcess:
-        return TritonProcess(
-            self._installation,
-            folder,
-            self._log,
-            threads=self._settings.threads,
-            decode_megabytes=self._settings.decode_megabytes,
-            otlp_endpoint=self._settings.otlp_endpoint,
-        )
+        environment = {
+            THREADS_VARIABLE: str(self._settings.threads),
+            DECODE_MEGABYTES_VARIABLE: str(self._settings.decode_megabytes),
+            OTLP_ENDPOINT_VARIABLE: self._settings.otlp_endpoint or "",
+        }
+        return TritonProcess(self._installation, folder, self._log, environment)
 
     async def _restart(self, running: _Running) -> None:
         """Start Triton anew, from the same files, until it is ready or has failed too often."""

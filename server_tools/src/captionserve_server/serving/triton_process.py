@@ -17,14 +17,12 @@ from pathlib import Path
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from captionserve_server.runtime.cores import THREADS_VARIABLE
-from captionserve_server.runtime.decode_memory import DECODE_MEGABYTES_VARIABLE
 from captionserve_server.runtime.heartbeat import HEARTBEAT_FOLDER_VARIABLE
 from captionserve_server.serving.installation import TritonInstallation
 from captionserve_server.serving.private_folder import PrivateFolder
 from captionserve_server.serving.process_watch import ProcessWatch
 from captionserve_server.serving.triton_log import TritonLog
-from captionserve_server.tracing import OTLP_ENDPOINT_VARIABLE, TRACE_HEADERS
+from captionserve_server.tracing import TRACE_HEADERS
 
 _LOOPBACK = "127.0.0.1"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -80,10 +78,7 @@ class TritonProcess:
         installation: TritonInstallation,
         folder: PrivateFolder,
         log: TritonLog,
-        *,
-        threads: int,
-        decode_megabytes: int,
-        otlp_endpoint: str | None,
+        environment: Mapping[str, str],
     ) -> None:
         """Start the server; use `wait_ready` before relying on it.
 
@@ -91,20 +86,18 @@ class TritonProcess:
             installation: what to run.
             folder: what to serve.
             log: takes what it prints.
-            threads: of one run of a graph; 0 follows from the cores there are.
-            decode_megabytes: memory of all images that are decoded at once.
-            otlp_endpoint: where its models send traces, if anywhere.
+            environment: what its models are told, beside where their signs of life go.
         """
         self._log = log
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
-        environment = _environment(installation) | {
-            THREADS_VARIABLE: str(threads),
-            DECODE_MEGABYTES_VARIABLE: str(decode_megabytes),
-            HEARTBEAT_FOLDER_VARIABLE: str(folder.heartbeats),
-            OTLP_ENDPOINT_VARIABLE: otlp_endpoint or "",
-        }
-        self._process = self._start(installation.binary, folder, ports, environment)
+        heartbeats = {HEARTBEAT_FOLDER_VARIABLE: str(folder.heartbeats)}
+        self._process = self._start(
+            installation.binary,
+            folder,
+            ports,
+            {**_environment(installation), **environment, **heartbeats},
+        )
         self.pid = self._process.pid
         self._watch = ProcessWatch(self.pid, folder.heartbeats)
         self._killed = False
