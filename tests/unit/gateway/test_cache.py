@@ -147,7 +147,7 @@ def test_what_is_remembered_of_another_version_is_not_given() -> None:
         async with gateway_setup() as setup:
             await setup.stub.Caption(request_of(), timeout=10)
             setup.triton.version = 4
-            await setup.gateway.disconnect()
+            await setup.disconnect()
             await setup.gateway.connect(setup.triton.address, [4], WAIT_SECONDS)
             calls = [await setup.stub.Caption(request_of(), timeout=10) for _ in range(2)]
             return [call.cached for call in calls]

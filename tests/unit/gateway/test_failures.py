@@ -164,7 +164,7 @@ def test_a_model_that_is_away_says_when_to_come_back() -> None:
 def test_no_triton_is_model_unavailable() -> None:
     async def run() -> Failure:
         async with gateway_setup() as setup:
-            await setup.gateway.disconnect()
+            await setup.disconnect()
             return await failure_of(setup.stub, request_of())
 
     failure = asyncio.run(run())

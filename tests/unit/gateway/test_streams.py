@@ -214,7 +214,7 @@ def test_a_stream_that_breaks_off_is_told_by_its_status(
 def test_no_triton_is_model_unavailable() -> None:
     async def run() -> tuple[Responses, Failure | None]:
         async with gateway_setup() as setup:
-            await setup.gateway.disconnect()
+            await setup.disconnect()
             return await responses_of(setup)
 
     found, failure = asyncio.run(run())

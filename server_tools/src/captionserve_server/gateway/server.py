@@ -161,12 +161,14 @@ class Gateway:
         await self.set_serving(True)
         return former
 
-    async def disconnect(self) -> None:
-        """Say NOT_SERVING; calls in flight, and new ones, fail as ModelUnavailableError."""
+    async def disconnect(self) -> DecoderClient | None:
+        """Say NOT_SERVING; calls in flight, and new ones, fail as ModelUnavailableError.
+
+        Returns:
+            whom was asked until now, to be closed.
+        """
         await self.set_serving(False)
-        decoder = self._service.disconnect()
-        if decoder is not None:
-            await decoder.close()
+        return self._service.disconnect()
 
     async def prove(self, seconds: float) -> None:
         """Have a caption made, past the queue.

@@ -111,8 +111,10 @@ class Supervisor:
                 self._count(reason)
                 await self._restart(self._running)
         except asyncio.CancelledError:
-            # Triton waits for streams that are open.
-            await self._gateway.disconnect()
+            decoder = await self._gateway.disconnect()
+            if decoder is not None:
+                # Triton waits for streams that are open.
+                await decoder.close()
             await self._running.triton.stop(hurry)
             raise
         finally:
@@ -242,8 +244,11 @@ class Supervisor:
 
     async def _end(self, running: _Running) -> None:
         """End a Triton that has failed, and have its calls fail."""
-        await self._gateway.disconnect()
+        decoder = await self._gateway.disconnect()
         await asyncio.to_thread(running.triton.kill)
+        if decoder is not None:
+            # Behind the kill: a Triton that is stopped would not end its streams.
+            await decoder.close()
         running.folder.tidy()
 
     async def _until_no_caption(self) -> str:
