@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
+from typing import NoReturn
 
 import grpc
 
 from captionserve._errors import CaptionError, from_rpc_error
 from captionserve._images import ImageInput
-from captionserve._many import DEFAULT_WINDOW, Batch, Outcome
+from captionserve._many import (
+    DEFAULT_WINDOW,
+    GRACE_SECONDS,
+    Batch,
+    Outcome,
+    Step,
+    checked_window,
+)
 from captionserve._options import GenerationOptions
 from captionserve._results import (
     CaptionResult,
@@ -23,10 +31,8 @@ from captionserve._results import (
     models_from_proto,
     update_from_proto,
 )
-from captionserve._retry import Backoff
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
-    IMAGE_ERRORS,
     Connection,
     Metadata,
     Token,
@@ -184,26 +190,24 @@ class CaptionClient:
             ValueError: if the window or the timeout is not positive.
         """
         self._connection.attempts(timeout)  # Checked before anything is pulled.
-        batch, pulled, more = Batch(window, ordered=ordered), iter(images), True
-        with closing(_ManyCalls(self._stub, self._connection)) as calls:
-            while True:
-                if more and batch.has_room:
-                    try:
-                        image = next(pulled)
-                    except StopIteration:
-                        more = False
-                    else:
-                        attempts = self._connection.attempts(timeout)
-                        try:
-                            request = build_request(image, options, bypass_cache=bypass_cache)
-                            batch.add(request, attempts)
-                        except IMAGE_ERRORS as error:
-                            batch.add_failed(error)
-                yield from batch.outcomes()
-                if not more and batch.is_done:
-                    return
+
+        def prepared(image: ImageInput) -> Step:
+            attempts = self._connection.attempts(timeout)
+            try:
+                request = build_request(image, options, bypass_cache=bypass_cache)
+            except Exception as error:  # Of many images it concerns this one alone.
+                return partial(batch.add_failed, error)
+            return partial(batch.add, request, attempts)
+
+        batch = Batch(ordered=ordered)
+        with closing(_Many(self._stub, self._connection, batch, checked_window(window))) as many:
+            many.pull(images, prepared)
+            while not batch.is_done:
                 with self._errors_mapped():
-                    calls.advance(batch, wait=not (more and batch.has_room))
+                    many.advance()
+                for outcome in batch.outcomes():
+                    many.room.release()
+                    yield outcome
 
     def models(self, *, timeout: float | None = None) -> Models:
         """What the service serves, with which limits, and how busy it is.
@@ -270,96 +274,132 @@ class CaptionClient:
         self.close()
 
 
-class _ManyCalls:
-    """The calls of one `caption_many`, one after the other, each read by a thread of its own."""
+class _Many:
+    """The pulling and the calls of one `caption_many`.
 
-    def __init__(self, stub: caption_pb2_grpc.CaptionServiceStub, connection: Connection) -> None:
+    Images are pulled by one thread, and a call is read by another, so that neither waits for the
+    other, nor for the caller's loop. What they find they put into a queue as steps, which whoever
+    iterates takes.
+    """
+
+    def __init__(
+        self,
+        stub: caption_pb2_grpc.CaptionServiceStub,
+        connection: Connection,
+        batch: Batch,
+        window: int,
+    ) -> None:
+        self.room = threading.Semaphore(window)
         self._stub = stub
         self._connection = connection
-        self._backoff = Backoff()
+        self._batch = batch
+        self._steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self._call: _ManyCall | None = None
-        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._closed = False
 
-    def advance(self, batch: Batch, *, wait: bool) -> None:
-        """Send what is to be sent, and take what has happened; or wait until something has.
+    def pull(self, images: Iterable[ImageInput], prepared: Callable[[ImageInput], Step]) -> None:
+        """Begin to pull images, as there is room."""
+        arguments = (iter(images), prepared)
+        threading.Thread(target=self._pull, args=arguments, name="pull", daemon=True).start()
+
+    def advance(self) -> None:
+        """Send what is to be sent, wait until something happens, and take it in.
 
         Raises:
             CaptionError: if no call will do better.
+            Exception: what pulling raised.
         """
         if self._connection.closed.is_set():
             raise self._connection.closed_error()
-        if self._call is None and batch.is_due:
-            self._call = _ManyCall(self._stub, self._connection.metadata(), self._events)
+        if self._call is None and self._batch.wants_call:
+            self._call = _ManyCall(
+                self._stub, self._connection.metadata(), self._received, self._ended
+            )
         if self._call is not None:
-            for message in batch.sendable():
+            for message in self._batch.sendable():
                 self._call.send(message)
-            if batch.is_drained:
+            if self._batch.is_drained:
                 self._call.finish()
         with suppress(queue.Empty):
-            self._take(self._events.get(wait, batch.seconds_idle()), batch)
+            self._steps.get(timeout=self._batch.seconds_idle())()
             while True:
-                self._take(self._events.get_nowait(), batch)
-        batch.expire()
+                self._steps.get_nowait()()
+        self._batch.expire()
 
     def close(self) -> None:
+        self._closed = True
+        self.room.release()
         if self._call is not None:
-            self._call.cancel()
+            self._call.close(answered=self._batch.is_answered)
 
-    def _take(self, event: _Event, batch: Batch) -> None:
-        if event.call is not self._call:  # One that was given up.
-            return
-        if event.response is not None:
-            self._backoff.reset()
-            batch.received(event.response)
-            return
+    def _pull(self, images: Iterator[ImageInput], prepared: Callable[[ImageInput], Step]) -> None:
+        while self.room.acquire() and not self._closed:
+            try:
+                image = next(images)
+            except StopIteration:
+                self._steps.put(self._batch.all_pulled)
+                return
+            except BaseException as error:
+                self._steps.put(partial(_raise, error))
+                return
+            self._steps.put(prepared(image))
+
+    def _received(self, response: caption_pb2.CaptionManyResponse) -> None:
+        self._steps.put(partial(self._batch.received, response))
+
+    def _ended(self, error: CaptionError | None) -> None:
+        self._steps.put(partial(self._end, error))
+
+    def _end(self, error: CaptionError | None) -> None:
         self._call = None
-        batch.call_ended(event.error, 0.0 if batch.is_drained else self._backoff.next_delay())
+        self._batch.call_ended(error)
 
 
 class _ManyCall:
-    """One CaptionMany call."""
+    """One CaptionMany call; what it hears it tells from a thread of its own."""
 
     def __init__(
         self,
         stub: caption_pb2_grpc.CaptionServiceStub,
         metadata: Metadata,
-        events: queue.SimpleQueue[_Event],
+        received: Callable[[caption_pb2.CaptionManyResponse], None],
+        ended: Callable[[CaptionError | None], None],
     ) -> None:
+        self._received = received
+        self._ended = ended
         self._outgoing: queue.SimpleQueue[caption_pb2.CaptionManyRequest | None] = (
             queue.SimpleQueue()
         )
-        self._events = events
         self._call = stub.CaptionMany(iter(self._outgoing.get, None), metadata=metadata)
-        threading.Thread(target=self._read, name="caption-many", daemon=True).start()
+        self._reading = threading.Thread(target=self._read, name="caption-many", daemon=True)
+        self._reading.start()
 
     def send(self, message: caption_pb2.CaptionManyRequest) -> None:
         self._outgoing.put(message)
 
     def finish(self) -> None:
-        """Send no more."""
+        """Send no more; the server ends the call when it has answered."""
         self._outgoing.put(None)
 
-    def cancel(self) -> None:
-        self._call.cancel()
+    def close(self, *, answered: bool) -> None:
+        """End it, and well if all is answered."""
         self.finish()
+        if answered:
+            self._reading.join(GRACE_SECONDS)
+        self._call.cancel()
 
     def _read(self) -> None:
         error: CaptionError | None = None
         try:
             for response in self._call:
-                self._events.put(_Event(self, response, None))
+                self._received(response)
         except grpc.RpcError as raised:
             error = from_rpc_error(raised)
         except Exception as raised:  # It must not end in silence: somebody waits for its word.
             error = CaptionError(grpc.StatusCode.INTERNAL, "INTERNAL", type(raised).__name__)
-        self._outgoing.put(None)
-        self._events.put(_Event(self, None, error))
+        self.finish()
+        self._ended(error)
 
 
-@dataclass(frozen=True)
-class _Event:
-    """What a call says, or that it has ended, and with which error."""
-
-    call: _ManyCall
-    response: caption_pb2.CaptionManyResponse | None
-    error: CaptionError | None
+def _raise(error: BaseException) -> NoReturn:
+    raise error

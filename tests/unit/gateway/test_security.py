@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
-import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,82 +14,18 @@ from captionserve.v1 import caption_pb2, caption_pb2_grpc
 from captionserve_server.gateway.credentials import CertificateError
 from captionserve_server.gateway.server import Gateway
 from captionserve_server.gateway.tokens import create_token, revoke_tokens
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import ValidationError
 
+from tests.certificates import CertificateFiles, certificate_pem, issued, key_pem
 from tests.unit.gateway.harness import Setup, detail_of, gateway_setup, request_of, settings_of
-
-DAY = datetime.timedelta(days=1)
-Pair = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
-
-
-def issued(name: str, by: Pair | None = None, *, days: int = 1) -> Pair:
-    """A certificate of a name, for 127.0.0.1; without an issuer it is an authority of its own."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject if by is None else by[0].subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - 3 * DAY)
-        .not_valid_after(now + days * DAY)
-        .add_extension(x509.BasicConstraints(ca=by is None, path_length=None), critical=True)
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
-            critical=False,
-        )
-    )
-    return builder.sign(key if by is None else by[1], hashes.SHA256()), key
-
-
-def certificate_pem(pair: Pair) -> bytes:
-    return pair[0].public_bytes(serialization.Encoding.PEM)
-
-
-def key_pem(pair: Pair) -> bytes:
-    return pair[1].private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-
-
-class Files:
-    """An authority, and the files of a server that it vouches for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.authority = issued("authority")
-        self.certificate, self.key = folder / "server.pem", folder / "server.key"
-        self.ca = folder / "ca.pem"
-        self.tokens = folder / "tokens"
-        self.ca.write_bytes(certificate_pem(self.authority))
-        self.write(issued("server", self.authority))
-
-    def write(self, pair: Pair) -> None:
-        self.certificate.write_bytes(certificate_pem(pair))
-        self.key.write_bytes(key_pem(pair))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"tls_certificate": self.certificate, "tls_key": self.key}
-
-    def credentials(self, client: Pair | None = None) -> grpc.ChannelCredentials:
-        own = (None, None) if client is None else (key_pem(client), certificate_pem(client))
-        return grpc.ssl_channel_credentials(self.ca.read_bytes(), *own)
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Files:
-    return Files(tmp_path)
+def files(tmp_path: Path) -> CertificateFiles:
+    return CertificateFiles(tmp_path)
 
 
 async def caption(
@@ -120,7 +54,7 @@ async def code_of(setup: Setup, *arguments: Any) -> grpc.StatusCode:
     return raised.value.code()
 
 
-def test_with_a_certificate_tls_is_spoken_and_nothing_else(files: Files) -> None:
+def test_with_a_certificate_tls_is_spoken_and_nothing_else(files: CertificateFiles) -> None:
     async def run() -> None:
         async with gateway_setup(**files.settings) as setup:
             assert (await caption(setup, files.credentials())).captions
@@ -131,7 +65,7 @@ def test_with_a_certificate_tls_is_spoken_and_nothing_else(files: Files) -> None
 
 
 def test_a_client_without_a_certificate_is_turned_away_where_one_is_asked_for(
-    files: Files,
+    files: CertificateFiles,
 ) -> None:
     async def run() -> None:
         async with gateway_setup(**files.settings, tls_client_ca=files.ca) as setup:
@@ -145,7 +79,7 @@ def test_a_client_without_a_certificate_is_turned_away_where_one_is_asked_for(
     asyncio.run(run())
 
 
-def test_a_new_certificate_is_used_without_dropping_a_stream(files: Files) -> None:
+def test_a_new_certificate_is_used_without_dropping_a_stream(files: CertificateFiles) -> None:
     async def run() -> None:
         async with gateway_setup(**files.settings) as setup:
             setup.triton.stream = setup.triton.stream_when_allowed
@@ -173,7 +107,7 @@ def test_a_new_certificate_is_used_without_dropping_a_stream(files: Files) -> No
 
 @pytest.mark.parametrize("wrong", ["no certificate", "another's key", "ended", "missing"])
 def test_a_bad_new_pair_is_refused_and_the_old_one_kept(
-    wrong: str, files: Files, caplog: pytest.LogCaptureFixture
+    wrong: str, files: CertificateFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
         async with gateway_setup(**files.settings) as setup:
@@ -186,14 +120,14 @@ def test_a_bad_new_pair_is_refused_and_the_old_one_kept(
 
 
 @pytest.mark.parametrize("wrong", ["no certificate", "another's key", "ended", "missing"])
-def test_a_bad_pair_at_the_start_is_an_error_in_words(wrong: str, files: Files) -> None:
+def test_a_bad_pair_at_the_start_is_an_error_in_words(wrong: str, files: CertificateFiles) -> None:
     spoil(files, wrong)
     with pytest.raises(CertificateError, match="--tls-") as raised:
         Gateway(settings_of(**files.settings))
     assert str(files.key) not in str(raised.value)
 
 
-def spoil(files: Files, wrong: str) -> None:
+def spoil(files: CertificateFiles, wrong: str) -> None:
     if wrong == "no certificate":
         files.certificate.write_text("nonsense")
     elif wrong == "another's key":
@@ -204,7 +138,7 @@ def spoil(files: Files, wrong: str) -> None:
         files.key.unlink()
 
 
-def test_a_token_decides_who_may_call(files: Files) -> None:
+def test_a_token_decides_who_may_call(files: CertificateFiles) -> None:
     token = create_token(files.tokens, "alice")
 
     async def run() -> None:
@@ -226,7 +160,7 @@ def test_a_token_decides_who_may_call(files: Files) -> None:
 
 @pytest.mark.parametrize("content", ["nonsense", "alice 12\n", None])
 def test_bad_new_tokens_are_refused_and_the_old_ones_kept(
-    content: str | None, files: Files, caplog: pytest.LogCaptureFixture
+    content: str | None, files: CertificateFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     token = create_token(files.tokens, "alice")
 
@@ -255,7 +189,7 @@ async def unread_call(setup: Setup, *metadata: tuple[str, str]) -> AsyncIterator
         call.cancel()
 
 
-def test_who_is_not_known_is_refused_before_a_byte_is_read(files: Files) -> None:
+def test_who_is_not_known_is_refused_before_a_byte_is_read(files: CertificateFiles) -> None:
     create_token(files.tokens, "alice")
 
     async def run() -> None:
@@ -299,7 +233,7 @@ def test_more_than_announced_is_refused(size: str) -> None:
         assert asyncio.run(run()) is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_caller_may_have_so_many_calls(files: Files) -> None:
+def test_a_caller_may_have_so_many_calls(files: CertificateFiles) -> None:
     tokens = [create_token(files.tokens, name) for name in ("alice", "bob")]
 
     async def run() -> None:
@@ -316,7 +250,7 @@ def test_a_caller_may_have_so_many_calls(files: Files) -> None:
     asyncio.run(run())
 
 
-def test_health_is_open_and_reflection_and_models_are_not(files: Files) -> None:
+def test_health_is_open_and_reflection_and_models_are_not(files: CertificateFiles) -> None:
     create_token(files.tokens, "alice")
 
     async def run() -> None:
@@ -337,7 +271,7 @@ def test_health_is_open_and_reflection_and_models_are_not(files: Files) -> None:
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "10.0.0.1:9000", "captions:9000"])
-def test_others_than_loopback_need_security(listen: str, files: Files) -> None:
+def test_others_than_loopback_need_security(listen: str, files: CertificateFiles) -> None:
     create_token(files.tokens, "alice")
     with pytest.raises(ValidationError, match="open to others"):
         settings_of(listen=listen)
@@ -350,6 +284,6 @@ def test_others_than_loopback_need_security(listen: str, files: Files) -> None:
 
 
 @pytest.mark.parametrize("alone", ["tls_certificate", "tls_key", "tls_client_ca"])
-def test_settings_of_tls_go_together(alone: str, files: Files) -> None:
+def test_settings_of_tls_go_together(alone: str, files: CertificateFiles) -> None:
     with pytest.raises(ValidationError, match="--tls-"):
         settings_of(**{alone: files.ca})

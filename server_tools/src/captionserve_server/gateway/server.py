@@ -250,7 +250,7 @@ class Gateway:
                 ErrorInterceptor(),
                 IdentityInterceptor(reflection.SERVICE_NAME, self._identities),
             ),
-            options=_server_options(self._settings),
+            options=server_options(self._settings),
         )
         server.add_generic_rpc_handlers((self._caption_handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -280,6 +280,7 @@ class Gateway:
                 requests,
                 partial(answer_item, identity=identity),
                 window=self._settings.window,
+                message_bytes=self._settings.max_message_megabytes * 2**20,
                 draining=self._draining,
                 seconds=self._settings.connection_age_seconds,
             ).responses()
@@ -314,7 +315,8 @@ def _listen(server: grpc.aio.Server, listen: str, certificates: ServerCertificat
     return f"{host}:{port}"
 
 
-def _server_options(settings: Settings) -> list[tuple[str, int]]:
+def server_options(settings: Settings) -> list[tuple[str, int]]:
+    """How the server treats connections."""
     max_message_bytes = settings.max_message_megabytes * 2**20
     return [
         ("grpc.max_send_message_length", max_message_bytes),
