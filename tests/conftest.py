@@ -63,6 +63,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="seconds of tests/faults/test_heals_under_load.py",
     )
     parser.addoption(
+        "--soak-overload",
+        type=float,
+        default=0.0,
+        help="seconds that tests/faults/test_overload.py asks for ten times what can be answered",
+    )
+    parser.addoption(
+        "--soak-repository", type=Path, help="model repository of --soak-overload; the demo's if none"
+    )
+    parser.addoption(
         "--soak-checkpoints",
         type=int,
         default=20,
