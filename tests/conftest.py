@@ -69,7 +69,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="seconds that tests/faults/test_overload.py asks for ten times what can be answered",
     )
     parser.addoption(
-        "--soak-repository", type=Path, help="model repository of --soak-overload; the demo's if none"
+        "--soak-repository",
+        type=Path,
+        help="model repository of --soak-overload; the demo's if none",
     )
     parser.addoption(
         "--soak-checkpoints",

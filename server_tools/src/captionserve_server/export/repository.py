@@ -30,7 +30,6 @@ Comparison = Callable[[Path, Path], Mapping[str, float]]
 configurations: figures by name of how well their captions agree."""
 
 
-
 class Exporter(Protocol):
     """What writes a checkpoint's graphs in one format; a module is one."""
 
