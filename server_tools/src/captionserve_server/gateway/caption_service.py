@@ -69,7 +69,8 @@ class _Work:
     Attributes:
         message: what the decoder is asked.
         image: the image's digest.
-        call: for whom, and until when.
+        call: for whom.
+        until: when the decoder must have answered, by the event loop's clock.
         version: of the model.
         key: of the answer, where it is to be remembered.
     """
@@ -77,6 +78,7 @@ class _Work:
     message: Message
     image: bytes
     call: Call
+    until: float
     version: int
     key: bytes | None
 
@@ -197,7 +199,7 @@ class CaptionService:
         if options.reproducible:
             scope = call.identity if self._settings.cache_scope == "identity" else ""
             key = answer_key(image, options, version, scope)
-        work = _Work(message, image, call, version, key)
+        work = _Work(message, image, call, call.deadline, version, key)
         if key is None or request.bypass_cache:
             computed, _ = await self._captions.run(
                 object(), lambda: self._caption(work), call.seconds_left
@@ -211,7 +213,7 @@ class CaptionService:
             return remembered
         # Others may join who have more time than this caller.
         cap = asyncio.get_running_loop().time() + self._settings.deadline_cap_seconds
-        shared = dataclasses.replace(work, call=dataclasses.replace(call, deadline=cap))
+        shared = dataclasses.replace(work, until=cap)
         computed, joined = await self._captions.run(
             key, lambda: self._caption(shared), call.seconds_left
         )
@@ -236,7 +238,7 @@ class CaptionService:
         image = await image_digest(message.image)
         async with AsyncExitStack() as stack:
             turn = await stack.enter_async_context(self._working(image, call))
-            time_limit = _time_limit(message, call)
+            time_limit = _time_limit(message, call.deadline)
             stream = self._connected().stream(inputs, description.version, time_limit)
             answers = await stack.enter_async_context(aclosing(stream))
             async for answer in answers:
@@ -281,7 +283,7 @@ class CaptionService:
     async def _caption(self, work: _Work) -> _Captioned:
         """Have it captioned, and remember the answer where there is a key."""
         async with self._working(work.image, work.call) as turn:
-            time_limit = _time_limit(work.message, work.call)
+            time_limit = _time_limit(work.message, work.until)
             answer = await self.ask(work.message.inputs(), work.version, time_limit)
         computed = self._computed(answer, turn)
         if work.key is not None:
@@ -312,9 +314,9 @@ def prioritised(call: Call, request: caption_pb2.CaptionRequest) -> Call:
     return dataclasses.replace(call, bulk=request.priority == caption_pb2.PRIORITY_BULK)
 
 
-def _time_limit(message: Message, call: Call) -> TimeLimit:
+def _time_limit(message: Message, deadline: float) -> TimeLimit:
     # Triton takes a limit of 0 for none.
-    seconds = max(call.seconds_left, _LEAST_MODEL_SECONDS)
+    seconds = max(deadline - asyncio.get_running_loop().time(), _LEAST_MODEL_SECONDS)
     if not message.given.get("allow_partial"):
         return TimeLimit(call_seconds=seconds, model_seconds=seconds)
     margin = min(max(_PARTIAL_MARGIN * seconds, _LEAST_MARGIN_SECONDS), _MOST_MARGIN_SECONDS)
