@@ -158,7 +158,8 @@ def test_overload_says_when_to_come_back() -> None:
 
 def test_a_model_that_is_away_says_when_to_come_back() -> None:
     failure = failing(lambda triton: triton.fail(grpc.StatusCode.UNAVAILABLE, "Socket closed"))
-    assert detail_of(failure, error_details_pb2.RetryInfo()).retry_delay.seconds == 1
+    delay = detail_of(failure, error_details_pb2.RetryInfo()).retry_delay
+    assert delay.ToMilliseconds() == 500
 
 
 def test_no_triton_is_model_unavailable() -> None:
