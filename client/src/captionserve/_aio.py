@@ -7,6 +7,7 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
+    Awaitable,
     Callable,
     Iterable,
     Iterator,
@@ -14,9 +15,10 @@ from collections.abc import (
 from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from captionserve._errors import CaptionError, from_rpc_error
 from captionserve._images import ImageInput
@@ -37,6 +39,7 @@ from captionserve._results import (
     models_from_proto,
     update_from_proto,
 )
+from captionserve._retry import Attempts
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
     Connection,
@@ -49,6 +52,8 @@ from captionserve.v1 import caption_pb2, caption_pb2_grpc
 
 # Of the generated code's two kinds of stub only the type checker knows.
 Stub: TypeAlias = "caption_pb2_grpc.CaptionServiceAsyncStub"
+
+Response = TypeVar("Response")
 
 
 class AsyncCaptionClient:
@@ -98,17 +103,7 @@ class AsyncCaptionClient:
         attempts = self._connection.attempts(timeout)
         # Reading a file and encoding a picture would hold the loop up.
         request = await asyncio.to_thread(build_request, image, options, bypass_cache=bypass_cache)
-        while True:
-            try:
-                with self._errors_mapped():
-                    response = await self._stub.Caption(
-                        request,
-                        timeout=attempts.seconds_left,
-                        metadata=self._connection.metadata(request.ByteSize()),
-                    )
-                return from_proto(response)
-            except CaptionError as error:
-                await self._wait(attempts.delay_after(error))
+        return from_proto(await self._answer(self._stub.Caption, request, attempts))
 
     async def caption_stream(
         self,
@@ -163,21 +158,11 @@ class AsyncCaptionClient:
 
         As `CaptionClient.caption_many`; images may come from an asynchronous iterable.
         """
-        self._connection.attempts(timeout)  # Checked before anything is pulled.
-
-        def prepared(image: ImageInput) -> Step:
-            attempts = self._connection.attempts(timeout)
-            try:
-                request = build_request(image, options, bypass_cache=bypass_cache)
-            except Exception as error:  # Of many images it concerns this one alone.
-                return partial(batch.add_failed, error)
-            return partial(batch.add, request, attempts)
-
-        batch = Batch(ordered=ordered)
-        async with aclosing(
-            _Many(self._stub, self._connection, batch, checked_window(window))
-        ) as many:
-            many.pull(images, prepared)
+        batch = Batch(
+            self._connection, options, timeout=timeout, ordered=ordered, bypass_cache=bypass_cache
+        )
+        many = _Many(self._stub, self._connection, batch, images, window)
+        async with aclosing(many):
             while not batch.is_done:
                 with self._errors_mapped():
                     await many.advance()
@@ -186,39 +171,35 @@ class AsyncCaptionClient:
                     yield outcome
 
     async def models(self, *, timeout: float | None = None) -> Models:
-        """What the service serves, with which limits, and how busy it is.
-
-        Raises:
-            CaptionError: if the call failed.
-            ValueError: if the timeout is not a positive, finite number.
-        """
+        """What the service serves; as `CaptionClient.models`."""
         attempts = self._connection.attempts(timeout)
-        while True:
-            try:
-                with self._errors_mapped():
-                    response = await self._stub.GetModels(
-                        caption_pb2.GetModelsRequest(),
-                        timeout=attempts.seconds_left,
-                        metadata=self._connection.metadata(0),
-                    )
-                return models_from_proto(response)
-            except CaptionError as error:
-                await self._wait(attempts.delay_after(error))
+        request = caption_pb2.GetModelsRequest()
+        return models_from_proto(await self._answer(self._stub.GetModels, request, attempts))
 
     async def wait_ready(self, timeout: float | None = None) -> None:
-        """Wait until the service answers, for so many seconds at most.
-
-        Raises:
-            CaptionError: why it does not, when the time is up or waiting is of no use.
-            ValueError: if the timeout is not a positive, finite number.
-        """
+        """Wait until the service answers; as `CaptionClient.wait_ready`."""
         await self.models(timeout=timeout)
 
     async def close(self) -> None:
-        """Close the connection; calls in flight, and later ones, fail with CLIENT_CLOSED."""
+        """Close the connection; as `CaptionClient.close`."""
         self._connection.closed.set()
         self._closed.set()
         await self._channel.close()
+
+    async def _answer(
+        self, method: Callable[..., Awaitable[Response]], request: Message, attempts: Attempts
+    ) -> Response:
+        """Call a method that answers once, until it does."""
+        while True:
+            try:
+                with self._errors_mapped():
+                    return await method(
+                        request,
+                        timeout=attempts.seconds_left,
+                        metadata=self._connection.metadata(request.ByteSize()),
+                    )
+            except CaptionError as error:
+                await self._wait(attempts.delay_after(error))
 
     async def _wait(self, seconds: float) -> None:
         with suppress(asyncio.TimeoutError):
@@ -257,22 +238,21 @@ class AsyncCaptionClient:
 class _Many:
     """The pulling and the calls of one `caption_many`: the blocking client's, with tasks."""
 
-    def __init__(self, stub: Stub, connection: Connection, batch: Batch, window: int) -> None:
-        self.room = asyncio.Semaphore(window)
+    def __init__(
+        self,
+        stub: Stub,
+        connection: Connection,
+        batch: Batch,
+        images: Iterable[ImageInput] | AsyncIterable[ImageInput],
+        window: int,
+    ) -> None:
+        self.room = asyncio.Semaphore(checked_window(window))
         self._stub = stub
         self._connection = connection
         self._batch = batch
         self._steps: asyncio.Queue[Step] = asyncio.Queue()
         self._call: _ManyCall | None = None
-        self._pulling: asyncio.Task[None] | None = None
-
-    def pull(
-        self,
-        images: Iterable[ImageInput] | AsyncIterable[ImageInput],
-        prepared: Callable[[ImageInput], Step],
-    ) -> None:
-        """Begin to pull images, as there is room."""
-        self._pulling = asyncio.create_task(self._pull(_asynchronous(images), prepared))
+        self._pulling = asyncio.create_task(self._pull(_asynchronous(images)))
 
     async def advance(self) -> None:
         """Send what is to be sent, wait until something happens, and take it in.
@@ -292,23 +272,21 @@ class _Many:
                 self._call.send(message)
             if self._batch.is_drained:
                 self._call.finish()
-        with suppress(asyncio.TimeoutError):
+        try:
             step = await asyncio.wait_for(self._steps.get(), self._batch.seconds_idle())
+        except asyncio.TimeoutError:
+            pass
+        else:
             step()
-        while not self._steps.empty():
-            self._steps.get_nowait()()
         self._batch.expire()
 
     async def aclose(self) -> None:
-        if self._pulling is not None:
-            self._pulling.cancel()
-            await asyncio.wait([self._pulling])
+        self._pulling.cancel()
+        await asyncio.wait([self._pulling])
         if self._call is not None:
             await self._call.close(answered=self._batch.is_answered)
 
-    async def _pull(
-        self, images: AsyncIterator[ImageInput], prepared: Callable[[ImageInput], Step]
-    ) -> None:
+    async def _pull(self, images: AsyncIterator[ImageInput]) -> None:
         while await self.room.acquire():
             try:
                 image = await images.__anext__()
@@ -319,7 +297,7 @@ class _Many:
                 self._steps.put_nowait(partial(_raise, error))
                 return
             # Reading a file and encoding a picture would hold the loop up.
-            self._steps.put_nowait(await asyncio.to_thread(prepared, image))
+            self._steps.put_nowait(await asyncio.to_thread(self._batch.prepared, image))
 
     def _received(self, response: caption_pb2.CaptionManyResponse) -> None:
         self._steps.put_nowait(partial(self._batch.received, response))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from captionserve._errors import CaptionError, from_rpc_error
 from captionserve._images import ImageInput
@@ -31,6 +32,7 @@ from captionserve._results import (
     models_from_proto,
     update_from_proto,
 )
+from captionserve._retry import Attempts
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
     Connection,
@@ -40,6 +42,8 @@ from captionserve._transport import (
     channel_options,
 )
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
+
+Response = TypeVar("Response")
 
 
 class CaptionClient:
@@ -108,17 +112,7 @@ class CaptionClient:
         """
         attempts = self._connection.attempts(timeout)
         request = build_request(image, options, bypass_cache=bypass_cache)
-        while True:
-            try:
-                with self._errors_mapped():
-                    response = self._stub.Caption(
-                        request,
-                        timeout=attempts.seconds_left,
-                        metadata=self._connection.metadata(request.ByteSize()),
-                    )
-                return from_proto(response)
-            except CaptionError as error:
-                self._wait(attempts.delay_after(error))
+        return from_proto(self._answer(self._stub.Caption, request, attempts))
 
     def caption_stream(
         self,
@@ -173,12 +167,13 @@ class CaptionClient:
     ) -> Generator[Outcome, None, None]:
         """Describe many images over one connection, and yield what becomes of each, exactly once.
 
-        Images are pulled as there is room for them, by whoever iterates over the outcomes. A
-        connection that is lost, or a service that restarts, is waited for; what was under way then
-        is asked for again. Closing the generator ends the work on the server.
+        Images are pulled by a thread of its own as there is room for them, so that no outcome waits
+        for an image that is still to come. A connection that is lost, or a service that restarts,
+        is waited for; what was under way then is asked for again. Closing the generator ends the
+        work on the server.
 
         Args:
-            images: each as `caption` takes it.
+            images: each as `caption` takes it; what iterating over them raises is raised.
             options: as for `caption`, for all images.
             window: how many images may be pulled and not yet given out.
             ordered: whether outcomes come in the images' order, else as they are finished.
@@ -189,19 +184,11 @@ class CaptionClient:
             CaptionError: if the service refuses all calls, or the client is closed.
             ValueError: if the window or the timeout is not positive.
         """
-        self._connection.attempts(timeout)  # Checked before anything is pulled.
-
-        def prepared(image: ImageInput) -> Step:
-            attempts = self._connection.attempts(timeout)
-            try:
-                request = build_request(image, options, bypass_cache=bypass_cache)
-            except Exception as error:  # Of many images it concerns this one alone.
-                return partial(batch.add_failed, error)
-            return partial(batch.add, request, attempts)
-
-        batch = Batch(ordered=ordered)
-        with closing(_Many(self._stub, self._connection, batch, checked_window(window))) as many:
-            many.pull(images, prepared)
+        batch = Batch(
+            self._connection, options, timeout=timeout, ordered=ordered, bypass_cache=bypass_cache
+        )
+        many = _Many(self._stub, self._connection, batch, images, window)
+        with closing(many):
             while not batch.is_done:
                 with self._errors_mapped():
                     many.advance()
@@ -217,17 +204,8 @@ class CaptionClient:
             ValueError: if the timeout is not a positive, finite number.
         """
         attempts = self._connection.attempts(timeout)
-        while True:
-            try:
-                with self._errors_mapped():
-                    response = self._stub.GetModels(
-                        caption_pb2.GetModelsRequest(),
-                        timeout=attempts.seconds_left,
-                        metadata=self._connection.metadata(0),
-                    )
-                return models_from_proto(response)
-            except CaptionError as error:
-                self._wait(attempts.delay_after(error))
+        request = caption_pb2.GetModelsRequest()
+        return models_from_proto(self._answer(self._stub.GetModels, request, attempts))
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until the service answers, for so many seconds at most.
@@ -242,6 +220,21 @@ class CaptionClient:
         """Close the connection; calls in flight, and later ones, fail with CLIENT_CLOSED."""
         self._connection.closed.set()
         self._channel.close()
+
+    def _answer(
+        self, method: Callable[..., Response], request: Message, attempts: Attempts
+    ) -> Response:
+        """Call a method that answers once, until it does."""
+        while True:
+            try:
+                with self._errors_mapped():
+                    return method(
+                        request,
+                        timeout=attempts.seconds_left,
+                        metadata=self._connection.metadata(request.ByteSize()),
+                    )
+            except CaptionError as error:
+                self._wait(attempts.delay_after(error))
 
     def _wait(self, seconds: float) -> None:
         if self._connection.closed.wait(seconds):
@@ -287,20 +280,19 @@ class _Many:
         stub: caption_pb2_grpc.CaptionServiceStub,
         connection: Connection,
         batch: Batch,
+        images: Iterable[ImageInput],
         window: int,
     ) -> None:
-        self.room = threading.Semaphore(window)
+        self.room = threading.Semaphore(checked_window(window))
         self._stub = stub
         self._connection = connection
         self._batch = batch
         self._steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self._call: _ManyCall | None = None
         self._closed = False
-
-    def pull(self, images: Iterable[ImageInput], prepared: Callable[[ImageInput], Step]) -> None:
-        """Begin to pull images, as there is room."""
-        arguments = (iter(images), prepared)
-        threading.Thread(target=self._pull, args=arguments, name="pull", daemon=True).start()
+        threading.Thread(
+            target=self._pull, args=(iter(images),), name="caption-many-images", daemon=True
+        ).start()
 
     def advance(self) -> None:
         """Send what is to be sent, wait until something happens, and take it in.
@@ -320,10 +312,12 @@ class _Many:
                 self._call.send(message)
             if self._batch.is_drained:
                 self._call.finish()
-        with suppress(queue.Empty):
-            self._steps.get(timeout=self._batch.seconds_idle())()
-            while True:
-                self._steps.get_nowait()()
+        try:
+            step = self._steps.get(timeout=self._batch.seconds_idle())
+        except queue.Empty:
+            pass
+        else:
+            step()
         self._batch.expire()
 
     def close(self) -> None:
@@ -332,7 +326,7 @@ class _Many:
         if self._call is not None:
             self._call.close(answered=self._batch.is_answered)
 
-    def _pull(self, images: Iterator[ImageInput], prepared: Callable[[ImageInput], Step]) -> None:
+    def _pull(self, images: Iterator[ImageInput]) -> None:
         while self.room.acquire() and not self._closed:
             try:
                 image = next(images)
@@ -342,7 +336,7 @@ class _Many:
             except BaseException as error:
                 self._steps.put(partial(_raise, error))
                 return
-            self._steps.put(prepared(image))
+            self._steps.put(self._batch.prepared(image))
 
     def _received(self, response: caption_pb2.CaptionManyResponse) -> None:
         self._steps.put(partial(self._batch.received, response))

@@ -12,14 +12,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 from google.rpc import status_pb2
 
 from captionserve._errors import FINAL_REASONS, CaptionError, from_status
+from captionserve._images import ImageInput
+from captionserve._options import GenerationOptions
 from captionserve._results import CaptionResult, from_proto
 from captionserve._retry import Attempts, Backoff
-from captionserve._transport import MAX_MESSAGE_BYTES, too_large
+from captionserve._transport import MAX_MESSAGE_BYTES, Connection, build_request, too_large
 from captionserve.v1 import caption_pb2
 
 DEFAULT_WINDOW = 16
@@ -81,8 +84,23 @@ def checked_window(window: int) -> int:
 class Batch:
     """The items of one `caption_many`."""
 
-    def __init__(self, *, ordered: bool) -> None:
-        """Begin empty; `ordered` is whether outcomes are given out in the images' order."""
+    def __init__(
+        self,
+        connection: Connection,
+        options: GenerationOptions | None,
+        *,
+        timeout: float | None,
+        ordered: bool,
+        bypass_cache: bool,
+    ) -> None:
+        """Begin empty; all but the client's connection are arguments of `caption_many`.
+
+        Raises:
+            ValueError: if the timeout is not a positive, finite number.
+        """
+        self._attempts = partial(connection.attempts, timeout)
+        self._attempts()  # Raises before anything is pulled.
+        self._request = partial(build_request, options=options, bypass_cache=bypass_cache)
         self._ordered = ordered
         # By id.
         self._waiting: dict[str, _Item] = {}
@@ -118,20 +136,27 @@ class Batch:
         now = time.monotonic()
         return self._next_call <= now and any(item.due <= now for item in self._waiting.values())
 
-    def add(self, request: caption_pb2.CaptionRequest, attempts: Attempts) -> None:
-        """Take in the next image."""
-        item = _Item(self._pulled, request, attempts, time.monotonic())
-        self._waiting[item.id] = item
-        self._pulled += 1
-
-    def add_failed(self, error: Exception) -> None:
-        """Take in the next image, which could not be read."""
-        self._finish(self._pulled, error=error)
-        self._pulled += 1
+    def prepared(self, image: ImageInput) -> Step:
+        """Read the next image, beside all else; the step that takes it in."""
+        attempts = self._attempts()
+        try:
+            request = self._request(image)
+        except Exception as error:  # Of many images it concerns this one alone.
+            return partial(self._add_failed, error)
+        return partial(self._add, request, attempts)
 
     def all_pulled(self) -> None:
         """There are no more images."""
         self._all_pulled = True
+
+    def _add(self, request: caption_pb2.CaptionRequest, attempts: Attempts) -> None:
+        item = _Item(self._pulled, request, attempts, time.monotonic())
+        self._waiting[item.id] = item
+        self._pulled += 1
+
+    def _add_failed(self, error: Exception) -> None:
+        self._finish(self._pulled, error=error)
+        self._pulled += 1
 
     def sendable(self) -> Iterator[caption_pb2.CaptionManyRequest]:
         """The items that shall be sent now; each is taken to be sent when it is given."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
@@ -286,12 +287,13 @@ def test_an_outcome_does_not_wait_for_the_next_image(server: Server) -> None:
     assert texts(asyncio.run(run())) == ["image 0", "image 1"]
 
 
-def test_what_pulling_raises_is_raised(server: Server, many: Many) -> None:
+@pytest.mark.parametrize("kind", [LookupError, queue.Empty, asyncio.TimeoutError])
+def test_what_pulling_raises_is_raised(kind: type[Exception], server: Server, many: Many) -> None:
     def broken() -> Iterator[bytes]:
         yield b"image 0"
-        raise LookupError("no more")
+        raise kind("no more")
 
-    with pytest.raises(LookupError, match="no more"):
+    with pytest.raises(kind, match="no more"):
         many(server[0], broken())
 
 
