@@ -1,4 +1,4 @@
-"""Far more calls than can be answered: the rest is refused quickly, and nobody takes another's share.
+"""Far more calls than can be answered: the rest is refused, and nobody takes another's share.
 
 The long form is `make soak-overload`: ten times as many calls as can be answered, for a minute.
 """

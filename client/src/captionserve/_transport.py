@@ -160,6 +160,8 @@ def channel_options() -> list[tuple[str, int | str]]:
         ("grpc.keepalive_time_ms", _KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MILLISECONDS),
         ("grpc.client_idle_timeout_ms", _IDLE_MILLISECONDS),
+        # Without it newer versions of gRPC wait a minute for the answer to a ping all the same.
+        ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MILLISECONDS),
         # The target alone says where calls go, not the environment.
         ("grpc.enable_http_proxy", 0),
     ]

@@ -322,6 +322,11 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_concurrent_streams", settings.max_streams_per_connection),
+        ("grpc.server_handshake_timeout_ms", int(1000 * settings.handshake_seconds)),
+        ("grpc.keepalive_time_ms", int(1000 * settings.keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", int(1000 * settings.keepalive_seconds)),
+        # Without it newer versions of gRPC wait a minute for the answer to a ping all the same.
+        ("grpc.http2.ping_timeout_ms", int(1000 * settings.keepalive_seconds)),
         ("grpc.max_connection_idle_ms", int(1000 * settings.connection_idle_seconds)),
         ("grpc.max_connection_age_ms", int(1000 * settings.connection_age_seconds)),
         # A call of many that begins with the connection's last second ends by itself in this time.
