@@ -66,6 +66,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--soak-many", type=int, default=300, help="images of tests/faults/test_many_soak.py"
     )
     parser.addoption(
+        "--soak-overload",
+        type=float,
+        default=0.0,
+        help="seconds that tests/faults/test_overload.py asks for ten times what can be answered",
+    )
+    parser.addoption(
+        "--soak-repository",
+        type=Path,
+        help="model repository of --soak-overload; the demo's if none",
+    )
+    parser.addoption(
         "--soak-checkpoints",
         type=int,
         default=20,

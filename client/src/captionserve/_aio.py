@@ -44,8 +44,8 @@ from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
     Connection,
     Metadata,
+    Priority,
     Token,
-    build_request,
     channel_options,
 )
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
@@ -74,6 +74,8 @@ class AsyncCaptionClient:
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         credentials: grpc.ChannelCredentials | None = None,
         token: Token | None = None,
+        model_version: int | None = None,
+        priority: Priority | None = None,
     ) -> None:
         """Prepare a channel; it connects with the first call.
 
@@ -83,7 +85,9 @@ class AsyncCaptionClient:
         """
         # gRPC would tie the channel to some other loop and fail at the first call.
         asyncio.get_running_loop()
-        self._connection = Connection.of(target, timeout, credentials, token)
+        self._connection = Connection.of(
+            target, timeout, credentials, token, model_version, priority
+        )
         self._closed = asyncio.Event()
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, channel_options())
@@ -102,7 +106,9 @@ class AsyncCaptionClient:
         """Describe one image; cancelling the task cancels the work on the server."""
         attempts = self._connection.attempts(timeout)
         # Reading a file and encoding a picture would hold the loop up.
-        request = await asyncio.to_thread(build_request, image, options, bypass_cache=bypass_cache)
+        request = await asyncio.to_thread(
+            self._connection.request, image, options, bypass_cache=bypass_cache
+        )
         return from_proto(await self._answer(self._stub.Caption, request, attempts))
 
     async def caption_stream(
@@ -120,7 +126,7 @@ class AsyncCaptionClient:
         attempts = self._connection.attempts(timeout)
         request = caption_pb2.StreamCaptionRequest(
             request=await asyncio.to_thread(
-                build_request, image, options, bypass_cache=bypass_cache
+                self._connection.request, image, options, bypass_cache=bypass_cache
             )
         )
         begun = False

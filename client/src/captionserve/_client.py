@@ -37,8 +37,8 @@ from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
     Connection,
     Metadata,
+    Priority,
     Token,
-    build_request,
     channel_options,
 )
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
@@ -64,6 +64,8 @@ class CaptionClient:
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         credentials: grpc.ChannelCredentials | None = None,
         token: Token | None = None,
+        model_version: int | None = None,
+        priority: Priority | None = None,
     ) -> None:
         """Prepare a channel; it connects with the first call.
 
@@ -74,12 +76,16 @@ class CaptionClient:
             credentials: for TLS, see `tls_credentials`; without them nothing is encrypted.
             token: says who calls, a text or a callable that gives it; needs TLS, unless the service
                 is on this machine.
+            model_version: which version of the model answers; None for the service's newest.
+            priority: whose turn comes first, "interactive" or "bulk"; None for interactive, and
+                bulk in `caption_many`.
 
         Raises:
-            ValueError: if the timeout is not a positive, finite number, or the token would travel
-                in the clear.
+            ValueError: if an argument cannot be what it is, or the token would travel in the clear.
         """
-        self._connection = Connection.of(target, timeout, credentials, token)
+        self._connection = Connection.of(
+            target, timeout, credentials, token, model_version, priority
+        )
         if credentials is None:
             self._channel = grpc.insecure_channel(target, channel_options())
         else:
@@ -111,7 +117,7 @@ class CaptionClient:
             OSError: if the image's file cannot be read.
         """
         attempts = self._connection.attempts(timeout)
-        request = build_request(image, options, bypass_cache=bypass_cache)
+        request = self._connection.request(image, options, bypass_cache=bypass_cache)
         return from_proto(self._answer(self._stub.Caption, request, attempts))
 
     def caption_stream(
@@ -132,7 +138,7 @@ class CaptionClient:
         """
         attempts = self._connection.attempts(timeout)
         request = caption_pb2.StreamCaptionRequest(
-            request=build_request(image, options, bypass_cache=bypass_cache)
+            request=self._connection.request(image, options, bypass_cache=bypass_cache)
         )
         begun = False
         while True:

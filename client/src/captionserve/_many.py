@@ -22,7 +22,7 @@ from captionserve._images import ImageInput
 from captionserve._options import GenerationOptions
 from captionserve._results import CaptionResult, from_proto
 from captionserve._retry import Attempts, Backoff
-from captionserve._transport import MAX_MESSAGE_BYTES, Connection, build_request, too_large
+from captionserve._transport import MAX_MESSAGE_BYTES, Connection, too_large
 from captionserve.v1 import caption_pb2
 
 DEFAULT_WINDOW = 16
@@ -100,7 +100,7 @@ class Batch:
         """
         self._attempts = partial(connection.attempts, timeout)
         self._attempts()  # Raises before anything is pulled.
-        self._request = partial(build_request, options=options, bypass_cache=bypass_cache)
+        self._request = partial(connection.request, options=options, bypass_cache=bypass_cache)
         self._ordered = ordered
         # By id.
         self._waiting: dict[str, _Item] = {}

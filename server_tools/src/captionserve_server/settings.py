@@ -71,6 +71,11 @@ class Settings(BaseSettings):
         description="File that keeps all that Triton prints, rotated at 16 MiB, 3 older ones kept. "
         "Errors are in the service's own log in any case.",
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="Where traces are sent, OTLP over gRPC: http://host:port. Needs the extra "
+        "'tracing'.",
+    )
     threads: int = Field(
         0,
         ge=0,
@@ -112,6 +117,15 @@ class Settings(BaseSettings):
     )
     deadline_cap_seconds: float = Field(
         60.0, gt=0, description="Longest time a caption may take, whatever the caller's deadline."
+    )
+    handshake_seconds: float = Field(
+        20.0, gt=0, description="A connection that has not begun TLS and HTTP/2 by then is closed."
+    )
+    keepalive_seconds: float = Field(
+        20.0,
+        ge=1,
+        description="A client that has been silent for this time is asked whether it is there, and "
+        "given up after as long again; its calls end.",
     )
     connection_idle_seconds: float = Field(
         300.0, gt=0, description="A connection without calls is closed after this time."

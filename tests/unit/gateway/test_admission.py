@@ -44,6 +44,15 @@ def test_there_is_room_for_so_much(
         assert bounded.all.calls == 1
 
 
+def test_what_is_smaller_than_it_might_have_been_makes_room() -> None:
+    bounded = room()
+    with bounded.taken("a", 2**21) as takes:
+        takes(2**20)
+        with bounded.taken("a", 2**20):
+            assert bounded.all.bytes == 2**21
+    assert bounded.all.bytes == 0
+
+
 def test_one_callers_calls_do_not_take_anothers_room() -> None:
     bounded = room()
     with bounded.taken("a", 0), bounded.taken("a", 0), bounded.taken("b", 0):
@@ -155,19 +164,78 @@ def test_a_turn_that_does_not_come_in_time_is_an_error() -> None:
     asyncio.run(go())
 
 
+async def answered(turns: Turns, seconds: float, *, times: int = 3) -> None:
+    """So many answers that take so long."""
+    for _ in range(times):
+        async with turns.turn("a", bulk=False, deadline=FAR):
+            await asyncio.sleep(seconds)
+
+
 def test_who_cannot_be_answered_in_time_is_refused_at_once() -> None:
     async def go() -> None:
         turns = Turns(1)
         clock = asyncio.get_running_loop().time
-        for _ in range(3):  # Each takes 50 ms and comes as long after the last.
-            async with turns.turn("a", bulk=False, deadline=FAR):
-                await asyncio.sleep(0.05)
+        await answered(turns, 0.05)
         async with turns.turn("a", bulk=False, deadline=FAR):
             begin = clock()
             with pytest.raises(OverloadedError):
                 async with turns.turn("b", bulk=False, deadline=begin + 0.06):
                     pass
             assert clock() - begin < 0.05
+
+    asyncio.run(go())
+
+
+def test_where_nobody_waits_nobody_is_refused_for_what_took_long_once() -> None:
+    async def go() -> None:
+        turns = Turns(1)
+        await answered(turns, 0.1)
+        async with turns.turn("a", bulk=False, deadline=asyncio.get_running_loop().time() + 0.01):
+            pass
+
+    asyncio.run(go())
+
+
+def test_a_turn_that_comes_too_late_for_an_answer_is_given_to_the_next() -> None:
+    async def go() -> list[str]:
+        turns = Turns(1)
+        clock = asyncio.get_running_loop().time
+        begun: list[str] = []
+        await answered(turns, 0.05)
+
+        async def work(name: str, deadline: float) -> None:
+            async with turns.turn(name, bulk=False, deadline=deadline):
+                begun.append(name)
+                await asyncio.sleep(0)
+
+        async with turns.turn("a", bulk=False, deadline=FAR):
+            late = asyncio.create_task(work("b", clock() + 0.2))
+            next_one = asyncio.create_task(work("c", FAR))
+            await asyncio.sleep(0.16)  # Longer than it was reckoned to take.
+        await next_one
+        with pytest.raises(OverloadedError):
+            await late
+        return begun
+
+    assert asyncio.run(go()) == ["c"]
+
+
+def test_what_is_given_up_late_counts_as_taking_long() -> None:
+    async def go() -> None:
+        turns = Turns(1)
+        clock = asyncio.get_running_loop().time
+
+        async def give_up() -> None:
+            async with turns.turn("a", bulk=False, deadline=FAR):
+                await asyncio.sleep(0.02)
+                raise DeadlineExceededError("too late")
+
+        await answered(turns, 0.0)
+        await asyncio.gather(*(give_up() for _ in range(20)), return_exceptions=True)
+        async with turns.turn("a", bulk=False, deadline=FAR):
+            with pytest.raises(OverloadedError):
+                async with turns.turn("b", bulk=False, deadline=clock() + 0.02):
+                    pass
 
     asyncio.run(go())
 

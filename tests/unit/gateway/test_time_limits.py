@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+import grpc
 import pytest
 from captionserve.v1 import caption_pb2
 from captionserve_server.core.errors import DeadlineExceededError
@@ -17,6 +18,7 @@ from captionserve_server.gateway.decoder_client import Answer, Description, Time
 from captionserve_server.gateway.identity import ANYBODY
 from captionserve_server.gateway.kserve import InputTensor, read_outputs
 from captionserve_server.gateway.metrics import GatewayMetrics
+from captionserve_server.tracing import Traces
 from captionserve_server.triton import wire
 
 from tests.unit.gateway.fake_triton import good_outputs, infer_response
@@ -45,7 +47,7 @@ class RecordingDecoder:
         self, inputs: Iterable[InputTensor], version: int, time_limit: TimeLimit
     ) -> Answer:
         self.limits.append(time_limit)
-        specs = {spec.name: spec for spec in wire.CAPTIONS}
+        specs = {spec.name: spec for spec in wire.ANSWER}
         return Answer(read_outputs(infer_response(good_outputs()), specs), model_version=version)
 
     async def stream(
@@ -60,7 +62,7 @@ def limits_of(method: str, seconds_left: float, **options: Any) -> list[TimeLimi
 
     async def run() -> None:
         settings = settings_of(deadline_cap_seconds=CAP_SECONDS)
-        service = CaptionService(AnswerCache(0), GatewayMetrics(), settings)
+        service = CaptionService(AnswerCache(0), GatewayMetrics(), Traces(None, ""), settings)
         service.connect(decoder, [Description(3, DecodingOptions(), 32, "fp32", (224, 224))])
         call = Call(ANYBODY, asyncio.get_running_loop().time() + seconds_left)
         if method == "Caption":
@@ -123,3 +125,32 @@ def test_triton_is_told_the_models_limit(allow_partial: bool, seconds: float) ->
 
     for microseconds in asyncio.run(run()):
         assert 0 <= seconds - microseconds / 1e6 < PASSED_SECONDS
+
+
+@pytest.mark.parametrize("bypass_cache", [False, True])
+def test_who_cannot_be_answered_in_time_is_refused_though_others_may_join(
+    bypass_cache: bool,
+) -> None:
+    async def run() -> grpc.StatusCode:
+        async with gateway_setup() as setup:
+            setup.triton.stream = setup.triton.stream_when_allowed
+            # A first answer tells how long they take; then as many as there are turns stay.
+            first = asyncio.ensure_future(setup.stub.Caption(request_of(b"first"), timeout=20))
+            await asyncio.sleep(0.5)
+            setup.triton.may_answer.set()
+            await first
+            setup.triton.may_answer.clear()
+            turns = range(32 + 4)
+            calls = [setup.stub.Caption(request_of(b"%d" % n), timeout=20) for n in turns]
+            while (await setup.stub.GetModels(models, timeout=20)).load.working < len(turns):
+                await asyncio.sleep(0.01)
+            late = request_of(b"late")
+            late.bypass_cache = bypass_cache
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await setup.stub.Caption(late, timeout=0.4)
+            setup.triton.may_answer.set()
+            await asyncio.gather(*calls)
+            return raised.value.code()
+
+    models = caption_pb2.GetModelsRequest()
+    assert asyncio.run(run()) is grpc.StatusCode.RESOURCE_EXHAUSTED

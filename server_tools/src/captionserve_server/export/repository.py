@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -28,7 +27,6 @@ Progress = Callable[[str], None]
 Comparison = Callable[[Path, Path], Mapping[str, float]]
 """Given the fp32 and the quantised model repository before the latter is published, without their
 configurations: figures by name of how well their captions agree."""
-
 
 
 class Exporter(Protocol):

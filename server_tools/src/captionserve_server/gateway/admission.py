@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from captionserve_server.core.errors import DeadlineExceededError, OverloadedError
 
-# Of the last answers, how much the newest one counts in what the next is reckoned to take.
+# How much the newest answer counts in what the next is reckoned to take.
 _NEWEST_SHARE = 0.1
+# How many deviations longer than usual an answer is reckoned to take. Who has less time does not
+# get it, for what is computed and comes too late is taken from all others: at the door more is
+# asked for than at the turn, so that who is let in to wait does so for something.
+_DOOR_DEVIATIONS, _TURN_DEVIATIONS = 2, 1
 
 
 @dataclass
@@ -46,12 +50,15 @@ class Room:
         self._each: dict[str, _Use] = {}
 
     @contextmanager
-    def taken(self, identity: str, request_bytes: int) -> Iterator[None]:
+    def taken(self, identity: str, request_bytes: int) -> Iterator[Callable[[int], None]]:
         """Have room for a call while the block runs.
 
         Args:
             identity: whose call it is.
-            request_bytes: what it will take.
+            request_bytes: what it will take, at most.
+
+        Yields:
+            what is to be told how many bytes it takes, once that is known.
 
         Raises:
             OverloadedError: if there is none, for this caller or for anybody.
@@ -68,12 +75,20 @@ class Room:
         for use in (self.all, own):
             use.calls += 1
             use.bytes += request_bytes
+        held = request_bytes
+
+        def takes(known_bytes: int) -> None:
+            nonlocal held
+            for use in (self.all, own):
+                use.bytes += known_bytes - held
+            held = known_bytes
+
         try:
-            yield
+            yield takes
         finally:
             for use in (self.all, own):
                 use.calls -= 1
-                use.bytes -= request_bytes
+                use.bytes -= held
             if not own.calls:
                 self._each.pop(identity, None)
 
@@ -105,10 +120,9 @@ class Turns:
         self.waiting = 0
         self._callers: dict[str, _Caller] = {}
         self._turns = 0
-        # What an answer takes, and how long after the last one it comes, in seconds; 0 if unknown.
+        # What an answer takes, and how far from that it is usually, in seconds; 0 if unknown.
         self._answer_seconds = 0.0
-        self._interval_seconds = 0.0
-        self._last_answer: float | None = None
+        self._deviation_seconds = 0.0
 
     @asynccontextmanager
     async def turn(self, identity: str, *, bulk: bool, deadline: float) -> AsyncIterator[None]:
@@ -120,41 +134,51 @@ class Turns:
             deadline: when the answer must be there, by the event loop's clock.
 
         Raises:
-            OverloadedError: at once, if those before it will have taken the time.
-            DeadlineExceededError: if the turn comes too late for an answer.
+            OverloadedError: if those before it will have taken the time; nearly always at once.
+            DeadlineExceededError: if the deadline passed meanwhile.
         """
         clock = asyncio.get_running_loop().time
-        self._refuse_hopeless(identity, bulk, deadline - clock())
-        await self._wait(identity, bulk, deadline)
+        if self.working < self.at_once and not self.waiting:
+            # Nothing is reckoned: what is known may be of a time when there was more to do.
+            needed = 0.0
+            self._begin(identity)
+        else:
+            needed = self._needed_seconds(self._ahead(identity, bulk) + 1, _DOOR_DEVIATIONS)
+            _refuse_late(deadline - clock(), needed)
+            await self._wait(identity, bulk, deadline)
+            needed = self._needed_seconds(0, _TURN_DEVIATIONS)
         begin = clock()
         try:
-            if deadline - begin < self._answer_seconds / 2:
-                raise DeadlineExceededError("the deadline passed before the caption was begun")
+            _refuse_late(deadline - begin, needed)
             yield
-            self._answered(begin, clock())
+            self._took(clock() - begin)
+        except (asyncio.CancelledError, DeadlineExceededError):
+            # It would have taken longer still; were it not counted, nobody late would ever be.
+            if clock() - begin > self._answer_seconds:
+                self._took(clock() - begin)
+            raise
         finally:
             self._end(identity)
 
-    def _refuse_hopeless(self, identity: str, bulk: bool, seconds: float) -> None:
-        """Refuse who cannot be answered in time by what the last answers took."""
-        if self.working < self.at_once:
-            return
+    def _ahead(self, identity: str, bulk: bool) -> int:
+        """How many have their turns before a newcomer, at most."""
         own = self._callers.get(identity)
         own_waiting = 0 if own is None else sum(map(len, own.waiting[: 1 + bulk]))
         # Fair turns: before one's own next, each other caller has as many as oneself, at most.
-        ahead = own_waiting + sum(
+        return own_waiting + sum(
             min(own_waiting + 1, sum(map(len, other.waiting[: 1 + bulk])))
             for other in self._callers.values()
             if other is not own
         )
-        if (ahead + 1) * self._interval_seconds + self._answer_seconds > seconds:
-            raise OverloadedError("too many requests are waiting")
+
+    def _needed_seconds(self, turns: int, deviations: int) -> float:
+        """What it takes to be answered after so many turns, as far as the last answers tell."""
+        # From a full decoder, answers come one after the other in this time.
+        wait = turns * self._answer_seconds / self.at_once
+        return wait + self._answer_seconds + deviations * self._deviation_seconds
 
     async def _wait(self, identity: str, bulk: bool, deadline: float) -> None:
         caller = self._callers.setdefault(identity, _Caller())
-        if self.working < self.at_once and not self.waiting:
-            self._begin(identity)
-            return
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
         queue = caller.waiting[bulk]
@@ -177,7 +201,7 @@ class Turns:
 
     def _begin(self, identity: str) -> None:
         self._turns += 1
-        caller = self._callers[identity]
+        caller = self._callers.setdefault(identity, _Caller())
         caller.last_turn = self._turns
         caller.working += 1
         self.working += 1
@@ -210,13 +234,14 @@ class Turns:
         if self._callers[identity].idle:
             del self._callers[identity]
 
-    def _answered(self, begin: float, now: float) -> None:
-        self._answer_seconds = _averaged(self._answer_seconds, now - begin)
-        # Between answers of a decoder that is not full there are pauses that say nothing.
-        if self._last_answer is not None and self.working >= self.at_once:
-            self._interval_seconds = _averaged(self._interval_seconds, now - self._last_answer)
-        self._last_answer = now
+    def _took(self, seconds: float) -> None:
+        if not self._answer_seconds:
+            self._answer_seconds = seconds
+        off = seconds - self._answer_seconds
+        self._answer_seconds += _NEWEST_SHARE * off
+        self._deviation_seconds += _NEWEST_SHARE * (abs(off) - self._deviation_seconds)
 
 
-def _averaged(average: float, newest: float) -> float:
-    return newest if not average else average + _NEWEST_SHARE * (newest - average)
+def _refuse_late(seconds: float, needed: float) -> None:
+    if seconds < needed:
+        raise OverloadedError("too many requests are waiting")

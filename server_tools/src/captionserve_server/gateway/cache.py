@@ -18,6 +18,7 @@ from captionserve_server.core.errors import (
     CancelledError,
     DeadlineExceededError,
     ModelUnavailableError,
+    OverloadedError,
 )
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.gateway.kserve import InputTensor
@@ -143,7 +144,7 @@ class SharedWork(Generic[Result]):
             await self._wait(key, work, end - clock())
             try:
                 return work.task.result(), joined
-            except (DeadlineExceededError, CancelledError):
+            except (DeadlineExceededError, CancelledError, OverloadedError):
                 # The time of whoever began the work is not that of one who joined it late.
                 if not joined or clock() >= end:
                     raise

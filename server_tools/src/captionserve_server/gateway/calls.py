@@ -166,10 +166,11 @@ class Calls:
         self._begin(context)
         call = Call(self._identify(context), self._deadline(context))
         announced = _announced_bytes(context, self._max_message_bytes)
-        with self._room.taken(call.identity, announced):
+        with self._room.taken(call.identity, announced) as takes:
             raw = await _only_message(requests, call.seconds_left)
             if len(raw) > announced:
                 raise InvalidRequestError(f"the request is larger than {SIZE_HEADER} says")
+            takes(len(raw))
             try:
                 message = request.FromString(raw)
             except DecodeError as error:
