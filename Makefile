@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-overload soak-images soak-checkpoints profile bench perf clean
+.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints profile bench perf clean
 
 setup: $(VENV)/installed
 
@@ -61,6 +61,10 @@ soak-options: setup  ## More than 300 combinations of options of each checkpoint
 
 soak-faults: setup  ## Ten minutes of load while processes are killed and stopped: nothing wrong, all heals.
 	$(BIN)/python -m pytest tests/faults/test_heals_under_load.py --soak-faults 600 \
+		--log-cli-level INFO
+
+soak-many: setup  ## 10,000 images, some of them broken, while Triton is killed twice: each has its outcome once.
+	$(BIN)/python -m pytest tests/faults/test_many_soak.py --soak-many 10000 \
 		--log-cli-level INFO
 
 soak-overload: setup  ## Ten times as many calls as can be answered; another's with REPOSITORY=folder.

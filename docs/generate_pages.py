@@ -1,4 +1,4 @@
-"""Write docs/options.md and docs/settings.md from what the code says of each option and setting.
+"""Write the pages of options, settings and metrics from what the code says of each.
 
 usage: python docs/generate_pages.py [--check]
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from itertools import starmap
 from pathlib import Path
 
 from captionserve_server.cli.settings_options import flag, variable
 from captionserve_server.core.options import OPTIONS, DecodingOptions
+from captionserve_server.gateway.metrics import SHOWN, GatewayMetrics
+from captionserve_server.gateway.stages import STAGES
 from captionserve_server.settings import Settings
 from pydantic.fields import FieldInfo
 
@@ -38,6 +41,47 @@ Each is a flag of `captionserve serve` and an environment variable; the flag pre
 """
 
 
+_METRICS_HEAD = """# Metrics
+
+The gateway's, at `--metrics-listen`, for Prometheus. `make generate` writes this page.
+
+| metric | type | labels | what it says |
+|---|---|---|---|
+"""
+
+_STAGES_HEAD = """
+The gateway's process itself is in `captionserve_process_*`: memory, time, open files.
+
+## Stages
+
+The label `stage` of `captionserve_stage_seconds`, the `stages` of a line in the log, and the spans
+below a call in its trace:
+
+| stage | what it is |
+|---|---|
+"""
+
+_DECODER = """
+## Triton's own
+
+At `triton_metrics` of the ready file, beside Triton's own `nv_*`; the label `version` names the
+version of the model.
+
+| metric | type | what it says |
+|---|---|---|
+| `captionserve_slots` | gauge | Captions that can be decoded at once. |
+| `captionserve_slots_used` | gauge | Captions being decoded. |
+| `captionserve_waiting_captions` | gauge | Captions without a slot. |
+| `captionserve_kv_cache_bytes` | gauge | Memory of the keys and values in use. |
+| `captionserve_engine_steps_total` | counter | Decoding steps. |
+| `captionserve_engine_seconds_total` | counter | Time spent decoding. |
+| `captionserve_image_seconds_total` | counter | Time spent on images, over all threads. |
+| `captionserve_prefill_seconds_total` | counter | Time in the prefill graph. |
+| `captionserve_step_seconds_total` | counter | Time in the step graph. |
+| `captionserve_top_seconds_total` | counter | Time in the graph of the best tokens. |
+"""
+
+
 def pages() -> dict[Path, str]:
     """The pages whole, by their paths."""
     options = map(_option, dataclasses.fields(DecodingOptions))
@@ -45,7 +89,21 @@ def pages() -> dict[Path, str]:
     return {
         DOCS / "options.md": _OPTIONS_HEAD + "".join(map(_row, options)),
         DOCS / "settings.md": _SETTINGS_HEAD + "".join(map(_row, settings)),
+        DOCS / "metrics.md": _metrics(),
     }
+
+
+def _metrics() -> str:
+    metrics = GatewayMetrics()
+    metrics.show(dict.fromkeys(SHOWN, lambda: 0.0))
+    described = sorted(metrics.described)
+    rows = [(f"`{each.name}`", each.kind, _names(each.labels), each.text) for each in described]
+    stages = [(f"`{name}`", text) for name, text in STAGES.items()]
+    return "".join((_METRICS_HEAD, *map(_row, rows), _STAGES_HEAD, *map(_row, stages), _DECODER))
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _row(cells: tuple[str, ...]) -> str:

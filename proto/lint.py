@@ -59,7 +59,7 @@ def main() -> int:
             former = workspace(Path(directory, "former"), released)
             failed |= buf("breaking", "--against", str(former), folder=present)
         else:
-            print("no release is tagged: the API is not compared with one")
+            sys.stderr.write("no release is tagged: the API is not compared with one\n")
         return failed
 
 

@@ -1,4 +1,4 @@
-"""Certificates for tests: an authority of their own, and who it vouches for."""
+"""Certificates for tests: authorities, servers and clients, made anew."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def key_pem(pair: Pair) -> bytes:
     )
 
 
-class Files:
+class CertificateFiles:
     """An authority, and the files of a server that it vouches for."""
 
     def __init__(self, folder: Path) -> None:

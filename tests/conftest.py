@@ -63,6 +63,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="seconds of tests/faults/test_heals_under_load.py",
     )
     parser.addoption(
+        "--soak-many", type=int, default=600, help="images of tests/faults/test_many_soak.py"
+    )
+    parser.addoption(
         "--soak-overload",
         type=float,
         default=0.0,

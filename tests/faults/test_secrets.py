@@ -21,7 +21,7 @@ from captionserve.v1 import caption_pb2
 from captionserve_server.gateway.tokens import create_token, revoke_tokens
 from google.protobuf.duration_pb2 import Duration
 
-from tests.certificates import Files
+from tests.certificates import CertificateFiles
 from tests.damaged_images import damaged_files
 from tests.faults.served import WAIT_SECONDS, Served, serving, wait_until
 from tests.pictures import png
@@ -45,7 +45,7 @@ class Guarded:
     """A service with TLS and tokens, and all that its callers have been told."""
 
     served: Served
-    files: Files
+    files: CertificateFiles
     folder: Path
     token: str
     arguments: tuple[str, ...]
@@ -115,7 +115,7 @@ def guarded(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Guarded]:
     folder = tmp_path_factory.mktemp("guarded")
-    files = Files(folder)
+    files = CertificateFiles(folder)
     token = create_token(files.tokens, "alice")
     arguments = (
         *("--tls-certificate", str(files.certificate), "--tls-key", str(files.key)),

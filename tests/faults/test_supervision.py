@@ -103,7 +103,7 @@ def retry_delay(error: Any) -> float:
     status = rpc_status.from_call(error)
     for packed in () if status is None else status.details:
         packed.Unpack(found)
-    return found.retry_delay.ToMilliseconds() / 1e3
+    return float(found.retry_delay.ToMilliseconds() / 1e3)
 
 
 def assert_only_the_present_one_has_shared_memory(served: Served) -> None:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+)
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from captionserve._errors import CaptionError, from_rpc_error
 from captionserve._images import ImageInput
-from captionserve._many import DEFAULT_WINDOW, Batch, Outcome
+from captionserve._many import (
+    DEFAULT_WINDOW,
+    GRACE_SECONDS,
+    Batch,
+    Outcome,
+    Step,
+    checked_window,
+)
 from captionserve._options import GenerationOptions
 from captionserve._results import (
     CaptionResult,
@@ -23,10 +39,9 @@ from captionserve._results import (
     models_from_proto,
     update_from_proto,
 )
-from captionserve._retry import Backoff
+from captionserve._retry import Attempts
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
-    IMAGE_ERRORS,
     Connection,
     Metadata,
     Token,
@@ -37,6 +52,8 @@ from captionserve.v1 import caption_pb2, caption_pb2_grpc
 
 # Of the generated code's two kinds of stub only the type checker knows.
 Stub: TypeAlias = "caption_pb2_grpc.CaptionServiceAsyncStub"
+
+Response = TypeVar("Response")
 
 
 class AsyncCaptionClient:
@@ -86,17 +103,7 @@ class AsyncCaptionClient:
         attempts = self._connection.attempts(timeout)
         # Reading a file and encoding a picture would hold the loop up.
         request = await asyncio.to_thread(build_request, image, options, bypass_cache=bypass_cache)
-        while True:
-            try:
-                with self._errors_mapped():
-                    response = await self._stub.Caption(
-                        request,
-                        timeout=attempts.seconds_left,
-                        metadata=self._connection.metadata(request.ByteSize()),
-                    )
-                return from_proto(response)
-            except CaptionError as error:
-                await self._wait(attempts.delay_after(error))
+        return from_proto(await self._answer(self._stub.Caption, request, attempts))
 
     async def caption_stream(
         self,
@@ -151,65 +158,48 @@ class AsyncCaptionClient:
 
         As `CaptionClient.caption_many`; images may come from an asynchronous iterable.
         """
-        self._connection.attempts(timeout)  # Checked before anything is pulled.
-        batch, pulled, more = Batch(window, ordered=ordered), _pulled(images), True
-        async with aclosing(_ManyCalls(self._stub, self._connection)) as calls:
-            while True:
-                if more and batch.has_room:
-                    try:
-                        image = await pulled.__anext__()
-                    except StopAsyncIteration:
-                        more = False
-                    else:
-                        attempts = self._connection.attempts(timeout)
-                        try:
-                            request = await asyncio.to_thread(
-                                build_request, image, options, bypass_cache=bypass_cache
-                            )
-                            batch.add(request, attempts)
-                        except IMAGE_ERRORS as error:
-                            batch.add_failed(error)
-                for outcome in batch.outcomes():
-                    yield outcome
-                if not more and batch.is_done:
-                    return
+        batch = Batch(
+            self._connection, options, timeout=timeout, ordered=ordered, bypass_cache=bypass_cache
+        )
+        many = _Many(self._stub, self._connection, batch, images, window)
+        async with aclosing(many):
+            while not batch.is_done:
                 with self._errors_mapped():
-                    await calls.advance(batch, wait=not (more and batch.has_room))
+                    await many.advance()
+                for outcome in batch.outcomes():
+                    many.room.release()
+                    yield outcome
 
     async def models(self, *, timeout: float | None = None) -> Models:
-        """What the service serves, with which limits, and how busy it is.
-
-        Raises:
-            CaptionError: if the call failed.
-            ValueError: if the timeout is not a positive, finite number.
-        """
+        """What the service serves; as `CaptionClient.models`."""
         attempts = self._connection.attempts(timeout)
-        while True:
-            try:
-                with self._errors_mapped():
-                    response = await self._stub.GetModels(
-                        caption_pb2.GetModelsRequest(),
-                        timeout=attempts.seconds_left,
-                        metadata=self._connection.metadata(0),
-                    )
-                return models_from_proto(response)
-            except CaptionError as error:
-                await self._wait(attempts.delay_after(error))
+        request = caption_pb2.GetModelsRequest()
+        return models_from_proto(await self._answer(self._stub.GetModels, request, attempts))
 
     async def wait_ready(self, timeout: float | None = None) -> None:
-        """Wait until the service answers, for so many seconds at most.
-
-        Raises:
-            CaptionError: why it does not, when the time is up or waiting is of no use.
-            ValueError: if the timeout is not a positive, finite number.
-        """
+        """Wait until the service answers; as `CaptionClient.wait_ready`."""
         await self.models(timeout=timeout)
 
     async def close(self) -> None:
-        """Close the connection; calls in flight, and later ones, fail with CLIENT_CLOSED."""
+        """Close the connection; as `CaptionClient.close`."""
         self._connection.closed.set()
         self._closed.set()
         await self._channel.close()
+
+    async def _answer(
+        self, method: Callable[..., Awaitable[Response]], request: Message, attempts: Attempts
+    ) -> Response:
+        """Call a method that answers once, until it does."""
+        while True:
+            try:
+                with self._errors_mapped():
+                    return await method(
+                        request,
+                        timeout=attempts.seconds_left,
+                        metadata=self._connection.metadata(request.ByteSize()),
+                    )
+            except CaptionError as error:
+                await self._wait(attempts.delay_after(error))
 
     async def _wait(self, seconds: float) -> None:
         with suppress(asyncio.TimeoutError):
@@ -245,69 +235,94 @@ class AsyncCaptionClient:
         await self.close()
 
 
-async def _pulled(images: Iterable[ImageInput] | AsyncIterable[ImageInput]) -> AsyncIterator[Any]:
-    if isinstance(images, AsyncIterable):
-        async for image in images:
-            yield image
-    else:
-        for image in images:
-            yield image
+class _Many:
+    """The pulling and the calls of one `caption_many`: the blocking client's, with tasks."""
 
-
-class _ManyCalls:
-    """The calls of one `caption_many`, one after the other, each read by a task of its own."""
-
-    def __init__(self, stub: Stub, connection: Connection) -> None:
+    def __init__(
+        self,
+        stub: Stub,
+        connection: Connection,
+        batch: Batch,
+        images: Iterable[ImageInput] | AsyncIterable[ImageInput],
+        window: int,
+    ) -> None:
+        self.room = asyncio.Semaphore(checked_window(window))
         self._stub = stub
         self._connection = connection
-        self._backoff = Backoff()
+        self._batch = batch
+        self._steps: asyncio.Queue[Step] = asyncio.Queue()
         self._call: _ManyCall | None = None
-        self._events: asyncio.Queue[_Event] = asyncio.Queue()
+        self._pulling = asyncio.create_task(self._pull(_asynchronous(images)))
 
-    async def advance(self, batch: Batch, *, wait: bool) -> None:
-        """Send what is to be sent, and take what has happened; or wait until something has.
+    async def advance(self) -> None:
+        """Send what is to be sent, wait until something happens, and take it in.
 
         Raises:
             CaptionError: if no call will do better.
+            Exception: what pulling raised.
         """
         if self._connection.closed.is_set():
             raise self._connection.closed_error()
-        if self._call is None and batch.is_due:
-            self._call = _ManyCall(self._stub, self._connection.metadata(), self._events)
+        if self._call is None and self._batch.wants_call:
+            self._call = _ManyCall(
+                self._stub, self._connection.metadata(), self._received, self._ended
+            )
         if self._call is not None:
-            for message in batch.sendable():
+            for message in self._batch.sendable():
                 self._call.send(message)
-            if batch.is_drained:
+            if self._batch.is_drained:
                 self._call.finish()
-        if wait and self._events.empty():
-            with suppress(asyncio.TimeoutError):
-                event = await asyncio.wait_for(self._events.get(), batch.seconds_idle())
-                self._take(event, batch)
-        while not self._events.empty():
-            self._take(self._events.get_nowait(), batch)
-        batch.expire()
+        try:
+            step = await asyncio.wait_for(self._steps.get(), self._batch.seconds_idle())
+        except asyncio.TimeoutError:
+            pass
+        else:
+            step()
+        self._batch.expire()
 
     async def aclose(self) -> None:
+        self._pulling.cancel()
+        await asyncio.wait([self._pulling])
         if self._call is not None:
-            await self._call.cancel()
+            await self._call.close(answered=self._batch.is_answered)
 
-    def _take(self, event: _Event, batch: Batch) -> None:
-        if event.call is not self._call:  # One that was given up.
-            return
-        if event.response is not None:
-            self._backoff.reset()
-            batch.received(event.response)
-            return
+    async def _pull(self, images: AsyncIterator[ImageInput]) -> None:
+        while await self.room.acquire():
+            try:
+                image = await images.__anext__()
+            except StopAsyncIteration:
+                self._steps.put_nowait(self._batch.all_pulled)
+                return
+            except Exception as error:
+                self._steps.put_nowait(partial(_raise, error))
+                return
+            # Reading a file and encoding a picture would hold the loop up.
+            self._steps.put_nowait(await asyncio.to_thread(self._batch.prepared, image))
+
+    def _received(self, response: caption_pb2.CaptionManyResponse) -> None:
+        self._steps.put_nowait(partial(self._batch.received, response))
+
+    def _ended(self, error: CaptionError | None) -> None:
+        self._steps.put_nowait(partial(self._end, error))
+
+    def _end(self, error: CaptionError | None) -> None:
         self._call = None
-        batch.call_ended(event.error, 0.0 if batch.is_drained else self._backoff.next_delay())
+        self._batch.call_ended(error)
 
 
 class _ManyCall:
-    """One CaptionMany call."""
+    """One CaptionMany call; what it hears it tells from a task of its own."""
 
-    def __init__(self, stub: Stub, metadata: Metadata, events: asyncio.Queue[_Event]) -> None:
+    def __init__(
+        self,
+        stub: Stub,
+        metadata: Metadata,
+        received: Callable[[caption_pb2.CaptionManyResponse], None],
+        ended: Callable[[CaptionError | None], None],
+    ) -> None:
+        self._received = received
+        self._ended = ended
         self._outgoing: asyncio.Queue[caption_pb2.CaptionManyRequest | None] = asyncio.Queue()
-        self._events = events
         self._call = stub.CaptionMany(self._messages(), metadata=metadata)
         self._reading = asyncio.create_task(self._read())
 
@@ -315,12 +330,15 @@ class _ManyCall:
         self._outgoing.put_nowait(message)
 
     def finish(self) -> None:
-        """Send no more."""
+        """Send no more; the server ends the call when it has answered."""
         self._outgoing.put_nowait(None)
 
-    async def cancel(self) -> None:
-        self._call.cancel()
+    async def close(self, *, answered: bool) -> None:
+        """End it, and well if all is answered."""
         self.finish()
+        if answered:
+            await asyncio.wait([self._reading], timeout=GRACE_SECONDS)
+        self._call.cancel()
         self._reading.cancel()
         await asyncio.wait([self._reading])
 
@@ -332,7 +350,7 @@ class _ManyCall:
         error: CaptionError | None = None
         try:
             async for response in self._call:
-                self._events.put_nowait(_Event(self, response, None))
+                self._received(response)
         except grpc.RpcError as raised:
             error = from_rpc_error(raised)
         except asyncio.CancelledError:  # The call's: its channel has been closed.
@@ -340,13 +358,19 @@ class _ManyCall:
         except Exception as raised:  # It must not end in silence: somebody waits for its word.
             error = CaptionError(grpc.StatusCode.INTERNAL, "INTERNAL", type(raised).__name__)
         self.finish()
-        self._events.put_nowait(_Event(self, None, error))
+        self._ended(error)
 
 
-@dataclass(frozen=True)
-class _Event:
-    """What a call says, or that it has ended, and with which error."""
+async def _asynchronous(
+    images: Iterable[ImageInput] | AsyncIterable[ImageInput],
+) -> AsyncIterator[ImageInput]:
+    if isinstance(images, AsyncIterable):
+        async for image in images:
+            yield image
+    else:
+        for image in images:
+            yield image
 
-    call: _ManyCall
-    response: caption_pb2.CaptionManyResponse | None
-    error: CaptionError | None
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

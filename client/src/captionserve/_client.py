@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from types import TracebackType
+from typing import NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from captionserve._errors import CaptionError, from_rpc_error
 from captionserve._images import ImageInput
-from captionserve._many import DEFAULT_WINDOW, Batch, Outcome
+from captionserve._many import (
+    DEFAULT_WINDOW,
+    GRACE_SECONDS,
+    Batch,
+    Outcome,
+    Step,
+    checked_window,
+)
 from captionserve._options import GenerationOptions
 from captionserve._results import (
     CaptionResult,
@@ -23,10 +32,9 @@ from captionserve._results import (
     models_from_proto,
     update_from_proto,
 )
-from captionserve._retry import Backoff
+from captionserve._retry import Attempts
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
-    IMAGE_ERRORS,
     Connection,
     Metadata,
     Token,
@@ -34,6 +42,8 @@ from captionserve._transport import (
     channel_options,
 )
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
+
+Response = TypeVar("Response")
 
 
 class CaptionClient:
@@ -102,17 +112,7 @@ class CaptionClient:
         """
         attempts = self._connection.attempts(timeout)
         request = build_request(image, options, bypass_cache=bypass_cache)
-        while True:
-            try:
-                with self._errors_mapped():
-                    response = self._stub.Caption(
-                        request,
-                        timeout=attempts.seconds_left,
-                        metadata=self._connection.metadata(request.ByteSize()),
-                    )
-                return from_proto(response)
-            except CaptionError as error:
-                self._wait(attempts.delay_after(error))
+        return from_proto(self._answer(self._stub.Caption, request, attempts))
 
     def caption_stream(
         self,
@@ -167,12 +167,13 @@ class CaptionClient:
     ) -> Generator[Outcome, None, None]:
         """Describe many images over one connection, and yield what becomes of each, exactly once.
 
-        Images are pulled as there is room for them, by whoever iterates over the outcomes. A
-        connection that is lost, or a service that restarts, is waited for; what was under way then
-        is asked for again. Closing the generator ends the work on the server.
+        Images are pulled by a thread of its own as there is room for them, so that no outcome waits
+        for an image that is still to come. A connection that is lost, or a service that restarts,
+        is waited for; what was under way then is asked for again. Closing the generator ends the
+        work on the server.
 
         Args:
-            images: each as `caption` takes it.
+            images: each as `caption` takes it; what iterating over them raises is raised.
             options: as for `caption`, for all images.
             window: how many images may be pulled and not yet given out.
             ordered: whether outcomes come in the images' order, else as they are finished.
@@ -183,27 +184,17 @@ class CaptionClient:
             CaptionError: if the service refuses all calls, or the client is closed.
             ValueError: if the window or the timeout is not positive.
         """
-        self._connection.attempts(timeout)  # Checked before anything is pulled.
-        batch, pulled, more = Batch(window, ordered=ordered), iter(images), True
-        with closing(_ManyCalls(self._stub, self._connection)) as calls:
-            while True:
-                if more and batch.has_room:
-                    try:
-                        image = next(pulled)
-                    except StopIteration:
-                        more = False
-                    else:
-                        attempts = self._connection.attempts(timeout)
-                        try:
-                            request = build_request(image, options, bypass_cache=bypass_cache)
-                            batch.add(request, attempts)
-                        except IMAGE_ERRORS as error:
-                            batch.add_failed(error)
-                yield from batch.outcomes()
-                if not more and batch.is_done:
-                    return
+        batch = Batch(
+            self._connection, options, timeout=timeout, ordered=ordered, bypass_cache=bypass_cache
+        )
+        many = _Many(self._stub, self._connection, batch, images, window)
+        with closing(many):
+            while not batch.is_done:
                 with self._errors_mapped():
-                    calls.advance(batch, wait=not (more and batch.has_room))
+                    many.advance()
+                for outcome in batch.outcomes():
+                    many.room.release()
+                    yield outcome
 
     def models(self, *, timeout: float | None = None) -> Models:
         """What the service serves, with which limits, and how busy it is.
@@ -213,17 +204,8 @@ class CaptionClient:
             ValueError: if the timeout is not a positive, finite number.
         """
         attempts = self._connection.attempts(timeout)
-        while True:
-            try:
-                with self._errors_mapped():
-                    response = self._stub.GetModels(
-                        caption_pb2.GetModelsRequest(),
-                        timeout=attempts.seconds_left,
-                        metadata=self._connection.metadata(0),
-                    )
-                return models_from_proto(response)
-            except CaptionError as error:
-                self._wait(attempts.delay_after(error))
+        request = caption_pb2.GetModelsRequest()
+        return models_from_proto(self._answer(self._stub.GetModels, request, attempts))
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until the service answers, for so many seconds at most.
@@ -238,6 +220,21 @@ class CaptionClient:
         """Close the connection; calls in flight, and later ones, fail with CLIENT_CLOSED."""
         self._connection.closed.set()
         self._channel.close()
+
+    def _answer(
+        self, method: Callable[..., Response], request: Message, attempts: Attempts
+    ) -> Response:
+        """Call a method that answers once, until it does."""
+        while True:
+            try:
+                with self._errors_mapped():
+                    return method(
+                        request,
+                        timeout=attempts.seconds_left,
+                        metadata=self._connection.metadata(request.ByteSize()),
+                    )
+            except CaptionError as error:
+                self._wait(attempts.delay_after(error))
 
     def _wait(self, seconds: float) -> None:
         if self._connection.closed.wait(seconds):
@@ -270,96 +267,133 @@ class CaptionClient:
         self.close()
 
 
-class _ManyCalls:
-    """The calls of one `caption_many`, one after the other, each read by a thread of its own."""
+class _Many:
+    """The pulling and the calls of one `caption_many`.
 
-    def __init__(self, stub: caption_pb2_grpc.CaptionServiceStub, connection: Connection) -> None:
+    Images are pulled by one thread, and a call is read by another, so that neither waits for the
+    other, nor for the caller's loop. What they find they put into a queue as steps, which whoever
+    iterates takes.
+    """
+
+    def __init__(
+        self,
+        stub: caption_pb2_grpc.CaptionServiceStub,
+        connection: Connection,
+        batch: Batch,
+        images: Iterable[ImageInput],
+        window: int,
+    ) -> None:
+        self.room = threading.Semaphore(checked_window(window))
         self._stub = stub
         self._connection = connection
-        self._backoff = Backoff()
+        self._batch = batch
+        self._steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
         self._call: _ManyCall | None = None
-        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._closed = False
+        threading.Thread(
+            target=self._pull, args=(iter(images),), name="caption-many-images", daemon=True
+        ).start()
 
-    def advance(self, batch: Batch, *, wait: bool) -> None:
-        """Send what is to be sent, and take what has happened; or wait until something has.
+    def advance(self) -> None:
+        """Send what is to be sent, wait until something happens, and take it in.
 
         Raises:
             CaptionError: if no call will do better.
+            Exception: what pulling raised.
         """
         if self._connection.closed.is_set():
             raise self._connection.closed_error()
-        if self._call is None and batch.is_due:
-            self._call = _ManyCall(self._stub, self._connection.metadata(), self._events)
+        if self._call is None and self._batch.wants_call:
+            self._call = _ManyCall(
+                self._stub, self._connection.metadata(), self._received, self._ended
+            )
         if self._call is not None:
-            for message in batch.sendable():
+            for message in self._batch.sendable():
                 self._call.send(message)
-            if batch.is_drained:
+            if self._batch.is_drained:
                 self._call.finish()
-        with suppress(queue.Empty):
-            self._take(self._events.get(wait, batch.seconds_idle()), batch)
-            while True:
-                self._take(self._events.get_nowait(), batch)
-        batch.expire()
+        try:
+            step = self._steps.get(timeout=self._batch.seconds_idle())
+        except queue.Empty:
+            pass
+        else:
+            step()
+        self._batch.expire()
 
     def close(self) -> None:
+        self._closed = True
+        self.room.release()
         if self._call is not None:
-            self._call.cancel()
+            self._call.close(answered=self._batch.is_answered)
 
-    def _take(self, event: _Event, batch: Batch) -> None:
-        if event.call is not self._call:  # One that was given up.
-            return
-        if event.response is not None:
-            self._backoff.reset()
-            batch.received(event.response)
-            return
+    def _pull(self, images: Iterator[ImageInput]) -> None:
+        while self.room.acquire() and not self._closed:
+            try:
+                image = next(images)
+            except StopIteration:
+                self._steps.put(self._batch.all_pulled)
+                return
+            except BaseException as error:
+                self._steps.put(partial(_raise, error))
+                return
+            self._steps.put(self._batch.prepared(image))
+
+    def _received(self, response: caption_pb2.CaptionManyResponse) -> None:
+        self._steps.put(partial(self._batch.received, response))
+
+    def _ended(self, error: CaptionError | None) -> None:
+        self._steps.put(partial(self._end, error))
+
+    def _end(self, error: CaptionError | None) -> None:
         self._call = None
-        batch.call_ended(event.error, 0.0 if batch.is_drained else self._backoff.next_delay())
+        self._batch.call_ended(error)
 
 
 class _ManyCall:
-    """One CaptionMany call."""
+    """One CaptionMany call; what it hears it tells from a thread of its own."""
 
     def __init__(
         self,
         stub: caption_pb2_grpc.CaptionServiceStub,
         metadata: Metadata,
-        events: queue.SimpleQueue[_Event],
+        received: Callable[[caption_pb2.CaptionManyResponse], None],
+        ended: Callable[[CaptionError | None], None],
     ) -> None:
+        self._received = received
+        self._ended = ended
         self._outgoing: queue.SimpleQueue[caption_pb2.CaptionManyRequest | None] = (
             queue.SimpleQueue()
         )
-        self._events = events
         self._call = stub.CaptionMany(iter(self._outgoing.get, None), metadata=metadata)
-        threading.Thread(target=self._read, name="caption-many", daemon=True).start()
+        self._reading = threading.Thread(target=self._read, name="caption-many", daemon=True)
+        self._reading.start()
 
     def send(self, message: caption_pb2.CaptionManyRequest) -> None:
         self._outgoing.put(message)
 
     def finish(self) -> None:
-        """Send no more."""
+        """Send no more; the server ends the call when it has answered."""
         self._outgoing.put(None)
 
-    def cancel(self) -> None:
-        self._call.cancel()
+    def close(self, *, answered: bool) -> None:
+        """End it, and well if all is answered."""
         self.finish()
+        if answered:
+            self._reading.join(GRACE_SECONDS)
+        self._call.cancel()
 
     def _read(self) -> None:
         error: CaptionError | None = None
         try:
             for response in self._call:
-                self._events.put(_Event(self, response, None))
+                self._received(response)
         except grpc.RpcError as raised:
             error = from_rpc_error(raised)
         except Exception as raised:  # It must not end in silence: somebody waits for its word.
             error = CaptionError(grpc.StatusCode.INTERNAL, "INTERNAL", type(raised).__name__)
-        self._outgoing.put(None)
-        self._events.put(_Event(self, None, error))
+        self.finish()
+        self._ended(error)
 
 
-@dataclass(frozen=True)
-class _Event:
-    """What a call says, or that it has ended, and with which error."""
-
-    call: _ManyCall
-    response: caption_pb2.CaptionManyResponse | None
-    error: CaptionError | None
+def _raise(error: BaseException) -> NoReturn:
+    raise error

@@ -12,19 +12,42 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 _DOMAIN = "captionserve"
-# How gRPC words that a web server has answered it.
-_HTTP_SERVER_TEXT = "http1.x server"
 
 NOT_CAPTIONSERVE = "NOT_CAPTIONSERVE"
+TLS_FAILED = "TLS_FAILED"
 CLIENT_CLOSED = "CLIENT_CLOSED"
 OVERLOADED = "OVERLOADED"
+
+# What no later attempt will do better, although gRPC calls it UNAVAILABLE.
+FINAL_REASONS = {NOT_CAPTIONSERVE, TLS_FAILED}
+
+_NO_CAPTIONSERVE = "what answers at this address is no captionserve"
+# What gRPC itself says of a connection, in the order in which to look; each with the reason, None
+# for the code's name, and a sentence.
+_OF_CONNECTIONS: tuple[tuple[str, str | None, str], ...] = (
+    ("http1.x server", NOT_CAPTIONSERVE, _NO_CAPTIONSERVE),
+    ("Failed parsing HTTP/2", NOT_CAPTIONSERVE, _NO_CAPTIONSERVE),
+    ("WRONG_VERSION_NUMBER", TLS_FAILED, "what answers at this address does not speak TLS"),
+    ("CERTIFICATE_VERIFY_FAILED", TLS_FAILED, "no known authority vouches for the certificate"),
+    ("Hostname Verification", TLS_FAILED, "the certificate is of another name"),
+    ("create security handshaker", TLS_FAILED, "the certificates given for TLS cannot be used"),
+    ("Connection refused", None, "nobody listens at this address"),
+    ("errors resolving", None, "this address is not known"),
+    (
+        "Socket closed",
+        None,
+        "the connection was closed: the service has ended, or wants TLS, or a client's certificate",
+    ),
+    ("Deadline Exceeded", None, "the deadline passed before the service answered"),
+)
 
 
 class CaptionError(Exception):
     """A call failed.
 
     A call on a client that is closed, or is closed meanwhile, fails with the reason CLIENT_CLOSED,
-    and one to an address where something else listens with NOT_CAPTIONSERVE.
+    one to an address where something else listens with NOT_CAPTIONSERVE, and one whose two ends do
+    not agree on TLS with TLS_FAILED.
 
     Attributes:
         code: gRPC's status code.
@@ -65,12 +88,14 @@ class CaptionError(Exception):
 
 
 def from_rpc_error(error: grpc.RpcError) -> CaptionError:
-    code, text = error.code(), error.details() or error.code().name
-    if code is grpc.StatusCode.UNIMPLEMENTED or _HTTP_SERVER_TEXT in text:
-        return CaptionError(
-            code, NOT_CAPTIONSERVE, "what answers at this address is no captionserve"
-        )
-    return from_status(code, text, _rich_status(error))
+    code, text, status = error.code(), error.details() or error.code().name, _rich_status(error)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return CaptionError(code, NOT_CAPTIONSERVE, _NO_CAPTIONSERVE)
+    if not status.details:  # Else a service has said it.
+        for words, reason, sentence in _OF_CONNECTIONS:
+            if words in text:
+                return CaptionError(code, reason or code.name, sentence)
+    return from_status(code, text, status)
 
 
 def from_status(code: grpc.StatusCode, message: str, status: status_pb2.Status) -> CaptionError:

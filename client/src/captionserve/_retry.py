@@ -14,7 +14,7 @@ import time
 
 import grpc
 
-from captionserve._errors import NOT_CAPTIONSERVE, OVERLOADED, CaptionError
+from captionserve._errors import FINAL_REASONS, OVERLOADED, CaptionError
 
 # Where the server does not say how long to wait; doubled with each attempt, up to the most.
 _FIRST_DELAY_SECONDS = 0.1
@@ -98,7 +98,7 @@ class Attempts:
         Raises:
             CaptionError: that error, if it is final or there is no time for another attempt.
         """
-        passes = error.code is grpc.StatusCode.UNAVAILABLE and error.reason != NOT_CAPTIONSERVE
+        passes = error.code is grpc.StatusCode.UNAVAILABLE and error.reason not in FINAL_REASONS
         if not passes and not (overload and error.reason == OVERLOADED):
             raise error
         now = time.monotonic()

@@ -7,7 +7,7 @@ import json
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -29,14 +29,14 @@ _MAX_RECONNECT_MILLISECONDS = 2_000
 # every ten seconds.
 _KEEPALIVE_MILLISECONDS = 20_000
 _KEEPALIVE_TIMEOUT_MILLISECONDS = 10_000
+# A connection without calls is closed before the server does it (after five minutes, where nothing
+# else was said): what the server closes, gRPC opens again at once.
+_IDLE_MILLISECONDS = 240_000
 
 # Several addresses behind one name share the calls.
 _SERVICE_CONFIG = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
 _SIZE_HEADER = "captionserve-request-bytes"
-
-# What reading an image or making its message raises; of many images it concerns that one alone.
-IMAGE_ERRORS = (CaptionError, OSError, TypeError, ValueError)
 
 Token = str | Callable[[], str]
 """A bearer token, or what gives the present one; asked for each attempt."""
@@ -83,7 +83,7 @@ class Connection:
     credentials: grpc.ChannelCredentials | None
     closed: threading.Event
     _timeout_seconds: float
-    _token: Token | None
+    _token: Token | None = field(repr=False)
     _budget: RetryBudget
 
     @classmethod
@@ -95,10 +95,11 @@ class Connection:
         token: Token | None,
     ) -> Connection:
         """Check and keep a client's arguments; ValueError as it says."""
+        if not target or target.startswith(("http:", "https:")):
+            raise ValueError(f"the target must be as HOST:PORT, is {target!r}")
         if token is not None and credentials is None and not _is_loopback(target):
             raise ValueError(
-                f"the token would travel to {target} for everybody to read: "
-                "give credentials=tls_credentials(...)"
+                f"the token would travel to {target} for everybody to read: it needs TLS"
             )
         seconds = checked_timeout(timeout)
         return cls(target, credentials, threading.Event(), seconds, token, RetryBudget())
@@ -109,10 +110,17 @@ class Connection:
         return Attempts(self._budget, seconds)
 
     def metadata(self, request_bytes: int | None = None) -> Metadata:
-        """What goes ahead of a call: who calls, and how large its request is."""
+        """What goes ahead of a call: who calls, and how large its request is.
+
+        Raises:
+            ValueError: if the token cannot be sent.
+        """
         entries: list[tuple[str, str]] = []
         if self._token is not None:
             token = self._token() if callable(self._token) else self._token
+            if not (token.isascii() and token.isprintable()):
+                # gRPC would say so as well, and repeat the token.
+                raise ValueError("the token has other characters than printable ASCII")
             entries.append(("authorization", f"Bearer {token}"))
         if request_bytes is not None:
             entries.append((_SIZE_HEADER, str(request_bytes)))
@@ -125,10 +133,13 @@ class Connection:
 
 def _is_loopback(target: str) -> bool:
     """Whether calls to a target stay on this machine."""
-    scheme, _, rest = target.rpartition("://")
-    if target.startswith(("unix:", "unix-abstract:")) or scheme == "unix":
+    if target.startswith(("unix:", "unix-abstract:")):
         return True
-    address = rest.rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:")
+    addresses = target.rpartition("/")[2].removeprefix("ipv4:").removeprefix("ipv6:")
+    return all(_is_loopback_address(address) for address in addresses.split(","))
+
+
+def _is_loopback_address(address: str) -> bool:
     host = address.rpartition(":")[0].strip("[]") or address
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -148,6 +159,7 @@ def channel_options() -> list[tuple[str, int | str]]:
         ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MILLISECONDS),
         ("grpc.keepalive_time_ms", _KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MILLISECONDS),
+        ("grpc.client_idle_timeout_ms", _IDLE_MILLISECONDS),
         # Without it newer versions of gRPC wait a minute for the answer to a ping all the same.
         ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MILLISECONDS),
         # The target alone says where calls go, not the environment.
@@ -180,13 +192,19 @@ def build_request(
         options=None if options is None else to_proto(options),
         bypass_cache=bypass_cache,
     )
-    size = request.ByteSize()
-    if size > _MAX_REQUEST_BYTES:
-        # gRPC would say RESOURCE_EXHAUSTED, as for an overload, and nothing of the image.
-        raise CaptionError(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "IMAGE_TOO_LARGE",
-            f"the image takes {size} bytes as it is sent, at most {_MAX_REQUEST_BYTES} fit: "
-            "make it smaller, or give it as a JPEG file",
-        )
+    if request.ByteSize() > _MAX_REQUEST_BYTES:
+        raise too_large(request.ByteSize(), _MAX_REQUEST_BYTES)
     return request
+
+
+def too_large(size: int, most: int) -> CaptionError:
+    """The error of an image whose message has more bytes than may be sent.
+
+    gRPC would say RESOURCE_EXHAUSTED, as for an overload, and nothing of the image.
+    """
+    return CaptionError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "IMAGE_TOO_LARGE",
+        f"the image takes {size} bytes as it is sent, at most {most} fit: "
+        "make it smaller, or give it as a JPEG file",
+    )

@@ -71,6 +71,11 @@ class Settings(BaseSettings):
         description="File that keeps all that Triton prints, rotated at 16 MiB, 3 older ones kept. "
         "Errors are in the service's own log in any case.",
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="Where traces are sent, OTLP over gRPC: http://host:port. Needs the extra "
+        "'tracing'.",
+    )
     threads: int = Field(
         0,
         ge=0,

@@ -30,8 +30,9 @@ Many = Callable[
 ]
 
 
-def window(items: int = 4) -> caption_pb2.CaptionManyResponse:
-    return caption_pb2.CaptionManyResponse(window=caption_pb2.Window(items=items))
+def window(items: int = 4, message_bytes: int = 0) -> caption_pb2.CaptionManyResponse:
+    announced = caption_pb2.Window(items=items, message_bytes=message_bytes)
+    return caption_pb2.CaptionManyResponse(window=announced)
 
 
 def drain() -> caption_pb2.CaptionManyResponse:

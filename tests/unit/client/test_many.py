@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -18,6 +20,7 @@ from tests.unit.client.caption_server import (
     WAIT_SECONDS,
     RecordingServicer,
     abort,
+    answer_in_turn,
     drain,
     failure_of,
     result_of,
@@ -202,6 +205,96 @@ def test_a_broken_call_is_resumed_without_loss_or_repetition(server: Server, man
     outcomes = many(target, images(14))
     assert [outcome.index for outcome in outcomes] == list(range(14))
     assert texts(outcomes) == [f"image {number}" for number in range(14)]
+
+
+@pytest.mark.parametrize("ending", ["refused", "drained"])
+def test_calls_that_come_to_nothing_follow_each_other_slowly(
+    ending: str, server: Server, many: Many
+) -> None:
+    target, servicer = server
+
+    def end(requests: Requests, context: grpc.ServicerContext) -> Responses:
+        if ending == "refused":
+            abort(context, grpc.StatusCode.UNAVAILABLE, b"")
+        yield window()
+        yield drain()
+
+    servicer.many = end
+    outcomes = many(target, images(3), timeout=1.0)
+    assert [outcome.result for outcome in outcomes] == [None] * 3
+    assert 1 < len(servicer.metadata) < 10
+
+
+def test_a_call_is_ended_well(server: Server, many: Many) -> None:
+    target, servicer = server
+    ended = threading.Event()
+
+    def answer(requests: Requests, context: grpc.ServicerContext) -> Responses:
+        yield from answer_in_turn(requests, context)
+        ended.set()
+
+    servicer.many = answer
+    many(target, images(3))
+    assert ended.wait(WAIT_SECONDS)
+
+
+def test_an_image_that_is_too_large_for_the_server_harms_no_other(
+    server: Server, many: Many
+) -> None:
+    target, servicer = server
+
+    def small(requests: Requests, context: grpc.ServicerContext) -> Responses:
+        yield window(message_bytes=1000)
+        yield from map(result_of, requests)
+
+    servicer.many = small
+    outcomes = many(target, [b"image 0", bytes(1000), b"image 2"])
+    assert texts(outcomes) == ["image 0", "image 2"]
+    assert isinstance(outcomes[1].error, CaptionError)
+    assert outcomes[1].error.reason == "IMAGE_TOO_LARGE"
+
+
+def test_an_outcome_does_not_wait_for_the_next_image(server: Server) -> None:
+    given = threading.Event()
+
+    def slow() -> Iterator[bytes]:
+        yield b"image 0"
+        assert given.wait(WAIT_SECONDS)
+        yield b"image 1"
+
+    with CaptionClient(server[0]) as client:
+        outcomes = []
+        for outcome in client.caption_many(slow()):
+            outcomes.append(outcome)
+            given.set()
+    assert texts(outcomes) == ["image 0", "image 1"]
+
+    async def run() -> list[Outcome]:
+        given = asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"image 0"
+            await asyncio.wait_for(given.wait(), WAIT_SECONDS)
+            yield b"image 1"
+
+        outcomes = []
+        async with AsyncCaptionClient(server[0]) as client:
+            async for outcome in client.caption_many(slow()):
+                outcomes.append(outcome)
+                given.set()
+        return outcomes
+
+    assert texts(asyncio.run(run())) == ["image 0", "image 1"]
+
+
+@pytest.mark.parametrize("kind", [LookupError, queue.Empty, asyncio.TimeoutError])
+def test_what_pulling_raises_is_raised(kind: type[Exception], server: Server, many: Many) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b"image 0"
+        raise kind("no more")
+
+    with pytest.raises(kind, match="no more"):
+        many(server[0], broken())
 
 
 def test_a_server_that_drains_is_left_in_peace(server: Server, many: Many) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
-from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -130,13 +128,6 @@ def test_who_begins_to_listen_later_is_found(caption: Call) -> None:
             server.stop(None).wait()
 
 
-def test_nobody_listening_is_unavailable_in_the_end(caption: Call) -> None:
-    with pytest.raises(CaptionError) as raised:
-        caption(unused_address(), IMAGE, client={}, timeout=1.0)
-    assert raised.value.reason == "UNAVAILABLE"
-    assert raised.value.code is UNAVAILABLE
-
-
 @pytest.mark.parametrize("hard", [b"\xff\xff\xff", b"\x0a\xff"])
 def test_a_malformed_detail_of_another_server_is_ignored(
     hard: bytes, server: Server, caption: Call
@@ -151,47 +142,6 @@ def test_a_malformed_detail_of_another_server_is_ignored(
     with pytest.raises(CaptionError) as raised:
         caption(target, IMAGE, client={})
     assert (raised.value.reason, raised.value.retry_after) == ("INTERNAL", None)
-
-
-@contextmanager
-def web_server() -> Iterator[str]:
-    """Answers every connection as a web server answers what it does not understand."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        host, port = listener.getsockname()
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                with connection:
-                    connection.recv(1024)
-                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield f"{host}:{port}"
-        listener.shutdown(socket.SHUT_RDWR)
-
-
-def test_a_web_server_is_no_captionserve(caption: Call) -> None:
-    with web_server() as target, pytest.raises(CaptionError) as raised:
-        caption(target, IMAGE, client={}, timeout=WAIT_SECONDS)
-    assert raised.value.reason == "NOT_CAPTIONSERVE"
-
-
-def test_another_grpc_service_is_no_captionserve(caption: Call) -> None:
-    server = grpc.server(futures.ThreadPoolExecutor(1))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        with pytest.raises(CaptionError) as raised:
-            caption(f"127.0.0.1:{port}", IMAGE, client={})
-    finally:
-        server.stop(None).wait()
-    assert raised.value.reason == "NOT_CAPTIONSERVE"
 
 
 def test_a_call_on_a_closed_client_fails_alike(server: Server) -> None:
@@ -261,31 +211,6 @@ def test_closing_during_a_call_fails_it_alike(waiting: str, server: Server) -> N
     error = asyncio.run(run())
     assert isinstance(error, CaptionError)
     assert error.reason == "CLIENT_CLOSED"
-
-
-@pytest.mark.parametrize(
-    "target",
-    ["10.0.0.1:9000", "captions:9000", "dns:///captions:9000", "[::2]:9000", "127.0.0.1.de:9"],
-)
-def test_a_token_is_not_sent_in_the_clear(target: str, caption: Call) -> None:
-    with pytest.raises(ValueError, match="for everybody to read"):
-        caption(target, IMAGE, client={"token": "secret"})
-
-
-@pytest.mark.parametrize(
-    "target", ["localhost:9", "127.0.0.1:9", "127.8.0.1:9", "[::1]:9", "unix:/s"]
-)
-def test_a_token_may_stay_on_this_machine(target: str) -> None:
-    CaptionClient(target, token="secret").close()
-
-
-def test_a_token_is_asked_for_with_each_attempt(server: Server, caption: Call) -> None:
-    target, servicer = server
-    failing(servicer, 1, UNAVAILABLE, rich_status(UNAVAILABLE, retry_info(0.01)))
-    tokens = iter(["old", "new"])
-    caption(target, IMAGE, client={"token": lambda: next(tokens)})
-    sent = [entry["authorization"] for entry in servicer.metadata]
-    assert sent == ["Bearer old", "Bearer new"]
 
 
 def test_attempts_of_one_client_are_kept_apart() -> None:

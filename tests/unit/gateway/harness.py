@@ -41,6 +41,12 @@ class Setup:
     def stub(self) -> Any:
         return caption_pb2_grpc.CaptionServiceStub(self.channel)
 
+    async def disconnect(self) -> None:
+        """Take the gateway's Triton away."""
+        decoder = await self.gateway.disconnect()
+        assert decoder is not None
+        await decoder.close()
+
 
 @asynccontextmanager
 async def gateway_setup(

@@ -147,7 +147,7 @@ def test_what_is_remembered_of_another_version_is_not_given() -> None:
         async with gateway_setup() as setup:
             await setup.stub.Caption(request_of(), timeout=10)
             setup.triton.version = 4
-            await setup.gateway.disconnect()
+            await setup.disconnect()
             await setup.gateway.connect(setup.triton.address, [4], WAIT_SECONDS)
             calls = [await setup.stub.Caption(request_of(), timeout=10) for _ in range(2)]
             return [call.cached for call in calls]
@@ -385,20 +385,21 @@ def tensor(raw: bytes, shape: tuple[int, ...] = (1,)) -> InputTensor:
 
 def test_a_key_tells_images_shapes_options_and_versions_apart() -> None:
     plain, beams = DecodingOptions(), DecodingOptions(num_beams=2)
-    asked: list[tuple[list[InputTensor], DecodingOptions, int]] = [
-        ([tensor(b"ab")], plain, 1),
-        ([tensor(b"ab")], plain, 2),
-        ([tensor(b"ab")], beams, 1),
-        ([tensor(b"ab", (2,))], plain, 1),
-        ([tensor(b"a"), tensor(b"b")], plain, 1),
-        ([tensor(b"ac")], plain, 1),
-        ([tensor(bytes(2**21))], plain, 1),
+    asked: list[tuple[list[InputTensor], DecodingOptions, int, str]] = [
+        ([tensor(b"ab")], plain, 1, ""),
+        ([tensor(b"ab")], plain, 1, "alice"),
+        ([tensor(b"ab")], plain, 2, ""),
+        ([tensor(b"ab")], beams, 1, ""),
+        ([tensor(b"ab", (2,))], plain, 1, ""),
+        ([tensor(b"a"), tensor(b"b")], plain, 1, ""),
+        ([tensor(b"ac")], plain, 1, ""),
+        ([tensor(bytes(2**21))], plain, 1, ""),
     ]
 
     async def run() -> list[bytes]:
         return [
-            answer_key(await image_digest(image), options, version)
-            for image, options, version in asked
+            answer_key(await image_digest(image), options, version, scope)
+            for image, options, version, scope in asked
             for _ in range(2)
         ]
 

@@ -112,6 +112,7 @@ def test_a_caption_without_tokens_is_a_caption() -> None:
         wire.TOKEN_LOGPROBS: np.zeros((1, 0), "<f4"),
         wire.TOKEN_TEXTS: np.zeros((1, 0), np.object_),
         wire.ATTENTIONS: np.zeros((1, 0, 2, 3), "<f4"),
+        wire.TIMES: good_outputs()[wire.TIMES],
     }
     (caption,) = answer_to(outputs).captions
     assert caption == caption_pb2.Caption(

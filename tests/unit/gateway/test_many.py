@@ -57,7 +57,8 @@ def test_the_window_comes_first_and_every_item_is_answered_once() -> None:
     async def run() -> None:
         async with gateway_setup(window=8) as setup:
             many = Many(setup)
-            assert (await many.read()).window.items == 8
+            window = (await many.read()).window
+            assert (window.items, window.message_bytes) == (8, 64 * 2**20)
             await many.send(*(item(number) for number in range(20)))
             await many.call.done_writing()
             results = await many.results(20)

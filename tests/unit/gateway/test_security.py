@@ -19,13 +19,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from pydantic import ValidationError
 
-from tests.certificates import Files, certificate_pem, issued, key_pem
+from tests.certificates import CertificateFiles, certificate_pem, issued, key_pem
 from tests.unit.gateway.harness import Setup, detail_of, gateway_setup, request_of, settings_of
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Files:
-    return Files(tmp_path)
+def files(tmp_path: Path) -> CertificateFiles:
+    return CertificateFiles(tmp_path)
 
 
 async def caption(
@@ -54,7 +54,7 @@ async def code_of(setup: Setup, *arguments: Any) -> grpc.StatusCode:
     return raised.value.code()
 
 
-def test_with_a_certificate_tls_is_spoken_and_nothing_else(files: Files) -> None:
+def test_with_a_certificate_tls_is_spoken_and_nothing_else(files: CertificateFiles) -> None:
     async def run() -> None:
         async with gateway_setup(**files.settings) as setup:
             assert (await caption(setup, files.credentials())).captions
@@ -65,7 +65,7 @@ def test_with_a_certificate_tls_is_spoken_and_nothing_else(files: Files) -> None
 
 
 def test_a_client_without_a_certificate_is_turned_away_where_one_is_asked_for(
-    files: Files,
+    files: CertificateFiles,
 ) -> None:
     async def run() -> None:
         async with gateway_setup(**files.settings, tls_client_ca=files.ca) as setup:
@@ -79,7 +79,7 @@ def test_a_client_without_a_certificate_is_turned_away_where_one_is_asked_for(
     asyncio.run(run())
 
 
-def test_a_new_certificate_is_used_without_dropping_a_stream(files: Files) -> None:
+def test_a_new_certificate_is_used_without_dropping_a_stream(files: CertificateFiles) -> None:
     async def run() -> None:
         async with gateway_setup(**files.settings) as setup:
             setup.triton.stream = setup.triton.stream_when_allowed
@@ -107,7 +107,7 @@ def test_a_new_certificate_is_used_without_dropping_a_stream(files: Files) -> No
 
 @pytest.mark.parametrize("wrong", ["no certificate", "another's key", "ended", "missing"])
 def test_a_bad_new_pair_is_refused_and_the_old_one_kept(
-    wrong: str, files: Files, caplog: pytest.LogCaptureFixture
+    wrong: str, files: CertificateFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
         async with gateway_setup(**files.settings) as setup:
@@ -120,14 +120,14 @@ def test_a_bad_new_pair_is_refused_and_the_old_one_kept(
 
 
 @pytest.mark.parametrize("wrong", ["no certificate", "another's key", "ended", "missing"])
-def test_a_bad_pair_at_the_start_is_an_error_in_words(wrong: str, files: Files) -> None:
+def test_a_bad_pair_at_the_start_is_an_error_in_words(wrong: str, files: CertificateFiles) -> None:
     spoil(files, wrong)
     with pytest.raises(CertificateError, match="--tls-") as raised:
         Gateway(settings_of(**files.settings))
     assert str(files.key) not in str(raised.value)
 
 
-def spoil(files: Files, wrong: str) -> None:
+def spoil(files: CertificateFiles, wrong: str) -> None:
     if wrong == "no certificate":
         files.certificate.write_text("nonsense")
     elif wrong == "another's key":
@@ -138,7 +138,7 @@ def spoil(files: Files, wrong: str) -> None:
         files.key.unlink()
 
 
-def test_a_token_decides_who_may_call(files: Files) -> None:
+def test_a_token_decides_who_may_call(files: CertificateFiles) -> None:
     token = create_token(files.tokens, "alice")
 
     async def run() -> None:
@@ -160,7 +160,7 @@ def test_a_token_decides_who_may_call(files: Files) -> None:
 
 @pytest.mark.parametrize("content", ["nonsense", "alice 12\n", None])
 def test_bad_new_tokens_are_refused_and_the_old_ones_kept(
-    content: str | None, files: Files, caplog: pytest.LogCaptureFixture
+    content: str | None, files: CertificateFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
     token = create_token(files.tokens, "alice")
 
@@ -189,7 +189,7 @@ async def unread_call(setup: Setup, *metadata: tuple[str, str]) -> AsyncIterator
         call.cancel()
 
 
-def test_who_is_not_known_is_refused_before_a_byte_is_read(files: Files) -> None:
+def test_who_is_not_known_is_refused_before_a_byte_is_read(files: CertificateFiles) -> None:
     create_token(files.tokens, "alice")
 
     async def run() -> None:
@@ -233,7 +233,7 @@ def test_more_than_announced_is_refused(size: str) -> None:
         assert asyncio.run(run()) is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_caller_may_have_so_many_calls(files: Files) -> None:
+def test_a_caller_may_have_so_many_calls(files: CertificateFiles) -> None:
     tokens = [create_token(files.tokens, name) for name in ("alice", "bob")]
 
     async def run() -> None:
@@ -250,7 +250,7 @@ def test_a_caller_may_have_so_many_calls(files: Files) -> None:
     asyncio.run(run())
 
 
-def test_health_is_open_and_reflection_and_models_are_not(files: Files) -> None:
+def test_health_is_open_and_reflection_and_models_are_not(files: CertificateFiles) -> None:
     create_token(files.tokens, "alice")
 
     async def run() -> None:
@@ -271,7 +271,7 @@ def test_health_is_open_and_reflection_and_models_are_not(files: Files) -> None:
 
 
 @pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "10.0.0.1:9000", "captions:9000"])
-def test_others_than_loopback_need_security(listen: str, files: Files) -> None:
+def test_others_than_loopback_need_security(listen: str, files: CertificateFiles) -> None:
     create_token(files.tokens, "alice")
     with pytest.raises(ValidationError, match="open to others"):
         settings_of(listen=listen)
@@ -284,6 +284,6 @@ def test_others_than_loopback_need_security(listen: str, files: Files) -> None:
 
 
 @pytest.mark.parametrize("alone", ["tls_certificate", "tls_key", "tls_client_ca"])
-def test_settings_of_tls_go_together(alone: str, files: Files) -> None:
+def test_settings_of_tls_go_together(alone: str, files: CertificateFiles) -> None:
     with pytest.raises(ValidationError, match="--tls-"):
         settings_of(**{alone: files.ca})

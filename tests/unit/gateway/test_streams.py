@@ -35,7 +35,7 @@ from tests.unit.gateway.test_failures import (
     violations_of,
     without,
 )
-from tests.unit.gateway.test_lifecycle import begin_to_stop, metrics_of
+from tests.unit.gateway.test_lifecycle import begin_to_stop, in_flight, metrics_of, requests
 
 Responses = list[caption_pb2.StreamCaptionResponse]
 STREAM_CAPTION = "/captionserve.v1.CaptionService/StreamCaption"
@@ -214,7 +214,7 @@ def test_a_stream_that_breaks_off_is_told_by_its_status(
 def test_no_triton_is_model_unavailable() -> None:
     async def run() -> tuple[Responses, Failure | None]:
         async with gateway_setup() as setup:
-            await setup.gateway.disconnect()
+            await setup.disconnect()
             return await responses_of(setup)
 
     found, failure = asyncio.run(run())
@@ -234,7 +234,7 @@ def test_no_triton_is_model_unavailable() -> None:
         part_outputs("a", 5) | {wire.NEW_TEXT: b"\x05\x00\x00\x00cut"},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros((1, 1), "<i4")},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros(1, "<i8")},
-        *(without(spec) for spec in wire.CAPTIONS if spec is not wire.ATTENTIONS),
+        *(without(spec) for spec in wire.ANSWER if spec is not wire.ATTENTIONS),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_a_model_fault(outputs: dict[Any, Any]) -> None:
@@ -305,7 +305,7 @@ def test_bytes_that_are_no_message_are_invalid_and_counted() -> None:
     assert failure.details() == "the request is not a valid message"
     assert reason_of(failure) == "INVALID_REQUEST"
     assert asked == []
-    assert samples['captionserve_requests_total{code="INVALID_ARGUMENT"}'] == 1
+    assert samples[requests("StreamCaption", "INVALID_ARGUMENT")] == 1
 
 
 def test_streams_are_counted_by_code() -> None:
@@ -322,11 +322,11 @@ def test_streams_are_counted_by_code() -> None:
             return during, await metrics_when_idle(setup)
 
     during, after = asyncio.run(run())
-    assert during["captionserve_requests_in_flight"] == 1
-    assert after["captionserve_requests_in_flight"] == 0
-    assert after["captionserve_request_seconds_count"] == 2
-    assert after['captionserve_requests_total{code="OK"}'] == 1
-    assert after['captionserve_requests_total{code="INTERNAL"}'] == 1
+    assert during[in_flight("StreamCaption")] == 1
+    assert after[in_flight("StreamCaption")] == 0
+    assert after['captionserve_request_seconds_count{method="StreamCaption"}'] == 2
+    assert after[requests("StreamCaption", "OK")] == 1
+    assert after[requests("StreamCaption", "INTERNAL")] == 1
 
 
 def test_the_end_does_not_wait_for_tritons_end() -> None:
@@ -357,8 +357,8 @@ def test_a_caller_that_leaves_ends_the_stream_at_triton_and_is_counted(stream: s
             return samples
 
     samples = asyncio.run(run())
-    assert samples["captionserve_requests_in_flight"] == 0
-    assert samples['captionserve_requests_total{code="CANCELLED"}'] == 1
+    assert samples[in_flight("StreamCaption")] == 0
+    assert samples[requests("StreamCaption", "CANCELLED")] == 1
 
 
 @pytest.mark.parametrize("stream", ["stream_when_allowed", "stream_on_and_on"])
@@ -373,8 +373,8 @@ def test_the_callers_deadline_ends_a_stream_and_is_counted(stream: str) -> None:
 
     code, samples = asyncio.run(run())
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert samples["captionserve_requests_in_flight"] == 0
-    assert samples['captionserve_requests_total{code="DEADLINE_EXCEEDED"}'] == 1
+    assert samples[in_flight("StreamCaption")] == 0
+    assert samples[requests("StreamCaption", "DEADLINE_EXCEEDED")] == 1
 
 
 def test_the_cap_holds_without_a_deadline() -> None:

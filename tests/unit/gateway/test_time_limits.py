@@ -18,6 +18,7 @@ from captionserve_server.gateway.decoder_client import Answer, Description, Time
 from captionserve_server.gateway.identity import ANYBODY
 from captionserve_server.gateway.kserve import InputTensor, read_outputs
 from captionserve_server.gateway.metrics import GatewayMetrics
+from captionserve_server.tracing import Traces
 from captionserve_server.triton import wire
 
 from tests.unit.gateway.fake_triton import good_outputs, infer_response
@@ -46,7 +47,7 @@ class RecordingDecoder:
         self, inputs: Iterable[InputTensor], version: int, time_limit: TimeLimit
     ) -> Answer:
         self.limits.append(time_limit)
-        specs = {spec.name: spec for spec in wire.CAPTIONS}
+        specs = {spec.name: spec for spec in wire.ANSWER}
         return Answer(read_outputs(infer_response(good_outputs()), specs), model_version=version)
 
     async def stream(
@@ -61,7 +62,7 @@ def limits_of(method: str, seconds_left: float, **options: Any) -> list[TimeLimi
 
     async def run() -> None:
         settings = settings_of(deadline_cap_seconds=CAP_SECONDS)
-        service = CaptionService(AnswerCache(0), GatewayMetrics(), settings)
+        service = CaptionService(AnswerCache(0), GatewayMetrics(), Traces(None, ""), settings)
         service.connect(decoder, [Description(3, DecodingOptions(), 32, "fp32", (224, 224))])
         call = Call(ANYBODY, asyncio.get_running_loop().time() + seconds_left)
         if method == "Caption":

@@ -207,21 +207,25 @@ Global___CaptionManyResponse: _TypeAlias = CaptionManyResponse  # noqa: Y015
 
 @_typing.final
 class Window(_message.Message):
-    """Window says how many items of a call may be unanswered at a time."""
+    """Window says what a call takes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ITEMS_FIELD_NUMBER: _builtins.int
+    MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     items: _builtins.int
-    """The number; more are not read."""
+    """How many items may be unanswered at a time; more are not read."""
+    message_bytes: _builtins.int
+    """Largest item; a larger one ends the call."""
     def __init__(
         self,
         *,
         items: _builtins.int = ...,
+        message_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "message_bytes", b"message_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

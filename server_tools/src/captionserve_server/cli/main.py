@@ -22,6 +22,7 @@ from captionserve_server.serving.launch import LaunchError
 from captionserve_server.serving.service import NoModelRepositoryError
 from captionserve_server.serving.supervisor import TritonEndedError
 from captionserve_server.serving.triton_process import TritonStartError
+from captionserve_server.tracing import TracingNotInstalledError
 
 app = typer.Typer(
     name="captionserve",
@@ -41,6 +42,7 @@ _EXIT_CODES: dict[type[Exception], ExitCode] = {
     TritonStartError: ExitCode.NOT_STARTED,
     NoModelRepositoryError: ExitCode.NOT_STARTED,
     LaunchError: ExitCode.NOT_STARTED,
+    TracingNotInstalledError: ExitCode.NOT_STARTED,
     TritonEndedError: ExitCode.FAILED,
     CaptionError: ExitCode.CALL_FAILED,
     OSError: ExitCode.FAILED,

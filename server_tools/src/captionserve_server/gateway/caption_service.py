@@ -8,9 +8,12 @@ import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from captionserve.v1 import caption_pb2
+from structlog.contextvars import bind_contextvars
 
+from captionserve_server.core.engine.timeline import Stage, stages_of
 from captionserve_server.core.errors import (
     ModelFaultError,
     ModelNotFoundError,
@@ -19,6 +22,7 @@ from captionserve_server.core.errors import (
 from captionserve_server.gateway.admission import Turns
 from captionserve_server.gateway.cache import AnswerCache, SharedWork, answer_key, image_digest
 from captionserve_server.gateway.calls import Call
+from captionserve_server.gateway.canary import canary
 from captionserve_server.gateway.conversion import (
     Message,
     caption_part,
@@ -35,8 +39,11 @@ from captionserve_server.gateway.decoder_client import (
 )
 from captionserve_server.gateway.kserve import InputTensor
 from captionserve_server.gateway.metrics import GatewayMetrics
+from captionserve_server.gateway.stages import turn_stage
 from captionserve_server.gateway.suspects import Suspects
 from captionserve_server.settings import Settings
+from captionserve_server.tracing import Traces
+from captionserve_server.triton import wire
 
 # Of the time left, what a partial caption needs to come to the end of a decoding step and back.
 _PARTIAL_MARGIN = 0.1
@@ -76,29 +83,41 @@ class _Work:
     key: bytes | None
 
 
+class _Captioned(NamedTuple):
+    """A caption that was computed, and the stages that it has passed."""
+
+    response: caption_pb2.CaptionResponse
+    stages: list[Stage]
+
+
 class CaptionService:
     """Answers caption calls from the decoder; errors are raised, for the interceptor to map.
 
     Attributes:
         last_answer: when the decoder last gave captions, by the event loop's clock.
+        turns: the queue before the decoder.
     """
 
-    def __init__(self, cache: AnswerCache, metrics: GatewayMetrics, settings: Settings) -> None:
+    def __init__(
+        self, cache: AnswerCache, metrics: GatewayMetrics, traces: Traces, settings: Settings
+    ) -> None:
         """Serve, from the decoder that is connected.
 
         Args:
             cache: where reproducible answers are kept.
-            metrics: told of answers that were not computed for their call.
+            metrics: told of captions.
+            traces: told of their stages.
             settings: what calls are allowed.
         """
         self._cache = cache
         self._metrics = metrics
+        self._traces = traces
         self._settings = settings
         self._decoder: DecoderClient | None = None
         self._suspects = Suspects()
-        self._turns = Turns(_FIRST_TURNS)
+        self.turns = Turns(_FIRST_TURNS)
         self.last_answer = -math.inf
-        self._captions: SharedWork[caption_pb2.CaptionResponse] = SharedWork()
+        self._captions: SharedWork[_Captioned] = SharedWork()
         # By version; stays while no decoder is connected, for what is remembered of its answers.
         self._descriptions: Mapping[int, Description] = {}
 
@@ -113,7 +132,7 @@ class CaptionService:
         """
         former, self._decoder = self._decoder, decoder
         self._descriptions = {each.version: each for each in descriptions}
-        self._turns.at_once = self._described(0).slots + _SPARE_TURNS
+        self.turns.at_once = self._described(0).slots + _SPARE_TURNS
         return former
 
     def disconnect(self) -> DecoderClient | None:
@@ -139,9 +158,10 @@ class CaptionService:
         self.last_answer = asyncio.get_running_loop().time()
         return answer
 
-    async def prove(self, inputs: Sequence[InputTensor], time_limit: TimeLimit) -> None:
+    async def prove(self, time_limit: TimeLimit) -> None:
         """Ask for a caption of the default version; CaptionServeError if there is none."""
-        await self.ask(inputs, self._described(0).version, time_limit)
+        description = self._described(0)
+        await self.ask(canary(description), description.version, time_limit)
 
     def _described(self, version: int) -> Description:
         """What a version is; 0 for the default.
@@ -181,10 +201,11 @@ class CaptionService:
             key = answer_key(image, options, version, scope)
         work = _Work(message, image, call, call.deadline, version, key)
         if key is None or request.bypass_cache:
-            response, _ = await self._captions.run(
+            computed, _ = await self._captions.run(
                 object(), lambda: self._caption(work), call.seconds_left
             )
-            return response
+            self._tell(computed.stages)
+            return computed.response
         remembered = self._cache.get(key)
         if remembered is not None:
             self._metrics.cache_hits.inc()
@@ -193,14 +214,15 @@ class CaptionService:
         # Others may join who have more time than this caller.
         cap = asyncio.get_running_loop().time() + self._settings.deadline_cap_seconds
         shared = dataclasses.replace(work, until=cap)
-        response, joined = await self._captions.run(
+        computed, joined = await self._captions.run(
             key, lambda: self._caption(shared), call.seconds_left
         )
+        self._tell(computed.stages)
         if not joined:
-            return response
+            return computed.response
         self._metrics.cache_joined.inc()
         own = caption_pb2.CaptionResponse()
-        own.CopyFrom(response)
+        own.CopyFrom(computed.response)
         own.cached = True
         return own
 
@@ -215,15 +237,16 @@ class CaptionService:
         inputs = message.inputs(stream=True)
         image = await image_digest(message.image)
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._working(image, call))
+            turn = await stack.enter_async_context(self._working(image, call))
             time_limit = _time_limit(message, call.deadline)
             stream = self._connected().stream(inputs, description.version, time_limit)
             answers = await stack.enter_async_context(aclosing(stream))
             async for answer in answers:
                 if answer.is_final:
                     self.last_answer = asyncio.get_running_loop().time()
-                    response = _response(answer)
-                    yield caption_pb2.StreamCaptionResponse(response=response)
+                    computed = self._computed(answer, turn)
+                    self._tell(computed.stages)
+                    yield caption_pb2.StreamCaptionResponse(response=computed.response)
                 else:
                     yield caption_pb2.StreamCaptionResponse(part=_part(answer))
 
@@ -240,37 +263,48 @@ class CaptionService:
             limits=limits_message(self._settings),
             load=caption_pb2.Load(
                 slots=default.slots,
-                working=self._turns.working,
-                waiting=self._turns.waiting,
+                working=self.turns.working,
+                waiting=self.turns.waiting,
             ),
         )
 
     @asynccontextmanager
-    async def _working(self, image: bytes, call: Call) -> AsyncIterator[None]:
-        """Have the decoder's attention for an image while the block runs."""
+    async def _working(self, image: bytes, call: Call) -> AsyncIterator[Stage]:
+        """Have the decoder's attention for an image while the block runs; what that has taken."""
+        clock = asyncio.get_running_loop().time
+        begin = clock()
         async with (
             self._suspects.alone(image, call.seconds_left),
-            self._turns.turn(call.identity, bulk=call.bulk, deadline=call.deadline),
+            self.turns.turn(call.identity, bulk=call.bulk, deadline=call.deadline),
         ):
             with self._suspects.in_work(image):
-                yield
+                yield turn_stage(clock() - begin)
 
-    async def _caption(self, work: _Work) -> caption_pb2.CaptionResponse:
+    async def _caption(self, work: _Work) -> _Captioned:
         """Have it captioned, and remember the answer where there is a key."""
-        async with self._working(work.image, work.call):
+        async with self._working(work.image, work.call) as turn:
             time_limit = _time_limit(work.message, work.until)
             answer = await self.ask(work.message.inputs(), work.version, time_limit)
-        response = _response(answer)
+        computed = self._computed(answer, turn)
         if work.key is not None:
-            self._cache.put(work.key, response)
-        return response
+            self._cache.put(work.key, computed.response)
+        return computed
 
+    def _computed(self, answer: Answer, turn: Stage) -> _Captioned:
+        """What the decoder's last answer says."""
+        try:
+            response = caption_response(answer.outputs, answer.model_version)
+            stages = [turn, *stages_of(answer.outputs[wire.TIMES.name].values)]
+        except (ValueError, LookupError) as error:
+            raise ModelFaultError(_UNREADABLE) from error
+        tokens = sum(len(caption.token_ids) for caption in response.captions)
+        self._metrics.caption(stages, tokens)
+        return _Captioned(response, stages)
 
-def _response(answer: Answer) -> caption_pb2.CaptionResponse:
-    try:
-        return caption_response(answer.outputs, answer.model_version)
-    except (ValueError, LookupError) as error:
-        raise ModelFaultError(_UNREADABLE) from error
+    def _tell(self, stages: Sequence[Stage]) -> None:
+        """Tell a call's log line and trace of the stages that it has waited for."""
+        bind_contextvars(stages={stage.name: round(stage.seconds, 4) for stage in stages})
+        self._traces.stages(stages)
 
 
 def prioritised(call: Call, request: caption_pb2.CaptionRequest) -> Call:

@@ -36,6 +36,7 @@ class ManyCaptions:
         answer: Answer,
         *,
         window: int,
+        message_bytes: int,
         draining: asyncio.Event,
         seconds: float,
     ) -> None:
@@ -45,12 +46,13 @@ class ManyCaptions:
             requests: the call's messages.
             answer: captions an item.
             window: how many items may be unanswered.
+            message_bytes: largest item, as the client is told.
             draining: set when the service ends.
             seconds: how long the call may last, before the client is sent to a new one.
         """
         self._requests = requests
         self._answer = answer
-        self._window = window
+        self._window = caption_pb2.Window(items=window, message_bytes=message_bytes)
         self._draining = draining
         self._seconds = seconds
         self._places = asyncio.Semaphore(window)
@@ -59,7 +61,7 @@ class ManyCaptions:
 
     async def responses(self) -> AsyncIterator[caption_pb2.CaptionManyResponse]:
         """What the client is told, until all that was read is answered."""
-        yield caption_pb2.CaptionManyResponse(window=caption_pb2.Window(items=self._window))
+        yield caption_pb2.CaptionManyResponse(window=self._window)
         reading = asyncio.create_task(self._read())
         advising = asyncio.create_task(self._advise())
         try:

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from captionserve_server.gateway.admission import Room
 from captionserve_server.gateway.cache import AnswerCache
 from captionserve_server.gateway.calls import Calls
+from captionserve_server.gateway.canary import canary
 from captionserve_server.gateway.caption_service import SERVICE_NAME, CaptionService
 from captionserve_server.gateway.credentials import CertificatePaths, ServerCertificates
 from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
@@ -21,13 +22,16 @@ from captionserve_server.gateway.identity import Identities
 from captionserve_server.gateway.interceptors import (
     ErrorInterceptor,
     IdentityInterceptor,
-    MetricsInterceptor,
+    ObservingInterceptor,
 )
-from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.gateway.many import ManyCaptions
 from captionserve_server.gateway.metrics import GatewayMetrics, MetricsServer
+from captionserve_server.gateway.status import code_of
 from captionserve_server.settings import Settings
-from captionserve_server.triton import wire
+from captionserve_server.tracing import Traces
+
+# What an item of a call of many is called among the methods.
+_ITEM = "CaptionMany.item"
 
 # What health says of: the process, the server as a whole ("") and the service.
 LIVE = "live"
@@ -35,9 +39,6 @@ _READY_NAMES = ("", SERVICE_NAME)
 
 # How often files of certificates and tokens are looked at.
 _REFRESH_SECONDS = 1.0
-
-# One black pixel as a binary PPM, the smallest image there is.
-_CANARY = [InputTensor(wire.IMAGE, (1,), encode_strings([b"P6 1 1 255\n\0\0\0"]))]
 
 
 class Gateway:
@@ -50,6 +51,7 @@ class Gateway:
         address: host:port that is listened on; known after `start`.
         metrics_address: host:port of the metrics; known after `start`.
         health_address: host:port of the plaintext server with health alone; None without one.
+        metrics: what is counted.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -57,6 +59,7 @@ class Gateway:
 
         Raises:
             OSError: if a certificate, a key or the tokens cannot be read or used.
+            TracingNotInstalledError: if traces are wanted, without what makes them.
         """
         self._settings = settings
         self._identities = Identities(settings.tokens)
@@ -68,6 +71,9 @@ class Gateway:
         self.address = ""
         self.metrics_address = ""
         self.health_address: str | None = None
+        self.metrics = GatewayMetrics()
+        self._traces = Traces(settings.otlp_endpoint, "captionserve.gateway")
+        self._show_expiry()
         self._draining = asyncio.Event()
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -82,25 +88,35 @@ class Gateway:
         Raises:
             OSError: if an address cannot be listened on.
         """
-        metrics = GatewayMetrics()
         cache = AnswerCache(self._settings.cache_megabytes * 2**20)
-        metrics.cache_bytes.set_function(lambda: cache.used_bytes)
-        self._metrics_server = MetricsServer(self._settings.metrics_listen, metrics.registry)
-        self.metrics_address = self._metrics_server.address
+        room = Room(
+            calls=self._settings.max_concurrent_calls,
+            calls_each=self._settings.max_concurrent_per_client,
+            megabytes=self._settings.max_request_megabytes,
+            megabytes_each=self._settings.max_request_megabytes_per_client,
+        )
         self._health = health.aio.HealthServicer()
-        self._service = CaptionService(cache, metrics, self._settings)
+        self._service = CaptionService(cache, self.metrics, self._traces, self._settings)
+        turns = self._service.turns
+        self.metrics.show(
+            {
+                "admitted": lambda: room.all.calls,
+                "request_bytes": lambda: room.all.bytes,
+                "turns": lambda: turns.at_once,
+                "working": lambda: turns.working,
+                "waiting": lambda: turns.waiting,
+                "cache_bytes": lambda: cache.used_bytes,
+            }
+        )
+        self._metrics_server = MetricsServer(self._settings.metrics_listen, self.metrics.registry)
+        self.metrics_address = self._metrics_server.address
         self._calls = Calls(
             self._identities,
-            Room(
-                calls=self._settings.max_concurrent_calls,
-                calls_each=self._settings.max_concurrent_per_client,
-                megabytes=self._settings.max_request_megabytes,
-                megabytes_each=self._settings.max_request_megabytes_per_client,
-            ),
+            room,
             max_message_bytes=self._settings.max_message_megabytes * 2**20,
             deadline_cap_seconds=self._settings.deadline_cap_seconds,
         )
-        self._servers = [self._build_server(metrics)]
+        self._servers = [self._build_server()]
         try:
             self.address = _listen(self._servers[0], self._settings.listen, self._certificates)
             if self._settings.health_listen is not None:
@@ -135,8 +151,9 @@ class Gateway:
         try:
             descriptions = []
             for version in versions:
-                descriptions.append(await decoder.describe(version))
-                await decoder.caption(_CANARY, version, TimeLimit(seconds, seconds))
+                description = await decoder.describe(version)
+                await decoder.caption(canary(description), version, TimeLimit(seconds, seconds))
+                descriptions.append(description)
         except BaseException:
             await decoder.close()
             raise
@@ -144,12 +161,14 @@ class Gateway:
         await self.set_serving(True)
         return former
 
-    async def disconnect(self) -> None:
-        """Say NOT_SERVING; calls in flight, and new ones, fail as ModelUnavailableError."""
+    async def disconnect(self) -> DecoderClient | None:
+        """Say NOT_SERVING; calls in flight, and new ones, fail as ModelUnavailableError.
+
+        Returns:
+            whom was asked until now, to be closed.
+        """
         await self.set_serving(False)
-        decoder = self._service.disconnect()
-        if decoder is not None:
-            await decoder.close()
+        return self._service.disconnect()
 
     async def prove(self, seconds: float) -> None:
         """Have a caption made, past the queue.
@@ -160,7 +179,7 @@ class Gateway:
         Raises:
             CaptionServeError: if it failed, or was not there in time.
         """
-        await self._service.prove(_CANARY, TimeLimit(seconds, seconds))
+        await self._service.prove(TimeLimit(seconds, seconds))
 
     async def set_serving(self, serving: bool) -> None:
         """Say through the health service whether captions can be answered; not after `drain`."""
@@ -168,12 +187,18 @@ class Gateway:
         ready = serving and not self._draining.is_set()
         for name in _READY_NAMES:
             await self._health.set(name, response.SERVING if ready else response.NOT_SERVING)
+        self.metrics.serving.set(ready)
 
     def refresh(self) -> None:
         """Take in certificates and tokens whose files have changed."""
         self._identities.refresh()
         if self._certificates is not None:
             self._certificates.refresh()
+            self._show_expiry()
+
+    async def wait_idle(self) -> None:
+        """Wait until no call is in flight."""
+        await self._calls.wait_idle()
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Report NOT_SERVING, wait for balancers, refuse new calls, let those in flight finish.
@@ -188,7 +213,7 @@ class Gateway:
         hurrying = asyncio.create_task(hurry.wait())
         await asyncio.wait([hurrying], timeout=self._settings.balancer_seconds)
         stopping = asyncio.create_task(self._servers[0].stop(self._settings.drain_seconds))
-        idle = asyncio.create_task(self._calls.wait_idle())
+        idle = asyncio.create_task(self.wait_idle())
         await asyncio.wait([stopping, idle, hurrying], return_when=asyncio.FIRST_COMPLETED)
         for task in (idle, hurrying):
             task.cancel()
@@ -201,6 +226,10 @@ class Gateway:
             await asyncio.sleep(_REFRESH_SECONDS)
             self.refresh()
 
+    def _show_expiry(self) -> None:
+        if self._certificates is not None:
+            self.metrics.certificate_expiry.set(self._certificates.expires.timestamp())
+
     async def close(self) -> None:
         """End whatever is still in flight, and close everything."""
         if self._refreshing is not None:
@@ -211,16 +240,17 @@ class Gateway:
         if decoder is not None:
             await decoder.close()
         await asyncio.to_thread(self._metrics_server.stop)
+        await asyncio.to_thread(self._traces.close)
 
-    def _build_server(self, metrics: GatewayMetrics) -> grpc.aio.Server:
+    def _build_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(
             # The first is the outermost.
             interceptors=(
-                MetricsInterceptor(SERVICE_NAME, metrics),
+                ObservingInterceptor(SERVICE_NAME, self.metrics, self._traces),
                 ErrorInterceptor(),
                 IdentityInterceptor(reflection.SERVICE_NAME, self._identities),
             ),
-            options=_server_options(self._settings),
+            options=server_options(self._settings),
         )
         server.add_generic_rpc_handlers((self._caption_handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -235,8 +265,13 @@ class Gateway:
             item: caption_pb2.CaptionManyRequest, item_bytes: int, identity: str
         ) -> caption_pb2.CaptionResponse:
             asked = item.timeout.ToMilliseconds() / 1e3 if item.HasField("timeout") else None
-            with calls.item(identity, item_bytes, asked) as call:
-                return await service.caption(item.request, call)
+            with self.metrics.call(_ITEM) as record:
+                try:
+                    with calls.item(identity, item_bytes, asked) as call:
+                        return await service.caption(item.request, call)
+                except BaseException as error:
+                    record.code = code_of(error)
+                    raise
 
         def caption_many(
             requests: AsyncIterator[bytes], identity: str
@@ -245,6 +280,7 @@ class Gateway:
                 requests,
                 partial(answer_item, identity=identity),
                 window=self._settings.window,
+                message_bytes=self._settings.max_message_megabytes * 2**20,
                 draining=self._draining,
                 seconds=self._settings.connection_age_seconds,
             ).responses()
@@ -279,7 +315,8 @@ def _listen(server: grpc.aio.Server, listen: str, certificates: ServerCertificat
     return f"{host}:{port}"
 
 
-def _server_options(settings: Settings) -> list[tuple[str, int]]:
+def server_options(settings: Settings) -> list[tuple[str, int]]:
+    """How the server treats connections."""
     max_message_bytes = settings.max_message_megabytes * 2**20
     return [
         ("grpc.max_send_message_length", max_message_bytes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,8 +14,12 @@ from google.rpc import error_details_pb2, status_pb2
 from captionserve_server.core import errors
 
 DOMAIN = "captionserve"
-# About the time in which a handful of captions is finished and room is made.
-RETRY_DELAY_SECONDS = 1
+# When to come back: about the time in which a handful of captions is finished and room is made, and
+# a part of the time in which Triton is started anew.
+RETRY_DELAYS: Mapping[type[errors.CaptionServeError], float] = {
+    errors.OverloadedError: 1.0,
+    errors.ModelUnavailableError: 0.5,
+}
 
 CODES: Mapping[type[errors.CaptionServeError], grpc.StatusCode] = {
     errors.CaptionServeError: grpc.StatusCode.INTERNAL,
@@ -65,8 +70,17 @@ def rpc_status(error: errors.CaptionServeError) -> RpcStatus:
         ("grpc-status-details-bin", status.SerializeToString())
     ]
     if isinstance(error, errors.OverloadedError):
-        metadata.append(("grpc-retry-pushback-ms", str(1000 * RETRY_DELAY_SECONDS)))
+        milliseconds = int(1e3 * RETRY_DELAYS[type(error)])
+        metadata.append(("grpc-retry-pushback-ms", str(milliseconds)))
     return RpcStatus(code, error.message, tuple(metadata))
+
+
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """The code of whatever a caption ends with."""
+    if isinstance(error, errors.CaptionServeError):
+        return CODES[type(error)]
+    cancelled = isinstance(error, asyncio.CancelledError)
+    return grpc.StatusCode.CANCELLED if cancelled else grpc.StatusCode.INTERNAL
 
 
 def google_status(error: errors.CaptionServeError) -> status_pb2.Status:
@@ -85,8 +99,10 @@ def _details(error: errors.CaptionServeError) -> list[Message]:
         for field, description in violations.items():
             bad_request.field_violations.add(field=field, description=description)
         details.append(bad_request)
-    if isinstance(error, (errors.OverloadedError, errors.ModelUnavailableError)):
-        delay = Duration(seconds=RETRY_DELAY_SECONDS)
+    seconds = RETRY_DELAYS.get(type(error))
+    if seconds is not None:
+        delay = Duration()
+        delay.FromMilliseconds(int(1e3 * seconds))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return details
 

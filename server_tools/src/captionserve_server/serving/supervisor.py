@@ -25,12 +25,15 @@ from typing import Any, TypeVar
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.decoder_client import DecoderClient
 from captionserve_server.gateway.server import Gateway
+from captionserve_server.runtime.cores import THREADS_VARIABLE
+from captionserve_server.runtime.decode_memory import DECODE_MEGABYTES_VARIABLE
 from captionserve_server.serving.installation import TritonInstallation
 from captionserve_server.serving.private_folder import PrivateFolder
 from captionserve_server.serving.ready import ReadyReport
 from captionserve_server.serving.triton_log import TritonLog
 from captionserve_server.serving.triton_process import TritonProcess, TritonStartError
 from captionserve_server.settings import Settings
+from captionserve_server.tracing import OTLP_ENDPOINT_VARIABLE
 
 _log = logging.getLogger(__name__)
 
@@ -108,8 +111,10 @@ class Supervisor:
                 self._count(reason)
                 await self._restart(self._running)
         except asyncio.CancelledError:
-            # Triton waits for streams that are open.
-            await self._gateway.disconnect()
+            decoder = await self._gateway.disconnect()
+            if decoder is not None:
+                # Triton waits for streams that are open.
+                await decoder.close()
             await self._running.triton.stop(hurry)
             raise
         finally:
@@ -130,13 +135,12 @@ class Supervisor:
             raise
 
     def _start(self, folder: PrivateFolder) -> TritonProcess:
-        return TritonProcess(
-            self._installation,
-            folder,
-            self._log,
-            threads=self._settings.threads,
-            decode_megabytes=self._settings.decode_megabytes,
-        )
+        environment = {
+            THREADS_VARIABLE: str(self._settings.threads),
+            DECODE_MEGABYTES_VARIABLE: str(self._settings.decode_megabytes),
+            OTLP_ENDPOINT_VARIABLE: self._settings.otlp_endpoint or "",
+        }
+        return TritonProcess(self._installation, folder, self._log, environment)
 
     async def _restart(self, running: _Running) -> None:
         """Start Triton anew, from the same files, until it is ready or has failed too often."""
@@ -240,8 +244,11 @@ class Supervisor:
 
     async def _end(self, running: _Running) -> None:
         """End a Triton that has failed, and have its calls fail."""
-        await self._gateway.disconnect()
+        decoder = await self._gateway.disconnect()
         await asyncio.to_thread(running.triton.kill)
+        if decoder is not None:
+            # Behind the kill: a Triton that is stopped would not end its streams.
+            await decoder.close()
         running.folder.tidy()
 
     async def _until_no_caption(self) -> str:
@@ -267,6 +274,7 @@ class Supervisor:
         """Remember a failure; TritonEndedError if there are too many."""
         now = asyncio.get_running_loop().time()
         self._failures.append(now)
+        self._gateway.metrics.restarts.inc()
         while self._failures[0] < now - self._settings.restart_window_seconds:
             self._failures.popleft()
         tail = self._log.tail()

@@ -15,6 +15,8 @@ _log = logging.getLogger("captionserve_server.triton_log")
 _SEVERE = ("E", "F")
 # What every Triton says that finds no GPU.
 _NO_GPU = ("CudaDriverHelper", "NVML")
+# How the lines of its tables begin, which it prints at every start.
+_TABLE = ("+-", "| ")
 _REMEMBERED_LINES = 200
 _TAIL_LINES = 15
 _MOST_CHARACTERS = 2000
@@ -50,7 +52,7 @@ class TritonLog:
 
     def tail(self) -> str:
         """The last errors of the present Triton; its last lines, if there are none."""
-        lines = list(self._lines)
+        lines = [line for line in self._lines if line and not line.startswith(_TABLE)]
         errors = list(filter(_is_severe, lines)) or lines
         return "\n".join(errors[-_TAIL_LINES:])
 

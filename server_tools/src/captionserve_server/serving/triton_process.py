@@ -17,13 +17,12 @@ from pathlib import Path
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from captionserve_server.runtime.cores import THREADS_VARIABLE
-from captionserve_server.runtime.decode_memory import DECODE_MEGABYTES_VARIABLE
 from captionserve_server.runtime.heartbeat import HEARTBEAT_FOLDER_VARIABLE
 from captionserve_server.serving.installation import TritonInstallation
 from captionserve_server.serving.private_folder import PrivateFolder
 from captionserve_server.serving.process_watch import ProcessWatch
 from captionserve_server.serving.triton_log import TritonLog
+from captionserve_server.tracing import TRACE_HEADERS
 
 _LOOPBACK = "127.0.0.1"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -42,6 +41,8 @@ _MALLOC = ":".join(
         f"glibc.malloc.trim_threshold={16 << 20}",
     )
 )
+# What callers of Triton itself may say to models: of which trace they are.
+_TRACE_HEADERS = f"({'|'.join(TRACE_HEADERS)})"
 # Becomes the program that it is given, and has the kernel end that with the thread that started it,
 # which is the service's main one. Not a preexec_fn: that runs Python between fork and exec, where a
 # lock may be held by one of the gateway's threads that the fork has left behind.
@@ -78,9 +79,7 @@ class TritonProcess:
         installation: TritonInstallation,
         folder: PrivateFolder,
         log: TritonLog,
-        *,
-        threads: int,
-        decode_megabytes: int,
+        environment: Mapping[str, str],
     ) -> None:
         """Start the server; use `wait_ready` before relying on it.
 
@@ -88,18 +87,18 @@ class TritonProcess:
             installation: what to run.
             folder: what to serve.
             log: takes what it prints.
-            threads: of one run of a graph; 0 follows from the cores there are.
-            decode_megabytes: memory of all images that are decoded at once.
+            environment: what its models are told, beside where their signs of life go.
         """
         self._log = log
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
-        environment = _environment(installation) | {
-            THREADS_VARIABLE: str(threads),
-            DECODE_MEGABYTES_VARIABLE: str(decode_megabytes),
-            HEARTBEAT_FOLDER_VARIABLE: str(folder.heartbeats),
-        }
-        self._process = self._start(installation.binary, folder, ports, environment)
+        heartbeats = {HEARTBEAT_FOLDER_VARIABLE: str(folder.heartbeats)}
+        self._process = self._start(
+            installation.binary,
+            folder,
+            ports,
+            {**_environment(installation), **environment, **heartbeats},
+        )
         self.pid = self._process.pid
         self._watch = ProcessWatch(self.pid, folder.heartbeats)
         self._killed = False
@@ -178,6 +177,8 @@ class TritonProcess:
             # Every config.pbtxt is complete. To complete one, Triton starts a Python model one time
             # more, which takes seconds; and if that process dies, it waits for it for ever.
             "--disable-auto-complete-config",
+            f"--grpc-header-forward-pattern={_TRACE_HEADERS}",
+            f"--http-header-forward-pattern={_TRACE_HEADERS}",
             f"--grpc-address={_LOOPBACK}",
             f"--http-address={_LOOPBACK}",
             f"--metrics-address={_LOOPBACK}",

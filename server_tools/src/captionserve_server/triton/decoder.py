@@ -181,9 +181,11 @@ class TritonPythonModel:
             raise ModelUnavailableError("the captioner is shutting down")
         if captioning.has_gone:
             raise CancelledError("the caller has gone")
+        captioning.timeline.passed("image_queue")
         with self._metrics.image():
             image = pixels()
-        self._engine.submit(image, captioning.plan, captioning)
+        captioning.timeline.passed("preprocess")
+        self._engine.submit(image, captioning.plan, captioning, captioning.timeline)
 
     def _description(self) -> str:
         return json.dumps(

@@ -29,6 +29,7 @@ from captionserve_server.core.errors import (
 )
 from captionserve_server.runtime.cores import threads_of_graphs
 from captionserve_server.runtime.heartbeat import beat, heartbeat_folder
+from captionserve_server.tracing import TRACE_HEADERS
 from captionserve_server.triton.wire import ModelSpec, TensorSpec, error_of_text, error_text
 
 Array = NDArray[Any]
@@ -45,6 +46,7 @@ class ModelArguments:
         """Keep the arguments as Triton gave them."""
         self._config = json.loads(args["model_config"])
         self.repository = args["model_repository"]
+        self.model = args["model_name"]
         self.version = int(args["model_version"])
 
     @property
@@ -78,6 +80,15 @@ def read_flag(request: Request, spec: TensorSpec) -> bool:
     """A boolean tensor of one element; False when it was left out."""
     array = read(request, spec)
     return array is not None and bool(array[0])
+
+
+def trace_context(request: Request) -> dict[str, str]:
+    """The headers that say of which trace a request is, as far as they can be read."""
+    try:
+        parameters = json.loads(request.parameters() or "{}")
+    except ValueError:  # Over HTTP Triton takes any bytes.
+        return {}
+    return {name: str(parameters[name]) for name in TRACE_HEADERS if name in parameters}
 
 
 def response(outputs: Mapping[TensorSpec, Array]) -> Response:

@@ -59,7 +59,7 @@ def naive_triton_peer(checkpoint: str) -> Iterator[Peer]:
         (model / "config.pbtxt").write_text(named)
         installation, log = find_triton(), TritonLog(None)
         with closing(PrivateFolder(installation, Path(folder))) as served:
-            triton = TritonProcess(installation, served, log, threads=0, decode_megabytes=1)
+            triton = TritonProcess(installation, served, log, environment={})
             try:
                 asyncio.run(triton.wait_ready(_START_SECONDS))
                 with closing(InferenceServerClient(triton.addresses.grpc)) as client:
