@@ -52,5 +52,5 @@ def configure_logs(log_format: LogFormat) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether gRPC says more than that a caller has gone, which the call's own line says as well."""
+    """Whether gRPC says more than that a caller has gone, as the call's own line does."""
     return _CALLER_GONE not in record.getMessage()

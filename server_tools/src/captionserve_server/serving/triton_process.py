@@ -131,7 +131,7 @@ class TritonProcess:
         return await self._watch.failure()
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """End the server and its models, within a quarter of a minute; at once if `hurry` is set."""
+        """End the server and its models within a quarter of a minute, or when `hurry` is set."""
         if self._watch.look() is None:
             self._process.terminate()
             # A Triton that has lost a model would wait for it in vain.
