@@ -56,6 +56,13 @@ class Served:
         return self.log.read_text(errors="replace")
 
 
+def assert_ended_well(served: Served) -> None:
+    """End the service; it has done nothing that it did not mean to."""
+    said = served.end()
+    assert served.process.returncode == 0, said[-4000:]
+    assert "Traceback" not in said, said[said.index("Traceback") - 1000 :][:4000]
+
+
 @contextmanager
 def serving(repository: Path, folder: Path, *arguments: str) -> Iterator[Served]:
     """Serve, until it is ready or has ended by itself."""

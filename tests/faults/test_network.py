@@ -17,13 +17,12 @@ import psutil
 import pytest
 from captionserve import CaptionClient, CaptionError, _transport
 from captionserve.v1 import caption_pb2_grpc
-from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.faults.proxy import DOWN, UP, Proxy, proxy_to
-from tests.faults.served import WAIT_SECONDS, wait_until
+from tests.faults.served import WAIT_SECONDS, assert_ended_well, serving, wait_until
 from tests.pictures import png
 from tests.reference import picture
 
@@ -33,13 +32,17 @@ FILES_SLACK = 6
 
 
 @pytest.fixture(scope="module")
-def running(model_repository: Callable[[str], Path]) -> Iterator[ReadyReport]:
+def running(
+    model_repository: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ReadyReport]:
     """A service that soon gives up on who is silent."""
-    short = ("--handshake-seconds", "2", "--keepalive-seconds", "1")
-    with launched_service(model_repository(NAME), *short) as service:
+    short = ("--handshake-seconds", "2", "--keepalive-seconds", "2")
+    with serving(model_repository(NAME), tmp_path_factory.mktemp("running"), *short) as served:
+        service = ReadyReport(**served.report)
         with CaptionClient(service.grpc) as client:
             client.caption(picture(1))
         yield service
+        assert_ended_well(served)
 
 
 def in_flight(running: ReadyReport) -> float:
@@ -75,7 +78,7 @@ def noise() -> Image.Image:
 
 
 def test_who_is_slow_is_answered_and_holds_up_nobody(running: ReadyReport, proxy: Proxy) -> None:
-    proxy.bytes_per_second = 1e6
+    proxy.bytes_per_second = 3e6
     image = png(noise())
     with (
         CaptionClient(proxy.address, timeout=WAIT_SECONDS) as slow,
@@ -166,7 +169,7 @@ def test_a_half_closed_connection_ends_its_calls(proxy: Proxy) -> None:
         ThreadPoolExecutor(1) as pool,
     ):
         client.caption(picture(1))
-        proxy.bytes_per_second = 1e6
+        proxy.bytes_per_second = 3e6
         call = pool.submit(client.caption, image)
         begun = proxy.passed[UP]
         wait_until(lambda: proxy.passed[UP] > begun + len(image) // 4)

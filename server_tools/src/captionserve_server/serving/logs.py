@@ -12,6 +12,10 @@ from typing import Literal
 
 import structlog
 
+# gRPC's own logger of a server's calls, and how it words that an answer could not be sent.
+_GRPC_LOGGER = "grpc._cython.cygrpc"
+_CALLER_GONE = "ExecuteBatchError"
+
 LogFormat = Literal["text", "json"]
 
 
@@ -40,7 +44,13 @@ def configure_logs(log_format: LogFormat) -> None:
             ],
         )
     )
+    logging.getLogger(_GRPC_LOGGER).addFilter(_is_news)
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("captionserve_server").setLevel(logging.INFO)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether gRPC says more than that a caller has gone, as the call's own line does."""
+    return _CALLER_GONE not in record.getMessage()

@@ -27,8 +27,9 @@ from captionserve_server.tracing import TRACE_HEADERS
 _LOOPBACK = "127.0.0.1"
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_SECONDS = 0.05
-# How long Triton waits for its models, and what it gets beyond that to say goodbye.
-_EXIT_SECONDS = 30
+# How long Triton waits for its models, and what it gets beyond that to say goodbye. All calls have
+# ended by then, but Triton may keep a request that was cancelled, and waits for it in vain.
+_EXIT_SECONDS = 10
 _GOODBYE_SECONDS = 5
 # Has malloc ask for transparent huge pages, and give a picture's memory back, which Pillow takes in
 # blocks of 16 MiB: glibc's own threshold rises to what was freed, and each thread then keeps the
@@ -130,7 +131,7 @@ class TritonProcess:
         return await self._watch.failure()
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """End the server and its models, which may take until `hurry` is set, or half a minute."""
+        """End the server and its models within a quarter of a minute, or when `hurry` is set."""
         if self._watch.look() is None:
             self._process.terminate()
             # A Triton that has lost a model would wait for it in vain.
