@@ -63,7 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="seconds of tests/faults/test_heals_under_load.py",
     )
     parser.addoption(
-        "--soak-many", type=int, default=600, help="images of tests/faults/test_many_soak.py"
+        "--soak-many", type=int, default=300, help="images of tests/faults/test_many_soak.py"
     )
     parser.addoption(
         "--soak-overload",

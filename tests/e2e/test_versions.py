@@ -9,17 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
-from captionserve import CaptionClient
-from captionserve.v1 import caption_pb2, caption_pb2_grpc
+from captionserve import CaptionClient, CaptionError
 from captionserve_server.runtime.model_repository import DECODER, MODELS
 from PIL import Image
 
 from tests.faults.served import Served, serving, wait_until
-from tests.pictures import png
 from tests.reference import picture
 
 # Of other weights and another image size.
@@ -54,19 +51,14 @@ def versions(client: CaptionClient) -> list[int]:
 
 def text_of(target: str, image: Image.Image, version: int) -> str:
     """What a version says."""
-    request = caption_pb2.CaptionRequest(
-        image=caption_pb2.Image(encoded=png(image)), model_version=version, bypass_cache=True
-    )
-    with grpc.insecure_channel(target) as channel:
-        stub = caption_pb2_grpc.CaptionServiceStub(channel)
-        return str(stub.Caption(request, timeout=60).captions[0].text)
+    with CaptionClient(target, timeout=60, model_version=version) as client:
+        return client.caption(image, bypass_cache=True).text
 
 
 def assert_not_found(target: str, image: Image.Image, version: int) -> None:
-    with pytest.raises(grpc.RpcError) as missing:
+    with pytest.raises(CaptionError) as missing:
         text_of(target, image, version)
-    error: Any = missing.value
-    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert missing.value.code is grpc.StatusCode.NOT_FOUND
 
 
 @contextmanager

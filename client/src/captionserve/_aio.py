@@ -44,8 +44,8 @@ from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
     Connection,
     Metadata,
+    Priority,
     Token,
-    build_request,
     channel_options,
 )
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
@@ -74,6 +74,8 @@ class AsyncCaptionClient:
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         credentials: grpc.ChannelCredentials | None = None,
         token: Token | None = None,
+        model_version: int | None = None,
+        priority: Priority | None = None,
     ) -> None:
         """Prepare a channel; it connects with the first call.
 
@@ -83,7 +85,9 @@ class AsyncCaptionClient:
         """
         # gRPC would tie the channel to some other loop and fail at the first call.
         asyncio.get_running_loop()
-        self._connection = Connection.of(target, timeout, credentials, token)
+        self._connection = Connection.of(
+            target, timeout, credentials, token, model_version, priority
+        )
         self._closed = asyncio.Event()
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(target, channel_options())
@@ -102,7 +106,9 @@ class AsyncCaptionClient:
         """Describe one image; cancelling the task cancels the work on the server."""
         attempts = self._connection.attempts(timeout)
         # Reading a file and encoding a picture would hold the loop up.
-        request = await asyncio.to_thread(build_request, image, options, bypass_cache=bypass_cache)
+        request = await asyncio.to_thread(
+            self._connection.request, image, options, bypass_cache=bypass_cache
+        )
         return from_proto(await self._answer(self._stub.Caption, request, attempts))
 
     async def caption_stream(
@@ -120,7 +126,7 @@ class AsyncCaptionClient:
         attempts = self._connection.attempts(timeout)
         request = caption_pb2.StreamCaptionRequest(
             request=await asyncio.to_thread(
-                build_request, image, options, bypass_cache=bypass_cache
+                self._connection.request, image, options, bypass_cache=bypass_cache
             )
         )
         begun = False
@@ -255,7 +261,7 @@ class _Many:
         self._pulling = asyncio.create_task(self._pull(_asynchronous(images)))
 
     async def advance(self) -> None:
-        """Send what is to be sent, wait until something happens, and take it in.
+        """Wait until something happens, take it in, and send what is to be sent.
 
         Raises:
             CaptionError: if no call will do better.
@@ -263,6 +269,14 @@ class _Many:
         """
         if self._connection.closed.is_set():
             raise self._connection.closed_error()
+        # Not before all that has happened is taken in, however long the caller has been away.
+        step: Step = self._batch.expire
+        if not self._steps.empty():
+            step = self._steps.get_nowait()
+        else:
+            with suppress(asyncio.TimeoutError):
+                step = await asyncio.wait_for(self._steps.get(), self._batch.seconds_idle())
+        step()
         if self._call is None and self._batch.wants_call:
             self._call = _ManyCall(
                 self._stub, self._connection.metadata(), self._received, self._ended
@@ -272,13 +286,6 @@ class _Many:
                 self._call.send(message)
             if self._batch.is_drained:
                 self._call.finish()
-        try:
-            step = await asyncio.wait_for(self._steps.get(), self._batch.seconds_idle())
-        except asyncio.TimeoutError:
-            pass
-        else:
-            step()
-        self._batch.expire()
 
     async def aclose(self) -> None:
         self._pulling.cancel()
@@ -293,7 +300,7 @@ class _Many:
             except StopAsyncIteration:
                 self._steps.put_nowait(self._batch.all_pulled)
                 return
-            except Exception as error:
+            except BaseException as error:
                 self._steps.put_nowait(partial(_raise, error))
                 return
             # Reading a file and encoding a picture would hold the loop up.
@@ -372,5 +379,5 @@ async def _asynchronous(
             yield image
 
 
-def _raise(error: Exception) -> NoReturn:
+def _raise(error: BaseException) -> NoReturn:
     raise error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import NoReturn, TypeVar
@@ -37,8 +37,8 @@ from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
     Connection,
     Metadata,
+    Priority,
     Token,
-    build_request,
     channel_options,
 )
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
@@ -64,6 +64,8 @@ class CaptionClient:
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         credentials: grpc.ChannelCredentials | None = None,
         token: Token | None = None,
+        model_version: int | None = None,
+        priority: Priority | None = None,
     ) -> None:
         """Prepare a channel; it connects with the first call.
 
@@ -74,12 +76,16 @@ class CaptionClient:
             credentials: for TLS, see `tls_credentials`; without them nothing is encrypted.
             token: says who calls, a text or a callable that gives it; needs TLS, unless the service
                 is on this machine.
+            model_version: which version of the model answers; None for the service's newest.
+            priority: whose turn comes first, "interactive" or "bulk"; None for interactive, and
+                bulk in `caption_many`.
 
         Raises:
-            ValueError: if the timeout is not a positive, finite number, or the token would travel
-                in the clear.
+            ValueError: if an argument cannot be what it is, or the token would travel in the clear.
         """
-        self._connection = Connection.of(target, timeout, credentials, token)
+        self._connection = Connection.of(
+            target, timeout, credentials, token, model_version, priority
+        )
         if credentials is None:
             self._channel = grpc.insecure_channel(target, channel_options())
         else:
@@ -111,7 +117,7 @@ class CaptionClient:
             OSError: if the image's file cannot be read.
         """
         attempts = self._connection.attempts(timeout)
-        request = build_request(image, options, bypass_cache=bypass_cache)
+        request = self._connection.request(image, options, bypass_cache=bypass_cache)
         return from_proto(self._answer(self._stub.Caption, request, attempts))
 
     def caption_stream(
@@ -132,7 +138,7 @@ class CaptionClient:
         """
         attempts = self._connection.attempts(timeout)
         request = caption_pb2.StreamCaptionRequest(
-            request=build_request(image, options, bypass_cache=bypass_cache)
+            request=self._connection.request(image, options, bypass_cache=bypass_cache)
         )
         begun = False
         while True:
@@ -177,7 +183,7 @@ class CaptionClient:
             options: as for `caption`, for all images.
             window: how many images may be pulled and not yet given out.
             ordered: whether outcomes come in the images' order, else as they are finished.
-            timeout: as for `caption`, for each image, from when it was pulled.
+            timeout: as for `caption`, for each image, once it has been read.
             bypass_cache: as for `caption`.
 
         Raises:
@@ -295,7 +301,7 @@ class _Many:
         ).start()
 
     def advance(self) -> None:
-        """Send what is to be sent, wait until something happens, and take it in.
+        """Wait until something happens, take it in, and send what is to be sent.
 
         Raises:
             CaptionError: if no call will do better.
@@ -303,6 +309,11 @@ class _Many:
         """
         if self._connection.closed.is_set():
             raise self._connection.closed_error()
+        # Not before all that has happened is taken in, however long the caller has been away.
+        step: Step = self._batch.expire
+        with suppress(queue.Empty):
+            step = self._steps.get(timeout=self._batch.seconds_idle())
+        step()
         if self._call is None and self._batch.wants_call:
             self._call = _ManyCall(
                 self._stub, self._connection.metadata(), self._received, self._ended
@@ -312,13 +323,6 @@ class _Many:
                 self._call.send(message)
             if self._batch.is_drained:
                 self._call.finish()
-        try:
-            step = self._steps.get(timeout=self._batch.seconds_idle())
-        except queue.Empty:
-            pass
-        else:
-            step()
-        self._batch.expire()
 
     def close(self) -> None:
         self._closed = True

@@ -22,6 +22,9 @@ OVERLOADED = "OVERLOADED"
 FINAL_REASONS = {NOT_CAPTIONSERVE, TLS_FAILED}
 
 _NO_CAPTIONSERVE = "what answers at this address is no captionserve"
+_CLOSED = (
+    "the connection was closed: the service has ended, or wants TLS, or a client's certificate"
+)
 # What gRPC itself says of a connection, in the order in which to look; each with the reason, None
 # for the code's name, and a sentence.
 _OF_CONNECTIONS: tuple[tuple[str, str | None, str], ...] = (
@@ -33,11 +36,8 @@ _OF_CONNECTIONS: tuple[tuple[str, str | None, str], ...] = (
     ("create security handshaker", TLS_FAILED, "the certificates given for TLS cannot be used"),
     ("Connection refused", None, "nobody listens at this address"),
     ("errors resolving", None, "this address is not known"),
-    (
-        "Socket closed",
-        None,
-        "the connection was closed: the service has ended, or wants TLS, or a client's certificate",
-    ),
+    ("Socket closed", None, _CLOSED),
+    ("Connection reset", None, _CLOSED),
     ("Deadline Exceeded", None, "the deadline passed before the service answered"),
 )
 

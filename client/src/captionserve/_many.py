@@ -22,7 +22,7 @@ from captionserve._images import ImageInput
 from captionserve._options import GenerationOptions
 from captionserve._results import CaptionResult, from_proto
 from captionserve._retry import Attempts, Backoff
-from captionserve._transport import MAX_MESSAGE_BYTES, Connection, build_request, too_large
+from captionserve._transport import MAX_MESSAGE_BYTES, Connection, too_large
 from captionserve.v1 import caption_pb2
 
 DEFAULT_WINDOW = 16
@@ -100,7 +100,7 @@ class Batch:
         """
         self._attempts = partial(connection.attempts, timeout)
         self._attempts()  # Raises before anything is pulled.
-        self._request = partial(build_request, options=options, bypass_cache=bypass_cache)
+        self._request = partial(connection.request, options=options, bypass_cache=bypass_cache)
         self._ordered = ordered
         # By id.
         self._waiting: dict[str, _Item] = {}
@@ -138,19 +138,19 @@ class Batch:
 
     def prepared(self, image: ImageInput) -> Step:
         """Read the next image, beside all else; the step that takes it in."""
-        attempts = self._attempts()
         try:
             request = self._request(image)
         except Exception as error:  # Of many images it concerns this one alone.
             return partial(self._add_failed, error)
-        return partial(self._add, request, attempts)
+        return partial(self._add, request)
 
     def all_pulled(self) -> None:
         """There are no more images."""
         self._all_pulled = True
 
-    def _add(self, request: caption_pb2.CaptionRequest, attempts: Attempts) -> None:
-        item = _Item(self._pulled, request, attempts, time.monotonic())
+    def _add(self, request: caption_pb2.CaptionRequest) -> None:
+        # Its time begins only now: the caller may have been away since it was read.
+        item = _Item(self._pulled, request, self._attempts(), time.monotonic())
         self._waiting[item.id] = item
         self._pulled += 1
 

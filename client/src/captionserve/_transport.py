@@ -6,9 +6,10 @@ import ipaddress
 import json
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import grpc
 
@@ -16,6 +17,7 @@ from captionserve._errors import CLIENT_CLOSED, CaptionError
 from captionserve._images import ImageInput, image_message
 from captionserve._options import GenerationOptions, to_proto
 from captionserve._retry import Attempts, RetryBudget
+from captionserve._trace import trace_context
 from captionserve.v1 import caption_pb2
 
 DEFAULT_TIMEOUT_SECONDS = 30.0
@@ -40,6 +42,15 @@ _SIZE_HEADER = "captionserve-request-bytes"
 
 Token = str | Callable[[], str]
 """A bearer token, or what gives the present one; asked for each attempt."""
+
+Priority = Literal["interactive", "bulk"]
+"""Whose turn comes first; bulk comes behind all that is interactive."""
+
+_PRIORITIES: Mapping[Priority | None, caption_pb2.Priority.ValueType] = {
+    None: caption_pb2.PRIORITY_UNSPECIFIED,
+    "interactive": caption_pb2.PRIORITY_INTERACTIVE,
+    "bulk": caption_pb2.PRIORITY_BULK,
+}
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -85,6 +96,8 @@ class Connection:
     _timeout_seconds: float
     _token: Token | None = field(repr=False)
     _budget: RetryBudget
+    _model_version: int
+    _priority: Priority | None
 
     @classmethod
     def of(
@@ -93,6 +106,8 @@ class Connection:
         timeout: float,
         credentials: grpc.ChannelCredentials | None,
         token: Token | None,
+        model_version: int | None,
+        priority: Priority | None,
     ) -> Connection:
         """Check and keep a client's arguments; ValueError as it says."""
         if not target or target.startswith(("http:", "https:")):
@@ -101,16 +116,48 @@ class Connection:
             raise ValueError(
                 f"the token would travel to {target} for everybody to read: it needs TLS"
             )
-        seconds = checked_timeout(timeout)
-        return cls(target, credentials, threading.Event(), seconds, token, RetryBudget())
+        if model_version is not None and not 0 < model_version < 2**63:
+            raise ValueError(f"model_version must be a positive number, is {model_version}")
+        if priority not in _PRIORITIES:
+            raise ValueError(f"priority must be interactive or bulk, is {priority!r}")
+        return cls(
+            target,
+            credentials,
+            threading.Event(),
+            checked_timeout(timeout),
+            token,
+            RetryBudget(),
+            model_version or 0,
+            priority,
+        )
 
     def attempts(self, timeout: float | None) -> Attempts:
         """The attempts of a call, which may take so long; None takes the client's timeout."""
         seconds = self._timeout_seconds if timeout is None else checked_timeout(timeout)
         return Attempts(self._budget, seconds)
 
+    def request(
+        self, image: ImageInput, options: GenerationOptions | None, *, bypass_cache: bool
+    ) -> caption_pb2.CaptionRequest:
+        """Read and encode the image and put beside it what is asked.
+
+        Raises:
+            CaptionError: IMAGE_TOO_LARGE, if it does not fit into a message; otherwise as
+                `image_message` does.
+        """
+        request = caption_pb2.CaptionRequest(
+            image=image_message(image),
+            options=None if options is None else to_proto(options),
+            bypass_cache=bypass_cache,
+            model_version=self._model_version,
+            priority=_PRIORITIES[self._priority],
+        )
+        if request.ByteSize() > _MAX_REQUEST_BYTES:
+            raise too_large(request.ByteSize(), _MAX_REQUEST_BYTES)
+        return request
+
     def metadata(self, request_bytes: int | None = None) -> Metadata:
-        """What goes ahead of a call: who calls, and how large its request is.
+        """What goes ahead of a call: who calls, in which trace, and how large its request is.
 
         Raises:
             ValueError: if the token cannot be sent.
@@ -124,7 +171,7 @@ class Connection:
             entries.append(("authorization", f"Bearer {token}"))
         if request_bytes is not None:
             entries.append((_SIZE_HEADER, str(request_bytes)))
-        return tuple(entries)
+        return (*entries, *trace_context())
 
     def closed_error(self) -> CaptionError:
         """What a call on a closed client fails with."""
@@ -176,25 +223,6 @@ def checked_timeout(seconds: float) -> float:
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"timeout must be a positive number of seconds, is {seconds}")
     return seconds
-
-
-def build_request(
-    image: ImageInput, options: GenerationOptions | None, *, bypass_cache: bool
-) -> caption_pb2.CaptionRequest:
-    """Read and encode the image and put the options beside it.
-
-    Raises:
-        CaptionError: IMAGE_TOO_LARGE, if it does not fit into a message; otherwise as
-            `image_message` does.
-    """
-    request = caption_pb2.CaptionRequest(
-        image=image_message(image),
-        options=None if options is None else to_proto(options),
-        bypass_cache=bypass_cache,
-    )
-    if request.ByteSize() > _MAX_REQUEST_BYTES:
-        raise too_large(request.ByteSize(), _MAX_REQUEST_BYTES)
-    return request
 
 
 def too_large(size: int, most: int) -> CaptionError:

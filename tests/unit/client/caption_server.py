@@ -157,6 +157,18 @@ class RecordingServicer(caption_pb2_grpc.CaptionServiceServicer):
     ) -> caption_pb2.GetModelsResponse:
         return self.models
 
+    def answer_each(
+        self, requests: Iterator[caption_pb2.CaptionManyRequest], context: grpc.ServicerContext
+    ) -> Iterator[caption_pb2.CaptionManyResponse]:
+        """Each item as a call of its own."""
+        yield window()
+        for item in requests:
+            self.requests.append(item.request)
+            response = self.answer(item.request, context)
+            yield caption_pb2.CaptionManyResponse(
+                result=caption_pb2.ItemResult(id=item.id, response=response)
+            )
+
     def one_part_and_no_more(
         self, request: caption_pb2.StreamCaptionRequest, context: grpc.ServicerContext
     ) -> Iterator[caption_pb2.StreamCaptionResponse]:

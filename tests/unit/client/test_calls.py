@@ -25,6 +25,7 @@ from captionserve._transport import DEFAULT_TIMEOUT_SECONDS
 from captionserve.v1 import caption_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from opentelemetry.sdk.trace import TracerProvider
 
 from tests.unit.client.caption_server import (
     WAIT_SECONDS,
@@ -134,6 +135,39 @@ def test_the_cache_is_bypassed_when_asked(server: Server, caption: Call) -> None
     caption(target, IMAGE)
     caption(target, IMAGE, bypass_cache=True)
     assert [request.bypass_cache for request in servicer.requests] == [False, True]
+
+
+def test_a_client_asks_for_its_version_and_its_turn(server: Server, caption: Call) -> None:
+    target, servicer = server
+    caption(target, IMAGE)
+    caption(target, IMAGE, client={"model_version": 3, "priority": "bulk"})
+    caption(target, IMAGE, client={"priority": "interactive"})
+    asked = [(request.model_version, request.priority) for request in servicer.requests]
+    assert asked == [
+        (0, caption_pb2.PRIORITY_UNSPECIFIED),
+        (3, caption_pb2.PRIORITY_BULK),
+        (0, caption_pb2.PRIORITY_INTERACTIVE),
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"model_version": 0}, {"model_version": 2**63}, {"priority": "soon"}]
+)
+def test_a_version_or_turn_that_there_is_not_is_refused(
+    server: Server, caption: Call, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        caption(server[0], IMAGE, client=wrong)
+
+
+def test_the_present_trace_goes_along(server: Server, caption: Call) -> None:
+    target, servicer = server
+    with TracerProvider().get_tracer("test").start_as_current_span("asking") as span:
+        caption(target, IMAGE)
+    caption(target, IMAGE)
+    inside, outside = (metadata.get("traceparent") for metadata in servicer.metadata)
+    assert f"{span.get_span_context().trace_id:032x}" in str(inside)
+    assert outside is None
 
 
 def test_an_unknown_finish_reason_is_no_error(server: Server, caption: Call) -> None:

@@ -6,12 +6,21 @@ import asyncio
 import itertools
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
-from captionserve import AsyncCaptionClient, CaptionClient, CaptionError, Outcome
+from captionserve import (
+    AsyncCaptionClient,
+    CaptionClient,
+    CaptionError,
+    Outcome,
+    _many,
+    _retry,
+)
 from captionserve.v1 import caption_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
@@ -285,6 +294,32 @@ def test_an_outcome_does_not_wait_for_the_next_image(server: Server) -> None:
         return outcomes
 
     assert texts(asyncio.run(run())) == ["image 0", "image 1"]
+
+
+def test_a_caller_who_is_away_for_long_misses_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + away)
+    for module in (_many, _retry):
+        monkeypatch.setattr(module, "time", clock)
+    outcomes = []
+    with CaptionClient(server[0], timeout=WAIT_SECONDS) as client:
+        for outcome in client.caption_many(images(10), window=3):
+            outcomes.append(outcome)
+            away += 10 * WAIT_SECONDS
+    assert texts(outcomes) == [f"image {number}" for number in range(10)]
+
+    async def run() -> list[Outcome]:
+        nonlocal away
+        outcomes = []
+        async with AsyncCaptionClient(server[0], timeout=WAIT_SECONDS) as client:
+            async for outcome in client.caption_many(images(10), window=3):
+                outcomes.append(outcome)
+                away += 10 * WAIT_SECONDS
+        return outcomes
+
+    assert texts(asyncio.run(run())) == [f"image {number}" for number in range(10)]
 
 
 @pytest.mark.parametrize("kind", [LookupError, queue.Empty, asyncio.TimeoutError])

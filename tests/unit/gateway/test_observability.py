@@ -51,8 +51,7 @@ def test_room_and_turns_are_shown_while_they_are_taken() -> None:
     async def run() -> tuple[dict[str, float], dict[str, float]]:
         async with gateway_setup() as setup:
             setup.triton.stream = setup.triton.stream_when_allowed
-            size = (("captionserve-request-bytes", "1000"),)
-            call = setup.stub.Caption(request_of(), timeout=60, metadata=size)
+            call = setup.stub.Caption(request_of(), timeout=60)
             await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
             during = await asyncio.to_thread(metrics_of, setup)
             setup.triton.may_answer.set()
@@ -61,7 +60,8 @@ def test_room_and_turns_are_shown_while_they_are_taken() -> None:
             return during, await asyncio.to_thread(metrics_of, setup)
 
     during, after = asyncio.run(run())
-    taken = {"admitted": 1, "request_bytes": 1000, "working": 1, "waiting": 0}
+    size = request_of().ByteSize()
+    taken = {"admitted": 1, "request_bytes": size, "working": 1, "waiting": 0}
     assert {name: during[f"captionserve_{name}"] for name in taken} == taken
     assert {after[f"captionserve_{name}"] for name in taken} == {0}
     assert during["captionserve_turns"] > 1

@@ -13,7 +13,7 @@ import pytest
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
 from captionserve_server.gateway.credentials import CertificateError
 from captionserve_server.gateway.server import Gateway
-from captionserve_server.gateway.tokens import create_token, revoke_tokens
+from captionserve_server.gateway.tokens import TokenFileError, create_token, revoke_tokens
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -176,6 +176,18 @@ def test_bad_new_tokens_are_refused_and_the_old_ones_kept(
     asyncio.run(run())
     assert "the old ones stay" in caplog.text
     assert token not in caplog.text
+
+
+@pytest.mark.parametrize("content", ["nonsense", None])
+def test_tokens_that_cannot_be_read_at_the_start_are_an_error_in_words(
+    content: str | None, files: CertificateFiles
+) -> None:
+    if content is not None:
+        files.tokens.write_text(content)
+    with pytest.raises(TokenFileError, match="--tokens: ") as raised:
+        Gateway(settings_of(tokens=files.tokens))
+    assert str(files.tokens) not in str(raised.value)
+    assert "nonsense" not in str(raised.value)
 
 
 @asynccontextmanager

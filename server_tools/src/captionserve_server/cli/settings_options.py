@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import click
 import typer
 from pydantic import ValidationError
 
@@ -70,7 +69,7 @@ def _settings(given: dict[str, Any]) -> Settings:
         first = error.errors(include_url=False, include_context=False)[0]
         message = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:  # Of several settings together; it names them.
-            raise click.UsageError(message) from error
+            raise typer.BadParameter(message) from error
         name = str(first["loc"][0])
         hint = flag(name) if given.get(name) is not None else f"{flag(name)} or {variable(name)}"
         raise typer.BadParameter(message, param_hint=hint) from error

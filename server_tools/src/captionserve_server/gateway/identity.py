@@ -29,14 +29,17 @@ class Identities:
         """Ask for tokens of a file, where there is one.
 
         Raises:
-            OSError: if the file cannot be read, or is none of tokens.
+            TokenFileError: if the file cannot be read, or is none of tokens.
         """
         self._path = tokens
         self._tokens: Tokens | None = None
         self._seen: tuple[int, int] | None = None
         if tokens is not None:
-            self._seen = _state(tokens)
-            self._tokens = read_tokens(tokens)
+            try:
+                self._seen = _state(tokens)
+                self._tokens = read_tokens(tokens)
+            except OSError as error:
+                raise TokenFileError(f"--tokens: {error.strerror or error}") from error
 
     def refresh(self) -> None:
         """Take in a file that has changed; one that cannot be used is said, and not taken."""
