@@ -20,6 +20,7 @@ class Proxy:
         connections: that were opened until now.
         passed: bytes until now, UP and DOWN.
         cut_at: of `passed`, where all connections are cut, once; None for nowhere.
+        swallow_at: of `passed` UP, from where on nothing is passed on; None for nowhere.
     """
 
     def __init__(self, target: str) -> None:
@@ -29,6 +30,7 @@ class Proxy:
         self.connections = 0
         self.passed = [0, 0]
         self.cut_at: list[int | None] = [None, None]
+        self.swallow_at: int | None = None
         self._loop = asyncio.new_event_loop()
         self._serving: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -45,11 +47,17 @@ class Proxy:
 
     def half_close(self) -> None:
         """Say to the service that the clients will send no more."""
-        self._do(lambda: [writer.write_eof() for writer in self._writers])
+
+        def end() -> None:
+            for writer in self._writers:
+                writer.write_eof()
+
+        self._do(end)
 
     def _do(self, action: Callable[[], object]) -> None:
         done = threading.Event()
-        self._loop.call_soon_threadsafe(lambda: (action(), done.set()))
+        self._loop.call_soon_threadsafe(action)
+        self._loop.call_soon_threadsafe(done.set)
         assert done.wait(10)
 
     def _cut(self) -> None:
@@ -78,6 +86,8 @@ class Proxy:
             if writer in self._swallowed:
                 continue
             self.passed[direction] += len(data)
+            if self.swallow_at is not None and self.passed[UP] >= self.swallow_at:
+                self._swallowed |= self._writers
             limit = self.cut_at[direction]
             if limit is not None and self.passed[direction] >= limit:
                 self.cut_at[direction] = None

@@ -8,7 +8,6 @@ import random
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,27 +18,20 @@ from captionserve.v1 import caption_pb2, caption_pb2_grpc
 from captionserve_server.serving.ready import ReadyReport
 
 from tests.faults import http2, load
-from tests.faults.served import WAIT_SECONDS, assert_ended_well, serving, wait_until
+from tests.faults.conftest import MOST_STREAMS
+from tests.faults.served import WAIT_SECONDS, Served, wait_until
 from tests.pictures import png
 from tests.reference import picture
 
-NAME = "projected"
 METHODS = ("Caption", "StreamCaption", "CaptionMany", "GetModels")
 SERVICE = "/captionserve.v1.CaptionService/"
-MOST_STREAMS = 32
 MEMORY_SLACK_BYTES = 48 * 2**20
 
 
-@pytest.fixture(scope="module")
-def flooded(
-    model_repository: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ReadyReport]:
-    """A service that all of it is done to."""
-    few = ("--max-streams-per-connection", str(MOST_STREAMS), "--handshake-seconds", "2")
-    folder = tmp_path_factory.mktemp("flooded")
-    with serving(model_repository(NAME), folder, *few) as served:
-        yield ReadyReport(**served.report)
-        assert_ended_well(served)
+@pytest.fixture
+def flooded(impatient: Served) -> ReadyReport:
+    """The service that all of it is done to."""
+    return ReadyReport(**impatient.report)
 
 
 @pytest.fixture
@@ -91,10 +83,10 @@ def test_calls_that_are_cancelled_at_random_moments_leave_nothing(goes_on: str) 
 
     async def one(channel: grpc.aio.Channel, turn: asyncio.Semaphore) -> bool:
         async with turn:
-            if chance.random() < 0.5:
-                call: Any = channel.unary_unary(SERVICE + "Caption")(request, timeout=WAIT_SECONDS)
-            else:
-                call = channel.unary_stream(SERVICE + "StreamCaption")(stream, timeout=WAIT_SECONDS)
+            whole: Any = channel.unary_unary(SERVICE + "Caption")
+            streamed: Any = channel.unary_stream(SERVICE + "StreamCaption")
+            begin, message = chance.choice(((whole, request), (streamed, stream)))
+            call = begin(message, timeout=WAIT_SECONDS)
             code = asyncio.ensure_future(call.code())
             await asyncio.wait([code], timeout=chance.expovariate(100))
             return bool(call.cancel())
@@ -141,7 +133,8 @@ def test_fuzzed_messages_are_refused_in_words_or_captioned(goes_on: str) -> None
 
     async def ask(channel: grpc.aio.Channel, method: str, message: bytes) -> Counter[str]:
         size = (("captionserve-request-bytes", str(len(message))),)
-        call: Any = channel.stream_stream(SERVICE + method)(iter([message]), metadata=size)
+        begin: Any = channel.stream_stream(SERVICE + method)
+        call = begin(iter([message]), metadata=size)
         codes: Counter[str] = Counter()
         try:
             async for answer in call:

@@ -6,10 +6,9 @@ import contextlib
 import queue
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,35 +21,28 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.faults.proxy import DOWN, UP, Proxy, proxy_to
-from tests.faults.served import WAIT_SECONDS, assert_ended_well, serving, wait_until
+from tests.faults.served import WAIT_SECONDS, Served, wait_until
 from tests.pictures import png
 from tests.reference import picture
 
-NAME = "projected"
 # gRPC's own, which come and go.
 FILES_SLACK = 6
 
 
-@pytest.fixture(scope="module")
-def running(
-    model_repository: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ReadyReport]:
-    """A service that soon gives up on who is silent."""
-    short = ("--handshake-seconds", "2", "--keepalive-seconds", "2")
-    with serving(model_repository(NAME), tmp_path_factory.mktemp("running"), *short) as served:
-        service = ReadyReport(**served.report)
-        with CaptionClient(service.grpc) as client:
-            client.caption(picture(1))
-        yield service
-        assert_ended_well(served)
+@pytest.fixture
+def running(impatient: Served) -> ReadyReport:
+    """The service that soon gives up on who is silent."""
+    with CaptionClient(impatient.report["grpc"]) as client:
+        client.caption(picture(1))
+    return ReadyReport(**impatient.report)
 
 
 def in_flight(running: ReadyReport) -> float:
     """Calls that the gateway has not ended."""
     with urllib.request.urlopen(f"http://{running.metrics}/metrics", timeout=10) as answer:
         families = text_string_to_metric_families(answer.read().decode())
-        samples = {each.name: each.value for family in families for each in family.samples}
-    return samples["captionserve_requests_in_flight"]
+        samples = [each for family in families for each in family.samples]
+    return sum(each.value for each in samples if each.name == "captionserve_requests_in_flight")
 
 
 @contextmanager

@@ -58,9 +58,8 @@ class Guarded:
         options = [("grpc.enable_retries", 0), ("grpc.max_send_message_length", -1)]
         target, credentials = self.served.report["grpc"], self.files.credentials()
         with grpc.secure_channel(target, credentials, options=options) as channel:
-            call: Any = channel.stream_stream(SERVICE + method)(
-                iter([request]), timeout=timeout, metadata=metadata
-            )
+            begin: Any = channel.stream_stream(SERVICE + method)
+            call = begin(iter([request]), timeout=timeout, metadata=metadata)
             try:
                 self.told += call
             except grpc.RpcError:

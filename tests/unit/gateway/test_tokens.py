@@ -46,7 +46,9 @@ def test_a_name_may_have_several_while_they_are_rotated(tmp_path: Path) -> None:
     tokens = [create_token(path, "alice") for _ in range(3)]
     known = read_tokens(path)
     assert {known.name_of(token) for token in tokens} == {"alice"}
-    assert revoke_tokens(path, "alice") == 3
+    assert revoke_tokens(path, "alice", keep_newest=True) == 2
+    assert [read_tokens(path).name_of(token) for token in tokens] == [None, None, "alice"]
+    assert revoke_tokens(path, "alice") == 1
 
 
 def test_tokens_made_at_once_are_all_kept(tmp_path: Path) -> None:

@@ -29,10 +29,16 @@ def create(name: Name, tokens: TokensFile) -> None:
 
 
 @token.command()
-def revoke(name: Name, tokens: TokensFile) -> None:
+def revoke(
+    name: Name,
+    tokens: TokensFile,
+    keep_newest: Annotated[
+        bool, typer.Option("--keep-newest", help="But the one that was created last stays.")
+    ] = False,
+) -> None:
     """Refuse all tokens of a name from now on."""
-    count = revoke_tokens(tokens, name)
-    if not count:
+    count = revoke_tokens(tokens, name, keep_newest=keep_newest)
+    if not count and not keep_newest:
         raise typer.BadParameter("there is no token of that name", param_hint="NAME")
     messages.print(f"revoked {count}")
 

@@ -85,8 +85,13 @@ def create_token(path: Path, name: str) -> str:
     return token
 
 
-def revoke_tokens(path: Path, name: str) -> int:
-    """Take all tokens of a name out of a file; how many there were.
+def revoke_tokens(path: Path, name: str, *, keep_newest: bool = False) -> int:
+    """Take the tokens of a name out of a file; how many were.
+
+    Args:
+        path: of the file.
+        name: whose.
+        keep_newest: whether the one that was created last stays.
 
     Raises:
         FileNotFoundError: if there is no file.
@@ -94,9 +99,10 @@ def revoke_tokens(path: Path, name: str) -> int:
     """
     path.stat()
     with _changed(path) as tokens:
-        count = sum(each.name == name for each in tokens)
-        tokens[:] = [each for each in tokens if each.name != name]
-    return count
+        of_name = [each for each in tokens if each.name == name]
+        revoked = of_name[:-1] if keep_newest else of_name
+        tokens[:] = [each for each in tokens if each not in revoked]
+    return len(revoked)
 
 
 def read_tokens(path: Path) -> Tokens:
