@@ -83,7 +83,7 @@ class _Work:
     key: bytes | None
 
 
-class _Captioned(NamedTuple):
+class Captioned(NamedTuple):
     """A caption that was computed, and the stages that it has passed."""
 
     response: caption_pb2.CaptionResponse
@@ -117,7 +117,7 @@ class CaptionService:
         self._suspects = Suspects()
         self.turns = Turns(_FIRST_TURNS)
         self.last_answer = -math.inf
-        self._captions: SharedWork[_Captioned] = SharedWork()
+        self._captions: SharedWork[Captioned] = SharedWork()
         # By version; stays while no decoder is connected, for what is remembered of its answers.
         self._descriptions: Mapping[int, Description] = {}
 
@@ -280,7 +280,7 @@ class CaptionService:
             with self._suspects.in_work(image):
                 yield turn_stage(clock() - begin)
 
-    async def _caption(self, work: _Work) -> _Captioned:
+    async def _caption(self, work: _Work) -> Captioned:
         """Have it captioned, and remember the answer where there is a key."""
         async with self._working(work.image, work.call) as turn:
             time_limit = _time_limit(work.message, work.until)
@@ -290,21 +290,27 @@ class CaptionService:
             self._cache.put(work.key, computed.response)
         return computed
 
-    def _computed(self, answer: Answer, turn: Stage) -> _Captioned:
-        """What the decoder's last answer says."""
-        try:
-            response = caption_response(answer.outputs, answer.model_version)
-            stages = [turn, *stages_of(answer.outputs[wire.TIMES.name].values)]
-        except (ValueError, LookupError) as error:
-            raise ModelFaultError(_UNREADABLE) from error
+    def _computed(self, answer: Answer, turn: Stage) -> Captioned:
+        """What the decoder's last answer says, counted."""
+        response, decoder_stages = read_answer(answer)
+        stages = [turn, *decoder_stages]
         tokens = sum(len(caption.token_ids) for caption in response.captions)
         self._metrics.caption(stages, tokens)
-        return _Captioned(response, stages)
+        return Captioned(response, stages)
 
     def _tell(self, stages: Sequence[Stage]) -> None:
         """Tell a call's log line and trace of the stages that it has waited for."""
         bind_contextvars(stages={stage.name: round(stage.seconds, 4) for stage in stages})
         self._traces.stages(stages)
+
+
+def read_answer(answer: Answer) -> Captioned:
+    """What a decoder's last answer says; ModelFaultError if it cannot be read."""
+    try:
+        response = caption_response(answer.outputs, answer.model_version)
+        return Captioned(response, stages_of(answer.outputs[wire.TIMES.name].values))
+    except (ValueError, LookupError) as error:
+        raise ModelFaultError(_UNREADABLE) from error
 
 
 def prioritised(call: Call, request: caption_pb2.CaptionRequest) -> Call:

@@ -15,7 +15,7 @@ from captionserve_server.gateway.admission import Room
 from captionserve_server.gateway.cache import AnswerCache
 from captionserve_server.gateway.calls import Calls
 from captionserve_server.gateway.canary import canary
-from captionserve_server.gateway.caption_service import SERVICE_NAME, CaptionService
+from captionserve_server.gateway.caption_service import SERVICE_NAME, CaptionService, read_answer
 from captionserve_server.gateway.credentials import CertificatePaths, ServerCertificates
 from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
 from captionserve_server.gateway.identity import Identities
@@ -152,7 +152,8 @@ class Gateway:
             descriptions = []
             for version in versions:
                 description = await decoder.describe(version)
-                await decoder.caption(canary(description), version, TimeLimit(seconds, seconds))
+                time_limit = TimeLimit(seconds, seconds)
+                read_answer(await decoder.caption(canary(description), version, time_limit))
                 descriptions.append(description)
         except BaseException:
             await decoder.close()
