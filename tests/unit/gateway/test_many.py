@@ -222,6 +222,17 @@ def test_models_say_what_is_served() -> None:
     assert (answer.load.slots, answer.load.working, answer.load.waiting) == (32, 0, 0)
 
 
+def test_while_nothing_is_served_nothing_is_said_to_be() -> None:
+    async def run() -> grpc.StatusCode:
+        async with gateway_setup() as setup:
+            await setup.disconnect()
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await setup.stub.GetModels(caption_pb2.GetModelsRequest(), timeout=10)
+            return raised.value.code()
+
+    assert asyncio.run(run()) is grpc.StatusCode.UNAVAILABLE
+
+
 @pytest.mark.parametrize("version", [1, 4, -1])
 def test_a_version_that_is_not_served_is_not_found(version: int) -> None:
     async def run() -> None:

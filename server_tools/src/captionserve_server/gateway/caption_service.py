@@ -253,7 +253,8 @@ class CaptionService:
     async def models(
         self, request: caption_pb2.GetModelsRequest, call: Call
     ) -> caption_pb2.GetModelsResponse:
-        """Say what is served."""
+        """Say what is served; ModelUnavailableError while nothing is."""
+        self._connected()
         default = self._described(0)
         return caption_pb2.GetModelsResponse(
             models=[
