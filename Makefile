@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-images soak-checkpoints profile bench perf clean
+.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints profile bench perf clean
 
 setup: $(VENV)/installed
 
@@ -30,10 +30,10 @@ test-wheels: setup  ## The wheels installed outside the checkout, without constr
 lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_options.py
-	cd proto && ../$(BIN)/buf lint
+	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py
+	$(BIN)/python proto/lint.py
 	$(BIN)/python proto/generate.py --check
-	$(BIN)/python docs/generate_options.py --check
+	$(BIN)/python docs/generate_pages.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -41,7 +41,7 @@ format: setup
 
 generate: setup  ## Regenerate the gRPC code from proto/, and the table of options.
 	$(BIN)/python proto/generate.py
-	$(BIN)/python docs/generate_options.py
+	$(BIN)/python docs/generate_pages.py
 
 evaluate: setup  ## Accuracy of the demo checkpoint on held-out scenes, through the whole stack.
 	$(BIN)/captionserve evaluate --checkpoint demo/checkpoint
@@ -58,6 +58,18 @@ soak: setup  ## 2,000 mixed requests, a third given up; everything must be back 
 
 soak-options: setup  ## More than 300 combinations of options of each checkpoint, through the whole stack.
 	$(BIN)/python -m pytest tests/e2e/test_equals_generate.py --soak-options 1
+
+soak-faults: setup  ## Ten minutes of load while processes are killed and stopped: nothing wrong, all heals.
+	$(BIN)/python -m pytest tests/faults/test_heals_under_load.py --soak-faults 600 \
+		--log-cli-level INFO
+
+soak-many: setup  ## 10,000 images, some of them broken, while Triton is killed twice: each has its outcome once.
+	$(BIN)/python -m pytest tests/faults/test_many_soak.py --soak-many 10000 \
+		--log-cli-level INFO
+
+soak-overload: setup  ## Ten times as many calls as can be answered; another's with REPOSITORY=folder.
+	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 60 \
+		$(if $(REPOSITORY),--soak-repository $(REPOSITORY)) --log-cli-level INFO
 
 soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bounded time and memory.
 	$(BIN)/python -m pytest tests/faults/test_image_soak.py --soak-images 5000 \

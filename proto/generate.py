@@ -12,6 +12,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from google.rpc import status_pb2
 from grpc_tools import protoc
 
 PROTO_ROOT = Path(__file__).resolve().parent
@@ -25,7 +26,9 @@ def generate(output: Path) -> None:
     # protoc looks for its plugins on PATH; they lie beside the interpreter.
     os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"]))
     well_known_types = importlib.resources.files("grpc_tools") / "_proto"
-    arguments = [f"-I{PROTO_ROOT}", f"-I{well_known_types}"]
+    # google/rpc/status.proto comes with the package of its generated code.
+    common_types = Path(status_pb2.__file__).parents[2]
+    arguments = [f"-I{PROTO_ROOT}", f"-I{well_known_types}", f"-I{common_types}"]
     arguments += [f"--{plugin}_out={output}" for plugin in PLUGINS]
     arguments += [f"--{plugin}_opt=quiet" for plugin in ("mypy", "mypy_grpc")]
     if protoc.main(["protoc", *arguments, PROTO_FILE]) != 0:

@@ -57,6 +57,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--soak-images", type=int, default=500, help="files of tests/faults/test_image_soak.py"
     )
     parser.addoption(
+        "--soak-faults",
+        type=float,
+        default=60.0,
+        help="seconds of tests/faults/test_heals_under_load.py",
+    )
+    parser.addoption(
+        "--soak-many", type=int, default=300, help="images of tests/faults/test_many_soak.py"
+    )
+    parser.addoption(
+        "--soak-overload",
+        type=float,
+        default=0.0,
+        help="seconds that tests/faults/test_overload.py asks for ten times what can be answered",
+    )
+    parser.addoption(
+        "--soak-repository",
+        type=Path,
+        help="model repository of --soak-overload; the demo's if none",
+    )
+    parser.addoption(
         "--soak-checkpoints",
         type=int,
         default=20,

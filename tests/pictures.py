@@ -50,3 +50,9 @@ def grey_png(depth: int, rows: bytes, width: int, height: int, key: int) -> byte
         + png_chunk(b"IDAT", zlib.compress(rows))
         + png_chunk(b"IEND", b"")
     )
+
+
+def numbered(file: bytes, number: int) -> bytes:
+    """A PNG file as another file of the same pixels, so that its answer is not remembered."""
+    end = len(file) - len(png_chunk(b"IEND", b""))
+    return file[:end] + png_chunk(b"tEXt", b"Comment\0%d" % number) + file[end:]

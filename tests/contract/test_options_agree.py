@@ -169,7 +169,7 @@ def test_values_at_the_edges_are_refused_equally_by_client_and_service(
 
 
 def test_the_table_of_options_is_up_to_date() -> None:
-    script = Path(__file__).resolve().parents[2] / "docs" / "generate_options.py"
+    script = Path(__file__).resolve().parents[2] / "docs" / "generate_pages.py"
     done = subprocess.run(
         [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
     )

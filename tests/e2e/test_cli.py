@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from captionserve_server.gateway.tokens import create_token
 from captionserve_server.serving.ready import ReadyReport
 
+from tests.certificates import CertificateFiles
 from tests.conftest import DEMO, DEMO_FOLDER
+from tests.faults.served import serving
 
 ROOT = Path(__file__).parent.parent.parent
 CAPTIONS: dict[str, str] = json.loads((DEMO_FOLDER / "images" / "captions.json").read_text())
@@ -103,6 +106,39 @@ def _without_numbers(answer: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "captions": captions}
 
 
+def test_over_tls_with_a_token(model_repository: Callable[[str], Path], tmp_path: Path) -> None:
+    files = CertificateFiles(tmp_path)
+    token = create_token(files.tokens, "alice")
+    token_file = tmp_path / "token"
+    token_file.write_text(token + "\n")
+    arguments = ("--tls-certificate", str(files.certificate), "--tls-key", str(files.key))
+    with serving(
+        model_repository(DEMO), tmp_path, *arguments, "--tokens", str(files.tokens)
+    ) as served:
+        call = ("caption", *IMAGES, "--target", served.report["grpc"], "--num-beams", "4")
+        known = ("--tls-ca", str(files.ca), "--token-file", str(token_file))
+        process = run(*call, *known)
+        assert process.returncode == 0, process.stderr
+        for name, caption in CAPTIONS.items():
+            assert f"{name}: {caption} (" in process.stdout
+        process = run(*call, *known[:2])
+        assert process.returncode == 5
+        assert process.stderr.count("UNAUTHENTICATED") == len(IMAGES)
+        said = served.end()
+    assert "identity=alice" in said
+    assert token not in said
+
+
+def test_a_token_is_for_this_machine_or_tls(tmp_path: Path) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_text("secret")
+    call = ("caption", IMAGES[0], "--token-file", str(token_file))
+    process = run(*call, "--target", "10.0.0.1:9000")
+    assert process.returncode == 2
+    assert "it needs TLS" in " ".join(process.stderr.split())
+    assert run(*call, "--local", str(tmp_path)).returncode == 2
+
+
 def test_no_service_is_an_error_in_words() -> None:
     process = run("caption", IMAGES[0], "--target", "127.0.0.1:1", "--timeout", "2")
     assert process.returncode == 5
@@ -158,20 +194,22 @@ def test_evaluate_scores_a_running_service(service: Callable[[str], ReadyReport]
     assert 0 < trained["cider_d"] <= 10
 
 
-@pytest.mark.parametrize("language", ["python"])
-def test_the_readme_snippets_run(
-    language: str,
+@pytest.mark.parametrize("page", ["README.md", "docs/clients.md"])
+def test_the_snippets_run(
+    page: str,
     service: Callable[[str], ReadyReport],
     model_repository: Callable[[str], Path],
 ) -> None:
-    readme = (ROOT / "README.md").read_text()
-    snippets = re.findall(rf"```{language}\n(.*?)```", readme, re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert snippets
     places = {
         "127.0.0.1:9000": service(DEMO).grpc,
         "model_repository_dir": str(model_repository(DEMO)),
     }
     for snippet in snippets:
+        if "captions.example" in snippet:
+            compile(snippet, page, "exec")
+            continue
         assert any(named in snippet for named in places)
         for named, place in places.items():
             snippet = snippet.replace(named, place)

@@ -8,26 +8,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-import re
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import numpy as np
-import psutil
 import pytest
 from captionserve import CaptionClient, CaptionError, GenerationOptions
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
 from captionserve_server.serving.ready import ReadyReport
 from numpy.typing import NDArray
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import DEMO
+from tests.faults.footprint import Footprint, footprint, idle, leaks, settled
 
 log = logging.getLogger(__name__)
 Pixels = NDArray[np.uint8]
@@ -36,11 +30,6 @@ IN_FLIGHT = 24
 # The pools' threads, the allocators' arenas and the cache have filled up by then.
 WARM_UP_REQUESTS = 100
 WARM_UPS = 3
-SETTLE_SECONDS = 60.0
-# What allocators keep back; a leak of one image's states per ten requests is far more over 2,000.
-MEMORY_SLACK_BYTES = 48 * 2**20
-# gRPC starts and ends a few threads of its own as it sees fit.
-SLACKS = {"slots": 0, "processes": 0, "threads": 6, "open_files": 6, "shared_files": 0}
 
 OPTIONS = (
     GenerationOptions(),
@@ -52,66 +41,6 @@ OPTIONS = (
     GenerationOptions(do_sample=True, seed=4, top_p=0.9),
     GenerationOptions(prefix="a", bad_words=["red", "dog"], output_attentions=True),
 )
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What the service holds.
-
-    Attributes:
-        slots: decoder slots in use.
-        processes: the gateway, Triton and its stubs.
-        threads: of all of them.
-        open_files: likewise.
-        shared_files: files in /dev/shm of this service.
-        memory_bytes: private memory of all processes.
-    """
-
-    slots: int
-    processes: int
-    threads: int
-    open_files: int
-    shared_files: int
-    memory_bytes: int
-
-
-def footprint(service: ReadyReport) -> Footprint:
-    gateway = psutil.Process(service.pids["gateway"])
-    processes = [gateway, *gateway.children(recursive=True)]
-    return Footprint(
-        slots=slots_used(service),
-        processes=len(processes),
-        threads=sum(process.num_threads() for process in processes),
-        open_files=sum(process.num_fds() for process in processes),
-        shared_files=len(shared_files(processes)),
-        memory_bytes=sum(process.memory_full_info().uss for process in processes),
-    )
-
-
-def shared_files(processes: list[psutil.Process]) -> set[Path]:
-    """What lies in /dev/shm under the names of these processes' Triton, in use or left behind."""
-    mapped = " ".join(each.path for one in processes for each in one.memory_maps())
-    prefixes = set(re.findall(r"/dev/shm/(captionserve-triton-.{8})", mapped))
-    return {path for prefix in prefixes for path in Path("/dev/shm").glob(f"{prefix}*")}
-
-
-def slots_used(service: ReadyReport) -> int:
-    with urllib.request.urlopen(f"http://{service.triton_metrics}/metrics") as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-        samples = [sample for family in families for sample in family.samples]
-    return int(sum(s.value for s in samples if s.name == "captionserve_slots_used"))
-
-
-def leaks(before: Footprint, after: Footprint) -> list[str]:
-    """What has grown, in words."""
-    found = [
-        f"{name}: {getattr(before, name)} to {getattr(after, name)}"
-        for name, slack in SLACKS.items()
-        if getattr(after, name) > getattr(before, name) + slack
-    ]
-    if after.memory_bytes > before.memory_bytes + MEMORY_SLACK_BYTES:
-        found.append(f"memory: {before.memory_bytes >> 20} to {after.memory_bytes >> 20} MiB")
-    return found
 
 
 class Load:
@@ -180,25 +109,6 @@ def warmed_up(service: ReadyReport, load: Load) -> Footprint:
         load.run(WARM_UP_REQUESTS, seed=number * WARM_UP_REQUESTS)
         seen.append(idle(service))
     return dataclasses.replace(seen[-1], threads=max(each.threads for each in seen))
-
-
-def idle(service: ReadyReport) -> Footprint:
-    """The footprint once no slot is in use, or after the time to settle.
-
-    Who has given up is still decoded for a moment, and metrics are shown at a pace.
-    """
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while (now := footprint(service)).slots and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return now
-
-
-def settled(service: ReadyReport, before: Footprint) -> Footprint:
-    """The footprint once it is no larger than before, or after the time to settle."""
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while leaks(before, after := idle(service)) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    return after
 
 
 def test_everything_is_back_where_it_was(

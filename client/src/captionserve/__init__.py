@@ -4,6 +4,7 @@ from captionserve._aio import AsyncCaptionClient
 from captionserve._client import CaptionClient
 from captionserve._errors import CaptionError
 from captionserve._images import ImageInput
+from captionserve._many import Outcome
 from captionserve._options import GenerationOptions
 from captionserve._results import (
     Attention,
@@ -11,7 +12,11 @@ from captionserve._results import (
     CaptionResult,
     CaptionUpdate,
     FinishReason,
+    ModelInfo,
+    Models,
+    OptionLimits,
 )
+from captionserve._transport import tls_credentials
 
 __all__ = [
     "AsyncCaptionClient",
@@ -24,4 +29,9 @@ __all__ = [
     "FinishReason",
     "GenerationOptions",
     "ImageInput",
+    "ModelInfo",
+    "Models",
+    "OptionLimits",
+    "Outcome",
+    "tls_credentials",
 ]

@@ -189,3 +189,16 @@ def _short(text: object) -> str:
     """What the caller wrote, short enough for an error."""
     shown = str(text)
     return shown if len(shown) <= _SHOWN_CHARACTERS else shown[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def options_from_proto(message: caption_pb2.GenerationOptions) -> dict[str, object]:
+    """The options that are set, by name, as GenerationOptions takes them."""
+    values: dict[str, object] = {}
+    for field, value in message.ListFields():
+        if field.name == "early_stopping":
+            values[field.name] = next(v for v, number in _EARLY_STOPPING.items() if number == value)
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            values[field.name] = tuple(value.values)
+        else:
+            values[field.name] = value
+    return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from captionserve._options import options_from_proto
 from captionserve.v1 import caption_pb2
 
 
@@ -155,3 +156,88 @@ def _attention(message: caption_pb2.Caption) -> Attention | None:
         return None
     attention = message.attention
     return Attention(attention.rows, attention.cols, tuple(attention.values))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """One version of the model.
+
+    Attributes:
+        version: its number.
+        is_default: whether requests without a version get it.
+        precision: of its weights: fp32, int8 or int4.
+        image_size: (height, width) in pixels of the images that it reads.
+        defaults: the checkpoint's own options, by name.
+    """
+
+    version: int
+    is_default: bool
+    precision: str
+    image_size: tuple[int, int]
+    defaults: dict[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionLimits:
+    """What one decoding option may be.
+
+    Attributes:
+        help: what it does.
+        range: the values allowed, in words; empty where every value is.
+    """
+
+    help: str
+    range: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """What a service serves.
+
+    Attributes:
+        models: the versions that can be asked, the newest first.
+        message_bytes: largest request.
+        image_pixels: largest image.
+        deadline_cap_seconds: longest time a caption may take.
+        window: images of one `caption_many` that the service works on at a time.
+        options: what each decoding option may be, by name.
+        slots: captions that are decoded at once, at most.
+        working: captions in work now.
+        waiting: captions that wait for their turn.
+    """
+
+    models: tuple[ModelInfo, ...]
+    message_bytes: int
+    image_pixels: int
+    deadline_cap_seconds: float
+    window: int
+    options: dict[str, OptionLimits]
+    slots: int
+    working: int
+    waiting: int
+
+
+def models_from_proto(response: caption_pb2.GetModelsResponse) -> Models:
+    """Read what a service says of itself."""
+    limits, load = response.limits, response.load
+    return Models(
+        models=tuple(map(_model, response.models)),
+        message_bytes=limits.message_bytes,
+        image_pixels=limits.image_pixels,
+        deadline_cap_seconds=limits.deadline_cap.ToMilliseconds() / 1e3,
+        window=limits.window,
+        options={each.name: OptionLimits(each.help, each.range) for each in limits.options},
+        slots=load.slots,
+        working=load.working,
+        waiting=load.waiting,
+    )
+
+
+def _model(message: caption_pb2.Model) -> ModelInfo:
+    return ModelInfo(
+        version=message.version,
+        is_default=message.is_default,
+        precision=message.precision,
+        image_size=(message.image_height, message.image_width),
+        defaults=options_from_proto(message.defaults),
+    )

@@ -150,8 +150,9 @@ def test_text_where_a_number_is_wanted_is_wrong_usage(arguments: list[str]) -> N
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with caption_server() as running:
-        yield running
+    with caption_server() as (target, servicer):
+        servicer.many = servicer.answer_each
+        yield target, servicer
 
 
 @pytest.fixture

@@ -24,6 +24,46 @@ Stream = Callable[
 ]
 Answer = Callable[[caption_pb2.CaptionRequest, grpc.ServicerContext], caption_pb2.CaptionResponse]
 
+Many = Callable[
+    [Iterator[caption_pb2.CaptionManyRequest], grpc.ServicerContext],
+    Iterator[caption_pb2.CaptionManyResponse],
+]
+
+
+def window(items: int = 4, message_bytes: int = 0) -> caption_pb2.CaptionManyResponse:
+    announced = caption_pb2.Window(items=items, message_bytes=message_bytes)
+    return caption_pb2.CaptionManyResponse(window=announced)
+
+
+def drain() -> caption_pb2.CaptionManyResponse:
+    return caption_pb2.CaptionManyResponse(drain=caption_pb2.Drain())
+
+
+def result_of(item: caption_pb2.CaptionManyRequest) -> caption_pb2.CaptionManyResponse:
+    """A caption that repeats the image."""
+    response = good_response()
+    response.captions[0].text = item.request.image.encoded.decode()
+    return caption_pb2.CaptionManyResponse(
+        result=caption_pb2.ItemResult(id=item.id, response=response)
+    )
+
+
+def failure_of(
+    item: caption_pb2.CaptionManyRequest, code: grpc.StatusCode, *details: Message
+) -> caption_pb2.CaptionManyResponse:
+    """An item's own error."""
+    status = status_pb2.Status.FromString(rich_status(code, *details))
+    return caption_pb2.CaptionManyResponse(result=caption_pb2.ItemResult(id=item.id, error=status))
+
+
+def answer_in_turn(
+    requests: Iterator[caption_pb2.CaptionManyRequest], context: grpc.ServicerContext
+) -> Iterator[caption_pb2.CaptionManyResponse]:
+    """Each item as it comes."""
+    yield window()
+    for item in requests:
+        yield result_of(item)
+
 
 def good_response() -> caption_pb2.CaptionResponse:
     best = caption_pb2.Caption(
@@ -84,14 +124,18 @@ class RecordingServicer(caption_pb2_grpc.CaptionServiceServicer):
     def __init__(self) -> None:
         self.requests: list[caption_pb2.CaptionRequest] = []
         self.seconds_left: list[float | None] = []
+        self.metadata: list[dict[str, str | bytes]] = []
         self.ended = threading.Event()
         self.answer: Answer = lambda request, context: good_response()
         self.stream: Stream = lambda request, context: iter(good_stream())
+        self.many: Many = answer_in_turn
+        self.models = caption_pb2.GetModelsResponse()
 
     def Caption(  # noqa: N802
         self, request: caption_pb2.CaptionRequest, context: grpc.ServicerContext
     ) -> caption_pb2.CaptionResponse:
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
         self.seconds_left.append(context.time_remaining())
         return self.answer(request, context)
 
@@ -101,6 +145,29 @@ class RecordingServicer(caption_pb2_grpc.CaptionServiceServicer):
         self.requests.append(request.request)
         self.seconds_left.append(context.time_remaining())
         yield from self.stream(request, context)
+
+    def CaptionMany(  # noqa: N802
+        self, requests: Iterator[caption_pb2.CaptionManyRequest], context: grpc.ServicerContext
+    ) -> Iterator[caption_pb2.CaptionManyResponse]:
+        self.metadata.append(dict(context.invocation_metadata()))
+        yield from self.many(requests, context)
+
+    def GetModels(  # noqa: N802
+        self, request: caption_pb2.GetModelsRequest, context: grpc.ServicerContext
+    ) -> caption_pb2.GetModelsResponse:
+        return self.models
+
+    def answer_each(
+        self, requests: Iterator[caption_pb2.CaptionManyRequest], context: grpc.ServicerContext
+    ) -> Iterator[caption_pb2.CaptionManyResponse]:
+        """Each item as a call of its own."""
+        yield window()
+        for item in requests:
+            self.requests.append(item.request)
+            response = self.answer(item.request, context)
+            yield caption_pb2.CaptionManyResponse(
+                result=caption_pb2.ItemResult(id=item.id, response=response)
+            )
 
     def one_part_and_no_more(
         self, request: caption_pb2.StreamCaptionRequest, context: grpc.ServicerContext

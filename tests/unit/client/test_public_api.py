@@ -36,6 +36,11 @@ def test_exports_exactly_the_public_names() -> None:
         "FinishReason",
         "GenerationOptions",
         "ImageInput",
+        "ModelInfo",
+        "Models",
+        "OptionLimits",
+        "Outcome",
+        "tls_credentials",
     }
     assert all(hasattr(captionserve, name) for name in captionserve.__all__)
 

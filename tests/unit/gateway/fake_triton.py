@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from captionserve_server.core.engine.timeline import STAGES
 from captionserve_server.gateway.kserve import decode_strings, encode_strings, kserve_type
 from captionserve_server.triton import wire
 from captionserve_server.triton.wire import TensorSpec
@@ -37,6 +38,7 @@ def good_outputs() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
         wire.DEGENERATE: np.array([False, True]),
         wire.TOKEN_IDS: np.array([[5, 6, 2], [0, -1, -1]], "<i4"),
         wire.TOKEN_LOGPROBS: np.array([[-0.25, -0.25, -0.5], [-0.75, 0, 0]], "<f4"),
+        wire.TIMES: np.array([1.7e9, *(0.001 for _ in STAGES)], np.float64),
         wire.TOKEN_TEXTS: np.array(
             [[b"a red", b" apple", b""], [b"un caf\xc3\xa9", b"", b""]], np.object_
         ),
@@ -111,6 +113,13 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.may_answer = asyncio.Event()
         self.stream: Stream = self.stream_well
 
+    def forget(self) -> None:
+        """Take it that nothing has been asked yet."""
+        self.described = self.opened = self.ended = 0
+        self.requests.clear()
+        self.seconds_left.clear()
+        self.arrived.clear()
+
     async def ModelStreamInfer(  # noqa: N802
         self, requests: AsyncIterator[service_pb2.ModelInferRequest], context: Context
     ) -> AsyncIterator[service_pb2.ModelStreamInferResponse]:
@@ -118,7 +127,9 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         async for request in requests:
             if [tensor.name for tensor in request.inputs] == [wire.DESCRIBE.name]:
                 self.described += 1
-                text = json.dumps({"version": self.version, "defaults": self.defaults})
+                description = {"version": self.version, "defaults": self.defaults, "slots": 32}
+                description |= {"precision": "int8", "image_size": [224, 224]}
+                text = json.dumps(description)
                 outputs = {wire.DESCRIPTION: encode_strings([text.encode()])}
                 yield self.response(outputs, request)
                 continue

@@ -19,6 +19,7 @@ from captionserve_server.gateway.cache import (
     AnswerCache,
     SharedWork,
     answer_key,
+    image_digest,
 )
 from captionserve_server.gateway.kserve import InputTensor
 from captionserve_server.triton import wire
@@ -121,20 +122,19 @@ def test_errors_are_not_remembered() -> None:
 
 
 def test_options_are_judged_before_the_model_is_asked() -> None:
-    async def run() -> tuple[dict[str, str], int, int]:
+    async def run() -> tuple[dict[str, str], int]:
         async with gateway_setup() as setup:
             failure = await failure_of(setup.stub, request_of(num_beams=99, max_length=1))
-            return violations_of(failure), len(setup.triton.requests), setup.triton.described
+            return violations_of(failure), len(setup.triton.requests)
 
-    violations, asked, described = asyncio.run(run())
+    violations, asked = asyncio.run(run())
     assert set(violations) == {"options.num_beams", "options.max_length"}
-    assert (asked, described) == (0, 1)
+    assert asked == 0
 
 
 def test_the_checkpoints_own_defaults_count() -> None:
     async def run() -> dict[str, str]:
-        async with gateway_setup() as setup:
-            setup.triton.defaults = {"num_beams": 4}
+        async with gateway_setup(defaults={"num_beams": 4}) as setup:
             await setup.stub.Caption(request_of(num_return_sequences=4), timeout=10)
             failure = await failure_of(setup.stub, request_of(num_return_sequences=5))
             return violations_of(failure)
@@ -142,26 +142,13 @@ def test_the_checkpoints_own_defaults_count() -> None:
     assert set(asyncio.run(run())) == {"options.num_return_sequences", "options.num_beams"}
 
 
-def test_the_description_is_asked_for_once_and_again_for_a_new_version() -> None:
-    async def run() -> tuple[list[int], list[bool]]:
-        async with gateway_setup() as setup:
-            described, cached = [], []
-            for version, image in ((3, b"1"), (3, b"2"), (4, b"3"), (4, b"1"), (4, b"1")):
-                setup.triton.version = version
-                cached.append((await setup.stub.Caption(request_of(image), timeout=10)).cached)
-                described.append(setup.triton.described)
-            return described, cached
-
-    # The first answer of version 4 tells of it; nothing of version 3 is given after that.
-    assert asyncio.run(run()) == ([1, 1, 1, 2, 2], [False, False, False, False, True])
-
-
-def test_a_forgotten_description_is_asked_for_anew() -> None:
+def test_what_is_remembered_of_another_version_is_not_given() -> None:
     async def run() -> list[bool]:
         async with gateway_setup() as setup:
             await setup.stub.Caption(request_of(), timeout=10)
             setup.triton.version = 4
-            setup.gateway.forget_description()
+            await setup.disconnect()
+            await setup.gateway.connect(setup.triton.address, [4], WAIT_SECONDS)
             calls = [await setup.stub.Caption(request_of(), timeout=10) for _ in range(2)]
             return [call.cached for call in calls]
 
@@ -398,18 +385,23 @@ def tensor(raw: bytes, shape: tuple[int, ...] = (1,)) -> InputTensor:
 
 def test_a_key_tells_images_shapes_options_and_versions_apart() -> None:
     plain, beams = DecodingOptions(), DecodingOptions(num_beams=2)
-    asked: list[tuple[list[InputTensor], DecodingOptions, int]] = [
-        ([tensor(b"ab")], plain, 1),
-        ([tensor(b"ab")], plain, 2),
-        ([tensor(b"ab")], beams, 1),
-        ([tensor(b"ab", (2,))], plain, 1),
-        ([tensor(b"a"), tensor(b"b")], plain, 1),
-        ([tensor(b"ac")], plain, 1),
-        ([tensor(bytes(2**21))], plain, 1),
+    asked: list[tuple[list[InputTensor], DecodingOptions, int, str]] = [
+        ([tensor(b"ab")], plain, 1, ""),
+        ([tensor(b"ab")], plain, 1, "alice"),
+        ([tensor(b"ab")], plain, 2, ""),
+        ([tensor(b"ab")], beams, 1, ""),
+        ([tensor(b"ab", (2,))], plain, 1, ""),
+        ([tensor(b"a"), tensor(b"b")], plain, 1, ""),
+        ([tensor(b"ac")], plain, 1, ""),
+        ([tensor(bytes(2**21))], plain, 1, ""),
     ]
 
     async def run() -> list[bytes]:
-        return [await answer_key(*each) for each in asked for _ in range(2)]
+        return [
+            answer_key(await image_digest(image), options, version, scope)
+            for image, options, version, scope in asked
+            for _ in range(2)
+        ]
 
     keys = asyncio.run(run())
     assert keys[::2] == keys[1::2]

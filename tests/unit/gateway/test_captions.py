@@ -112,6 +112,7 @@ def test_a_caption_without_tokens_is_a_caption() -> None:
         wire.TOKEN_LOGPROBS: np.zeros((1, 0), "<f4"),
         wire.TOKEN_TEXTS: np.zeros((1, 0), np.object_),
         wire.ATTENTIONS: np.zeros((1, 0, 2, 3), "<f4"),
+        wire.TIMES: good_outputs()[wire.TIMES],
     }
     (caption,) = answer_to(outputs).captions
     assert caption == caption_pb2.Caption(
@@ -221,9 +222,9 @@ def test_a_large_image_passes() -> None:
 
 def test_a_message_over_the_limit_is_grpcs_own_error() -> None:
     async def run() -> grpc.StatusCode:
-        async with gateway_setup(max_message_bytes=1000) as setup:
+        async with gateway_setup(max_message_megabytes=1) as setup:
             with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await setup.stub.Caption(request_of(bytes(2000)), timeout=10)
+                await setup.stub.Caption(request_of(bytes(2**20)), timeout=10)
             assert setup.triton.requests == []
             return raised.value.code()
 

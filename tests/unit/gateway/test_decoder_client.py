@@ -22,9 +22,9 @@ from captionserve_server.triton import wire
 from tritonclient.grpc import service_pb2
 
 from tests.unit.gateway.fake_triton import WAIT_SECONDS, Context, fake_triton
-from tests.unit.gateway.harness import gateway_setup, request_of
 
 IMAGE = [InputTensor(wire.IMAGE, (1,), encode_strings([b"an image"]))]
+VERSION = 3
 LIMIT = TimeLimit(call_seconds=60.0, model_seconds=60.0)
 
 
@@ -37,7 +37,7 @@ def describe(**attributes: Any) -> Description:
                 setattr(triton, name, value)
             client = DecoderClient(triton.address)
             try:
-                return await client.describe()
+                return await client.describe(VERSION)
             finally:
                 await client.close()
 
@@ -54,7 +54,8 @@ def describe(**attributes: Any) -> Description:
     ],
 )
 def test_a_description_comes_back_whole(options: DecodingOptions) -> None:
-    assert describe(version=7, defaults=options.as_given()) == Description(7, options)
+    described = describe(version=7, defaults=options.as_given())
+    assert described == Description(7, options, 32, "int8", (224, 224))
 
 
 @pytest.mark.parametrize(
@@ -73,16 +74,6 @@ def test_a_description_that_makes_no_sense_is_a_model_fault(attributes: dict[str
         describe(**attributes)
 
 
-def test_first_callers_ask_for_the_description_together() -> None:
-    async def run() -> int:
-        async with gateway_setup() as setup:
-            requests = [request_of(bytes([number])) for number in range(8)]
-            await asyncio.gather(*(setup.stub.Caption(each, timeout=10) for each in requests))
-            return setup.triton.described
-
-    assert asyncio.run(run()) == 1
-
-
 def test_a_stream_that_breaks_fails_no_other_call() -> None:
     async def run() -> str:
         async with fake_triton() as triton:
@@ -97,10 +88,10 @@ def test_a_stream_that_breaks_fails_no_other_call() -> None:
 
             triton.stream = stream
             client = DecoderClient(triton.address)
-            first = asyncio.create_task(client.caption(IMAGE, LIMIT))
+            first = asyncio.create_task(client.caption(IMAGE, VERSION, LIMIT))
             await asyncio.wait_for(triton.arrived.wait(), WAIT_SECONDS)
             with pytest.raises(ModelUnavailableError):
-                await client.caption(IMAGE, LIMIT)
+                await client.caption(IMAGE, VERSION, LIMIT)
             triton.may_answer.set()
             answer = await first
             await client.close()
@@ -114,7 +105,7 @@ def test_a_cancelled_task_cancels_its_stream() -> None:
         async with fake_triton() as triton:
             triton.stream = triton.stream_when_allowed
             client = DecoderClient(triton.address)
-            task = asyncio.create_task(client.caption(IMAGE, LIMIT))
+            task = asyncio.create_task(client.caption(IMAGE, VERSION, LIMIT))
             await asyncio.wait_for(triton.arrived.wait(), WAIT_SECONDS)
             task.cancel()
             await asyncio.wait_for(triton.cancelled.wait(), WAIT_SECONDS)
@@ -131,7 +122,7 @@ def test_time_that_passes_ends_the_stream() -> None:
             triton.stream = triton.stream_when_allowed
             client = DecoderClient(triton.address)
             with pytest.raises(CaptionServeError) as raised:
-                await client.caption(IMAGE, TimeLimit(0.2, 0.2))
+                await client.caption(IMAGE, VERSION, TimeLimit(0.2, 0.2))
             await asyncio.wait_for(triton.cancelled.wait(), WAIT_SECONDS)
             await client.close()
             return raised.value
@@ -148,7 +139,7 @@ def test_calls_one_after_another_share_a_stream() -> None:
     async def run() -> tuple[list[str], int]:
         async with fake_triton() as triton:
             client = DecoderClient(triton.address)
-            texts = [text_of(await client.caption(IMAGE, LIMIT)) for _ in range(5)]
+            texts = [text_of(await client.caption(IMAGE, VERSION, LIMIT)) for _ in range(5)]
             await client.close()
             return texts, triton.opened
 
@@ -160,7 +151,7 @@ def test_calls_at_once_share_none_and_leave_theirs_to_the_next() -> None:
         async with fake_triton() as triton:
             client = DecoderClient(triton.address)
             for _ in range(2):
-                await asyncio.gather(*(client.caption(IMAGE, LIMIT) for _ in range(8)))
+                await asyncio.gather(*(client.caption(IMAGE, VERSION, LIMIT) for _ in range(8)))
             await client.close()
             return triton.opened
 
@@ -171,7 +162,7 @@ def test_idle_streams_are_ended_and_not_cancelled() -> None:
     async def run() -> int:
         async with fake_triton() as triton:
             client = DecoderClient(triton.address)
-            await asyncio.gather(*(client.caption(IMAGE, LIMIT) for _ in range(3)))
+            await asyncio.gather(*(client.caption(IMAGE, VERSION, LIMIT) for _ in range(3)))
             await client.close()
             return triton.ended
 
@@ -185,7 +176,7 @@ def test_a_triton_that_does_not_end_a_stream_is_not_waited_for(
         async with fake_triton() as triton:
             triton.stream = triton.stream_and_stay
             client = DecoderClient(triton.address)
-            await client.caption(IMAGE, LIMIT)
+            await client.caption(IMAGE, VERSION, LIMIT)
             await asyncio.wait_for(client.close(), WAIT_SECONDS)
             await asyncio.wait_for(triton.cancelled.wait(), WAIT_SECONDS)
 
@@ -199,9 +190,9 @@ def test_an_error_within_a_stream_costs_only_its_call() -> None:
             client = DecoderClient(triton.address)
             triton.stream_error("a bug")
             with pytest.raises(ModelFaultError):
-                await client.caption(IMAGE, LIMIT)
+                await client.caption(IMAGE, VERSION, LIMIT)
             triton.stream = triton.stream_well
-            text = text_of(await client.caption(IMAGE, LIMIT))
+            text = text_of(await client.caption(IMAGE, VERSION, LIMIT))
             await client.close()
             return text, triton.opened
 
@@ -215,14 +206,16 @@ def test_a_stream_whose_call_was_given_up_is_not_used_again(seconds: float) -> N
         async with fake_triton() as triton:
             client = DecoderClient(triton.address)
             triton.stream = triton.stream_when_allowed
-            given_up = asyncio.create_task(client.caption(IMAGE, TimeLimit(seconds, seconds)))
+            given_up = asyncio.create_task(
+                client.caption(IMAGE, VERSION, TimeLimit(seconds, seconds))
+            )
             await asyncio.wait_for(triton.arrived.wait(), WAIT_SECONDS)
             if seconds > WAIT_SECONDS:
                 given_up.cancel()
             with pytest.raises((DeadlineExceededError, asyncio.CancelledError)):
                 await given_up
             triton.stream = triton.stream_well
-            text = text_of(await client.caption(IMAGE, LIMIT))
+            text = text_of(await client.caption(IMAGE, VERSION, LIMIT))
             await client.close()
             return text, triton.opened
 
@@ -233,12 +226,12 @@ def test_after_a_restart_of_triton_kept_streams_are_not_used() -> None:
     async def run() -> str:
         async with fake_triton() as triton:
             client = DecoderClient(triton.address)
-            await client.caption(IMAGE, LIMIT)
+            await client.caption(IMAGE, VERSION, LIMIT)
         async with fake_triton(triton.address) as triton:
             for _ in range(2):
                 # The first may come before the connection is known to have broken.
                 try:
-                    return text_of(await client.caption(IMAGE, LIMIT))
+                    return text_of(await client.caption(IMAGE, VERSION, LIMIT))
                 except ModelUnavailableError:
                     continue
             raise AssertionError("unavailable twice")
@@ -252,7 +245,7 @@ def test_a_model_that_ends_without_an_answer_is_at_fault_at_once() -> None:
             triton.stream_parts()
             client = DecoderClient(triton.address)
             with pytest.raises(ModelFaultError, match="without an answer"):
-                await client.caption(IMAGE, LIMIT)
+                await client.caption(IMAGE, VERSION, LIMIT)
             await client.close()
 
     asyncio.run(run())

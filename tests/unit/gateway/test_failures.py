@@ -158,13 +158,14 @@ def test_overload_says_when_to_come_back() -> None:
 
 def test_a_model_that_is_away_says_when_to_come_back() -> None:
     failure = failing(lambda triton: triton.fail(grpc.StatusCode.UNAVAILABLE, "Socket closed"))
-    assert detail_of(failure, error_details_pb2.RetryInfo()).retry_delay.seconds == 1
+    delay = detail_of(failure, error_details_pb2.RetryInfo()).retry_delay
+    assert delay.ToMilliseconds() == 500
 
 
 def test_no_triton_is_model_unavailable() -> None:
     async def run() -> Failure:
-        # Port 1 is a system port where nothing listens.
-        async with gateway_setup(triton_address="127.0.0.1:1") as setup:
+        async with gateway_setup() as setup:
+            await setup.disconnect()
             return await failure_of(setup.stub, request_of())
 
     failure = asyncio.run(run())
@@ -180,7 +181,7 @@ def without(spec: wire.TensorSpec) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     "outputs",
     [
-        *(without(spec) for spec in wire.CAPTIONS if spec not in (wire.TEXT, wire.ATTENTIONS)),
+        *(without(spec) for spec in wire.ANSWER if spec not in (wire.TEXT, wire.ATTENTIONS)),
         good_outputs() | {wire.TOKEN_LOGPROBS: np.zeros((2, 1), "<f4")},
         good_outputs() | {wire.TOKEN_TEXTS: np.full((2, 2), b"", np.object_)},
         good_outputs() | {wire.DEGENERATE: np.zeros(1, "?")},
@@ -213,7 +214,7 @@ def test_a_version_that_is_no_number_is_a_model_fault() -> None:
 def test_no_captions_is_a_model_fault() -> None:
     outputs: dict[wire.TensorSpec, Any] = {
         spec: np.zeros((0,) * len(spec.dims), "<f8" if spec is wire.SCORE else "<i4")
-        for spec in wire.CAPTIONS
+        for spec in wire.ANSWER
     }
     failure = failing(lambda triton: triton.answer_with(infer_response(outputs)))
     assert reason_of(failure) == "MODEL_FAULT"

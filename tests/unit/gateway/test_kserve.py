@@ -39,10 +39,11 @@ def test_a_request_has_its_model_its_id_its_time_and_its_inputs() -> None:
     request = infer_request(
         ModelSpec("a_model", (first.spec, second.spec), ()),
         [first, second],
+        version=2,
         request_id="17",
         timeout_microseconds=2_500_000,
     )
-    assert (request.model_name, request.id) == ("a_model", "17")
+    assert (request.model_name, request.model_version, request.id) == ("a_model", "2", "17")
     assert request.parameters["timeout"].int64_param == 2_500_000
     assert [(tensor.name, tensor.datatype, list(tensor.shape)) for tensor in request.inputs] == [
         ("FIRST", "BYTES", [1]),

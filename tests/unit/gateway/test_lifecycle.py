@@ -10,13 +10,12 @@ from typing import Any
 import grpc
 import pytest
 from captionserve.v1 import caption_pb2_grpc
-from captionserve_server.gateway.config import GatewayConfig
 from captionserve_server.gateway.server import Gateway
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tests.unit.gateway.fake_triton import WAIT_SECONDS
-from tests.unit.gateway.harness import Setup, gateway_setup, request_of
+from tests.unit.gateway.harness import Setup, gateway_setup, request_of, settings_of
 
 SERVICE = "captionserve.v1.CaptionService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -40,7 +39,7 @@ async def begin_to_stop(setup: Setup) -> tuple[asyncio.Task[None], Any]:
     """The gateway's stop, and a watcher of its health; the one has begun, the other has seen it."""
     watch = watch_health(setup)
     assert (await watch.read()).status == SERVING
-    stopping = asyncio.create_task(setup.gateway.stop())
+    stopping = asyncio.create_task(setup.gateway.drain(asyncio.Event()))
     assert (await watch.read()).status == NOT_SERVING
     async with grpc.aio.insecure_channel(setup.gateway.address) as newcomer:
         second: Any = caption_pb2_grpc.CaptionServiceStub(newcomer)
@@ -57,6 +56,17 @@ def metrics_of(setup: Setup) -> dict[str, float]:
         lines = answer.read().decode().splitlines()
     samples = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     return {name: float(value) for name, value in samples}
+
+
+def requests(method: str, code: str, identity: str = "anybody") -> str:
+    """The sample that counts calls that ended so."""
+    labels = f'code="{code}",identity="{identity}",method="{method}"'
+    return f"captionserve_requests_total{{{labels}}}"
+
+
+def in_flight(method: str) -> str:
+    """The sample that counts calls now."""
+    return f'captionserve_requests_in_flight{{method="{method}"}}'
 
 
 def test_the_address_is_the_bound_one() -> None:
@@ -95,7 +105,7 @@ def test_a_watcher_hears_of_every_change(service: str) -> None:
 
     states, samples = asyncio.run(run())
     assert states == [SERVING, NOT_SERVING, SERVING]
-    assert samples["captionserve_requests_in_flight"] == 0, "a watcher is no caption call"
+    assert not [name for name in samples if "_in_flight" in name], "a watcher is no caption call"
 
 
 def test_a_watcher_that_leaves_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
@@ -175,10 +185,10 @@ def test_calls_are_counted_by_code() -> None:
             return await asyncio.to_thread(metrics_of, setup)
 
     samples = asyncio.run(run())
-    assert samples['captionserve_requests_total{code="OK"}'] == 2
-    assert samples['captionserve_requests_total{code="INTERNAL"}'] == 1
-    assert samples["captionserve_request_seconds_count"] == 3
-    assert samples["captionserve_requests_in_flight"] == 0
+    assert samples[requests("Caption", "OK")] == 2
+    assert samples[requests("Caption", "INTERNAL")] == 1
+    assert samples['captionserve_request_seconds_count{method="Caption"}'] == 3
+    assert samples[in_flight("Caption")] == 0
 
 
 def test_cancelled_calls_are_counted_and_calls_in_flight_shown() -> None:
@@ -193,9 +203,9 @@ def test_cancelled_calls_are_counted_and_calls_in_flight_shown() -> None:
             return during, await asyncio.to_thread(metrics_of, setup)
 
     during, after = asyncio.run(run())
-    assert during["captionserve_requests_in_flight"] == 1
-    assert after["captionserve_requests_in_flight"] == 0
-    assert after['captionserve_requests_total{code="CANCELLED"}'] == 1
+    assert during[in_flight("Caption")] == 1
+    assert after[in_flight("Caption")] == 0
+    assert after[requests("Caption", "CANCELLED")] == 1
 
 
 def test_stopping_lets_calls_in_flight_finish() -> None:
@@ -216,11 +226,11 @@ def test_stopping_lets_calls_in_flight_finish() -> None:
 
 def test_after_the_grace_period_calls_are_ended() -> None:
     async def run() -> grpc.StatusCode:
-        async with gateway_setup(grace_seconds=0.2) as setup:
+        async with gateway_setup(drain_seconds=0.2) as setup:
             setup.triton.stream = setup.triton.stream_when_allowed
             call = setup.stub.Caption(request_of(), timeout=60)
             await asyncio.wait_for(setup.triton.arrived.wait(), WAIT_SECONDS)
-            await setup.gateway.stop()
+            await setup.gateway.drain(asyncio.Event())
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await call
             await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
@@ -232,13 +242,13 @@ def test_after_the_grace_period_calls_are_ended() -> None:
 def test_stopping_twice_does_nothing_more() -> None:
     async def run() -> None:
         async with gateway_setup() as setup:
-            await setup.gateway.stop()
-            await setup.gateway.stop()
+            await setup.gateway.drain(asyncio.Event())
+            await setup.gateway.drain(asyncio.Event())
 
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("setting", ["listen", "metrics_listen"])
+@pytest.mark.parametrize("setting", ["listen", "metrics_listen", "health_listen"])
 def test_an_address_in_use_is_an_os_error(setting: str) -> None:
     async def run(address: str) -> None:
         settings: dict[str, Any] = {
@@ -246,7 +256,7 @@ def test_an_address_in_use_is_an_os_error(setting: str) -> None:
             "metrics_listen": "127.0.0.1:0",
             setting: address,
         }
-        gateway = Gateway(GatewayConfig(triton_address="127.0.0.1:1", **settings))
+        gateway = Gateway(settings_of(**settings))
         with pytest.raises(OSError, match=r"(?i)in use|cannot listen"):
             await gateway.start()
 

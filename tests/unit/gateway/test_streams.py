@@ -35,7 +35,7 @@ from tests.unit.gateway.test_failures import (
     violations_of,
     without,
 )
-from tests.unit.gateway.test_lifecycle import begin_to_stop, metrics_of
+from tests.unit.gateway.test_lifecycle import begin_to_stop, in_flight, metrics_of, requests
 
 Responses = list[caption_pb2.StreamCaptionResponse]
 STREAM_CAPTION = "/captionserve.v1.CaptionService/StreamCaption"
@@ -76,7 +76,7 @@ def failing_stream(
 
 async def metrics_when_idle(setup: Setup) -> dict[str, float]:
     """The metrics once no call is in flight."""
-    await setup.gateway._service.wait_idle()
+    await setup.gateway._calls.wait_idle()
     return await asyncio.to_thread(metrics_of, setup)
 
 
@@ -213,8 +213,8 @@ def test_a_stream_that_breaks_off_is_told_by_its_status(
 
 def test_no_triton_is_model_unavailable() -> None:
     async def run() -> tuple[Responses, Failure | None]:
-        # Port 1 is a system port where nothing listens.
-        async with gateway_setup(triton_address="127.0.0.1:1") as setup:
+        async with gateway_setup() as setup:
+            await setup.disconnect()
             return await responses_of(setup)
 
     found, failure = asyncio.run(run())
@@ -234,7 +234,7 @@ def test_no_triton_is_model_unavailable() -> None:
         part_outputs("a", 5) | {wire.NEW_TEXT: b"\x05\x00\x00\x00cut"},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros((1, 1), "<i4")},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros(1, "<i8")},
-        *(without(spec) for spec in wire.CAPTIONS if spec is not wire.ATTENTIONS),
+        *(without(spec) for spec in wire.ANSWER if spec is not wire.ATTENTIONS),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_a_model_fault(outputs: dict[Any, Any]) -> None:
@@ -305,7 +305,7 @@ def test_bytes_that_are_no_message_are_invalid_and_counted() -> None:
     assert failure.details() == "the request is not a valid message"
     assert reason_of(failure) == "INVALID_REQUEST"
     assert asked == []
-    assert samples['captionserve_requests_total{code="INVALID_ARGUMENT"}'] == 1
+    assert samples[requests("StreamCaption", "INVALID_ARGUMENT")] == 1
 
 
 def test_streams_are_counted_by_code() -> None:
@@ -322,11 +322,11 @@ def test_streams_are_counted_by_code() -> None:
             return during, await metrics_when_idle(setup)
 
     during, after = asyncio.run(run())
-    assert during["captionserve_requests_in_flight"] == 1
-    assert after["captionserve_requests_in_flight"] == 0
-    assert after["captionserve_request_seconds_count"] == 2
-    assert after['captionserve_requests_total{code="OK"}'] == 1
-    assert after['captionserve_requests_total{code="INTERNAL"}'] == 1
+    assert during[in_flight("StreamCaption")] == 1
+    assert after[in_flight("StreamCaption")] == 0
+    assert after['captionserve_request_seconds_count{method="StreamCaption"}'] == 2
+    assert after[requests("StreamCaption", "OK")] == 1
+    assert after[requests("StreamCaption", "INTERNAL")] == 1
 
 
 def test_the_end_does_not_wait_for_tritons_end() -> None:
@@ -357,8 +357,8 @@ def test_a_caller_that_leaves_ends_the_stream_at_triton_and_is_counted(stream: s
             return samples
 
     samples = asyncio.run(run())
-    assert samples["captionserve_requests_in_flight"] == 0
-    assert samples['captionserve_requests_total{code="CANCELLED"}'] == 1
+    assert samples[in_flight("StreamCaption")] == 0
+    assert samples[requests("StreamCaption", "CANCELLED")] == 1
 
 
 @pytest.mark.parametrize("stream", ["stream_when_allowed", "stream_on_and_on"])
@@ -373,8 +373,8 @@ def test_the_callers_deadline_ends_a_stream_and_is_counted(stream: str) -> None:
 
     code, samples = asyncio.run(run())
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert samples["captionserve_requests_in_flight"] == 0
-    assert samples['captionserve_requests_total{code="DEADLINE_EXCEEDED"}'] == 1
+    assert samples[in_flight("StreamCaption")] == 0
+    assert samples[requests("StreamCaption", "DEADLINE_EXCEEDED")] == 1
 
 
 def test_the_cap_holds_without_a_deadline() -> None:
@@ -456,11 +456,11 @@ def test_stopping_lets_a_stream_finish() -> None:
 @pytest.mark.parametrize("stream", ["stream_when_allowed", "stream_on_and_on"])
 def test_after_the_grace_period_streams_are_ended(stream: str) -> None:
     async def run() -> grpc.StatusCode:
-        async with gateway_setup(grace_seconds=0.2) as setup:
+        async with gateway_setup(drain_seconds=0.2) as setup:
             setup.triton.stream = getattr(setup.triton, stream)
             call = setup.stub.StreamCaption(stream_request(), timeout=60)
             await call.read()
-            await setup.gateway.stop()
+            await setup.gateway.drain(asyncio.Event())
             await asyncio.wait_for(setup.triton.cancelled.wait(), WAIT_SECONDS)
             # The status comes behind what has not been read.
             with pytest.raises(grpc.aio.AioRpcError) as raised:

@@ -82,6 +82,7 @@ class Setup:
         self.model.initialize(
             {
                 "model_config": json.dumps(config),
+                "model_name": "captioner",
                 "model_repository": "repository",
                 "model_version": "3",
             }

@@ -110,6 +110,7 @@ class InferenceRequest:
         self.requested = list(requested_output_names)
         self._id = request_id
         self._timeout = timeout
+        self.parameters_json = ""
 
     def get_response_sender(self) -> Sender:
         return self.sender
@@ -119,6 +120,9 @@ class InferenceRequest:
 
     def timeout(self) -> int:
         return self._timeout
+
+    def parameters(self) -> str:
+        return self.parameters_json
 
     def exec(self, decoupled: bool = False) -> Any:
         answers = self.models[self.model_name](self)

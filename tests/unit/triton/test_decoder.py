@@ -56,6 +56,7 @@ class Setup:
         self.model.initialize(
             {
                 "model_config": json.dumps(config),
+                "model_name": "decoder",
                 "model_repository": str(repository / "decoder"),
                 "model_version": "1",
             }
@@ -98,7 +99,7 @@ def test_a_message_is_answered_with_every_tensor_of_a_caption(setup: Setup) -> N
     outputs = outputs_of(answer_of(setup.ask()))
     from captionserve_server.triton import wire
 
-    names = {spec.name for spec in wire.CAPTIONS} - {wire.ATTENTIONS.name}
+    names = {spec.name for spec in wire.ANSWER} - {wire.ATTENTIONS.name}
     assert set(outputs) == names
     assert outputs["TOKEN_IDS"].shape == outputs["TOKEN_LOGPROBS"].shape
     assert setup.unanswered == 0

@@ -44,7 +44,7 @@ def test_the_decoder_of_the_same_version_gets_the_message_as_it_came(setup: Setu
     assert asked.tensors["OPTIONS"].as_numpy().tolist() == [b'{"num_beams": 2}']
     assert asked.tensors["REGIONS"].as_numpy().tolist() == regions.tolist()
     assert asked.tensors["STREAM"].as_numpy().tolist() == [setup.model.streams]
-    assert set(asked.requested) == {spec.name for spec in (*wire.PART, *wire.CAPTIONS)}
+    assert set(asked.requested) == {spec.name for spec in (*wire.PART, *wire.ANSWER)}
 
 
 def test_a_message_that_waits_keeps_its_values_when_triton_takes_its_memory(setup: Setup) -> None:

@@ -55,6 +55,7 @@ def opened(repository: Path) -> Any:
     model.initialize(
         {
             "model_config": json.dumps(config),
+            "model_name": "vision_encoder",
             "model_repository": str(repository / "vision_encoder"),
             "model_version": "1",
         }

@@ -16,8 +16,10 @@ from captionserve_server.core.errors import (
     InvalidOptionsError,
     InvalidRequestError,
     ModelFaultError,
+    ModelNotFoundError,
     ModelUnavailableError,
     OverloadedError,
+    UnauthenticatedError,
     all_error_types,
 )
 from captionserve_server.triton import wire
@@ -54,6 +56,7 @@ def arguments(**parameters: str) -> dict[str, str]:
     config = {"parameters": strings, "name": "decoder"}
     return {
         "model_config": json.dumps(config),
+        "model_name": "decoder",
         "model_repository": "repository/decoder",
         "model_version": "3",
     }
@@ -166,6 +169,9 @@ def expected_code(error_type: type[CaptionServeError]) -> int:
         DeadlineExceededError: TritonError.UNAVAILABLE,
         ModelFaultError: TritonError.INTERNAL,
         CaptionServeError: TritonError.INTERNAL,
+        # Only the gateway says these.
+        UnauthenticatedError: TritonError.INTERNAL,
+        ModelNotFoundError: TritonError.INTERNAL,
     }
     # All the others say that the caller must change the request.
     return codes.get(error_type, TritonError.INVALID_ARG)

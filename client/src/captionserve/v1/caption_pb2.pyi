@@ -9,9 +9,11 @@ google.rpc.BadRequest where fields are at fault.
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -22,6 +24,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """As INTERACTIVE, and as BULK in CaptionMany."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody waits for it."""
+    PRIORITY_BULK: _Priority.ValueType  # 2
+    """It comes behind all that is interactive."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Priority says whose turn comes first."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""As INTERACTIVE, and as BULK in CaptionMany."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody waits for it."""
+PRIORITY_BULK: Priority.ValueType  # 2
+"""It comes behind all that is interactive."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 class _Resize:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -106,6 +132,356 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 FINISH_REASON_DEADLINE: FinishReason.ValueType  # 3
 """The deadline came first, and allow_partial was set."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
+
+@_typing.final
+class CaptionManyRequest(_message.Message):
+    """CaptionManyRequest is one item."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The client's name for the item, which its answer repeats. At most 128 characters."""
+    @_builtins.property
+    def request(self) -> Global___CaptionRequest:
+        """What Caption would be asked."""
+
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """How long the item may take once the server has it; the server's own cap applies as well."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        request: Global___CaptionRequest | None = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "request", b"request", "timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CaptionManyRequest: _TypeAlias = CaptionManyRequest  # noqa: Y015
+
+@_typing.final
+class CaptionManyResponse(_message.Message):
+    """CaptionManyResponse is the answer to an item, or something about the call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOW_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def window(self) -> Global___Window:
+        """The first message: how many items may be unanswered."""
+
+    @_builtins.property
+    def result(self) -> Global___ItemResult:
+        """The answer to an item."""
+
+    @_builtins.property
+    def drain(self) -> Global___Drain:
+        """No more items are to be sent over this call."""
+
+    def __init__(
+        self,
+        *,
+        window: Global___Window | None = ...,
+        result: Global___ItemResult | None = ...,
+        drain: Global___Drain | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "event", b"event", "result", b"result", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "event", b"event", "result", b"result", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["window", "result", "drain"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___CaptionManyResponse: _TypeAlias = CaptionManyResponse  # noqa: Y015
+
+@_typing.final
+class Window(_message.Message):
+    """Window says what a call takes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    items: _builtins.int
+    """How many items may be unanswered at a time; more are not read."""
+    message_bytes: _builtins.int
+    """Largest item; a larger one ends the call."""
+    def __init__(
+        self,
+        *,
+        items: _builtins.int = ...,
+        message_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "message_bytes", b"message_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Window: _TypeAlias = Window  # noqa: Y015
+
+@_typing.final
+class ItemResult(_message.Message):
+    """ItemResult is the answer to an item."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The item's."""
+    @_builtins.property
+    def response(self) -> Global___CaptionResponse:
+        """What Caption would have returned."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """What Caption would have failed with."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        response: Global___CaptionResponse | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "id", b"id", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["response", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___ItemResult: _TypeAlias = ItemResult  # noqa: Y015
+
+@_typing.final
+class Drain(_message.Message):
+    """Drain says that the server is about to end the call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drain: _TypeAlias = Drain  # noqa: Y015
+
+@_typing.final
+class GetModelsRequest(_message.Message):
+    """GetModelsRequest asks what is served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelsRequest: _TypeAlias = GetModelsRequest  # noqa: Y015
+
+@_typing.final
+class GetModelsResponse(_message.Message):
+    """GetModelsResponse says what is served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
+        """The versions that can be asked, the newest first."""
+
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """What one request may have."""
+
+    @_builtins.property
+    def load(self) -> Global___Load:
+        """How busy the service is now."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___Model] | None = ...,
+        limits: Global___Limits | None = ...,
+        load: Global___Load | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetModelsResponse: _TypeAlias = GetModelsResponse  # noqa: Y015
+
+@_typing.final
+class Model(_message.Message):
+    """Model is one version of the model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    IS_DEFAULT_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    IMAGE_HEIGHT_FIELD_NUMBER: _builtins.int
+    IMAGE_WIDTH_FIELD_NUMBER: _builtins.int
+    DEFAULTS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number, as CaptionRequest takes it."""
+    is_default: _builtins.bool
+    """Whether requests without a version get it."""
+    precision: _builtins.str
+    """Of its weights: fp32, int8 or int4."""
+    image_height: _builtins.int
+    """Rows of the images that it reads."""
+    image_width: _builtins.int
+    """Columns of the images that it reads."""
+    @_builtins.property
+    def defaults(self) -> Global___GenerationOptions:
+        """The checkpoint's own options, which hold where a request sets none."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        is_default: _builtins.bool = ...,
+        precision: _builtins.str = ...,
+        image_height: _builtins.int = ...,
+        image_width: _builtins.int = ...,
+        defaults: Global___GenerationOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "image_height", b"image_height", "image_width", b"image_width", "is_default", b"is_default", "precision", b"precision", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Limits(_message.Message):
+    """Limits are what one request may have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    IMAGE_PIXELS_FIELD_NUMBER: _builtins.int
+    DEADLINE_CAP_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    message_bytes: _builtins.int
+    """Bytes of a message."""
+    image_pixels: _builtins.int
+    """Pixels of an image."""
+    window: _builtins.int
+    """Items of a CaptionMany call that may be unanswered."""
+    @_builtins.property
+    def deadline_cap(self) -> _duration_pb2.Duration:
+        """Longest time a caption may take."""
+
+    @_builtins.property
+    def options(self) -> _containers.RepeatedCompositeFieldContainer[Global___OptionLimits]:
+        """What the decoding options may be, by name."""
+
+    def __init__(
+        self,
+        *,
+        message_bytes: _builtins.int = ...,
+        image_pixels: _builtins.int = ...,
+        deadline_cap: _duration_pb2.Duration | None = ...,
+        window: _builtins.int = ...,
+        options: _abc.Iterable[Global___OptionLimits] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_cap", b"deadline_cap"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_cap", b"deadline_cap", "image_pixels", b"image_pixels", "message_bytes", b"message_bytes", "options", b"options", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class OptionLimits(_message.Message):
+    """OptionLimits is what one decoding option may be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    HELP_FIELD_NUMBER: _builtins.int
+    RANGE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in GenerationOptions."""
+    help: _builtins.str
+    """What it does."""
+    range: _builtins.str
+    """The values allowed, in words; empty where every value is."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        help: _builtins.str = ...,
+        range: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["help", b"help", "name", b"name", "range", b"range"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OptionLimits: _TypeAlias = OptionLimits  # noqa: Y015
+
+@_typing.final
+class Load(_message.Message):
+    """Load is how busy the service is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOTS_FIELD_NUMBER: _builtins.int
+    WORKING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    slots: _builtins.int
+    """Captions that are decoded at once, at most."""
+    working: _builtins.int
+    """Captions in work."""
+    waiting: _builtins.int
+    """Captions that wait for their turn."""
+    def __init__(
+        self,
+        *,
+        slots: _builtins.int = ...,
+        working: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slots", b"slots", "waiting", b"waiting", "working", b"working"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Load: _TypeAlias = Load  # noqa: Y015
 
 @_typing.final
 class StreamCaptionRequest(_message.Message):
@@ -202,12 +578,18 @@ class CaptionRequest(_message.Message):
     BYPASS_CACHE_FIELD_NUMBER: _builtins.int
     REGIONS_FIELD_NUMBER: _builtins.int
     RESIZE_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     bypass_cache: _builtins.bool
     """Compute the answer anew, whatever the server remembers."""
     resize: Global___Resize.ValueType
     """How the image gets the size that the checkpoint reads. This version refuses all but
     RESIZE_UNSPECIFIED.
     """
+    model_version: _builtins.int
+    """Which version of the model shall answer; 0 for the default. NOT_FOUND where it is not served."""
+    priority: Global___Priority.ValueType
+    """Whose turn comes first."""
     @_builtins.property
     def image(self) -> Global___Image:
         """The image to describe. Required."""
@@ -228,10 +610,12 @@ class CaptionRequest(_message.Message):
         bypass_cache: _builtins.bool = ...,
         regions: _abc.Iterable[Global___Region] | None = ...,
         resize: Global___Resize.ValueType = ...,
+        model_version: _builtins.int = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_cache", b"bypass_cache", "image", b"image", "options", b"options", "regions", b"regions", "resize", b"resize"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_cache", b"bypass_cache", "image", b"image", "model_version", b"model_version", "options", b"options", "priority", b"priority", "regions", b"regions", "resize", b"resize"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,16 @@ class CaptionServiceStub(object):
                 request_serializer=captionserve_dot_v1_dot_caption__pb2.StreamCaptionRequest.SerializeToString,
                 response_deserializer=captionserve_dot_v1_dot_caption__pb2.StreamCaptionResponse.FromString,
                 _registered_method=True)
+        self.CaptionMany = channel.stream_stream(
+                '/captionserve.v1.CaptionService/CaptionMany',
+                request_serializer=captionserve_dot_v1_dot_caption__pb2.CaptionManyRequest.SerializeToString,
+                response_deserializer=captionserve_dot_v1_dot_caption__pb2.CaptionManyResponse.FromString,
+                _registered_method=True)
+        self.GetModels = channel.unary_unary(
+                '/captionserve.v1.CaptionService/GetModels',
+                request_serializer=captionserve_dot_v1_dot_caption__pb2.GetModelsRequest.SerializeToString,
+                response_deserializer=captionserve_dot_v1_dot_caption__pb2.GetModelsResponse.FromString,
+                _registered_method=True)
 
 
 class CaptionServiceServicer(object):
@@ -67,6 +77,25 @@ class CaptionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CaptionMany(self, request_iterator, context):
+        """CaptionMany describes many images over one call, each of which is an item of its own: it has a
+        deadline and is answered exactly once, as soon as it is finished, with its captions or its own
+        error. The server says first how many items may be unanswered at a time, and reads no more. When
+        it is about to end the call it says so: the client then sends no more items over this call, gets
+        what is unanswered, and goes on over a new call. Items that a call that has broken left
+        unanswered may be sent again; what has been computed already is answered from memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModels(self, request, context):
+        """GetModels says what is served, with which limits, and how busy it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CaptionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +108,16 @@ def add_CaptionServiceServicer_to_server(servicer, server):
                     servicer.StreamCaption,
                     request_deserializer=captionserve_dot_v1_dot_caption__pb2.StreamCaptionRequest.FromString,
                     response_serializer=captionserve_dot_v1_dot_caption__pb2.StreamCaptionResponse.SerializeToString,
+            ),
+            'CaptionMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.CaptionMany,
+                    request_deserializer=captionserve_dot_v1_dot_caption__pb2.CaptionManyRequest.FromString,
+                    response_serializer=captionserve_dot_v1_dot_caption__pb2.CaptionManyResponse.SerializeToString,
+            ),
+            'GetModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModels,
+                    request_deserializer=captionserve_dot_v1_dot_caption__pb2.GetModelsRequest.FromString,
+                    response_serializer=captionserve_dot_v1_dot_caption__pb2.GetModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +175,60 @@ class CaptionService(object):
             '/captionserve.v1.CaptionService/StreamCaption',
             captionserve_dot_v1_dot_caption__pb2.StreamCaptionRequest.SerializeToString,
             captionserve_dot_v1_dot_caption__pb2.StreamCaptionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CaptionMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/captionserve.v1.CaptionService/CaptionMany',
+            captionserve_dot_v1_dot_caption__pb2.CaptionManyRequest.SerializeToString,
+            captionserve_dot_v1_dot_caption__pb2.CaptionManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/captionserve.v1.CaptionService/GetModels',
+            captionserve_dot_v1_dot_caption__pb2.GetModelsRequest.SerializeToString,
+            captionserve_dot_v1_dot_caption__pb2.GetModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,16 @@ class CaptionServiceStub:
     greedy search and sampling, of beam search what all beams that are left share. The last message
     holds the whole response.
     """
+    CaptionMany: _grpc.StreamStreamMultiCallable[_caption_pb2.CaptionManyRequest, _caption_pb2.CaptionManyResponse]
+    """CaptionMany describes many images over one call, each of which is an item of its own: it has a
+    deadline and is answered exactly once, as soon as it is finished, with its captions or its own
+    error. The server says first how many items may be unanswered at a time, and reads no more. When
+    it is about to end the call it says so: the client then sends no more items over this call, gets
+    what is unanswered, and goes on over a new call. Items that a call that has broken left
+    unanswered may be sent again; what has been computed already is answered from memory.
+    """
+    GetModels: _grpc.UnaryUnaryMultiCallable[_caption_pb2.GetModelsRequest, _caption_pb2.GetModelsResponse]
+    """GetModels says what is served, with which limits, and how busy it is."""
 
 @_typing.type_check_only
 class CaptionServiceAsyncStub(CaptionServiceStub):
@@ -57,6 +67,16 @@ class CaptionServiceAsyncStub(CaptionServiceStub):
     greedy search and sampling, of beam search what all beams that are left share. The last message
     holds the whole response.
     """
+    CaptionMany: _aio.StreamStreamMultiCallable[_caption_pb2.CaptionManyRequest, _caption_pb2.CaptionManyResponse]  # type: ignore[assignment]
+    """CaptionMany describes many images over one call, each of which is an item of its own: it has a
+    deadline and is answered exactly once, as soon as it is finished, with its captions or its own
+    error. The server says first how many items may be unanswered at a time, and reads no more. When
+    it is about to end the call it says so: the client then sends no more items over this call, gets
+    what is unanswered, and goes on over a new call. Items that a call that has broken left
+    unanswered may be sent again; what has been computed already is answered from memory.
+    """
+    GetModels: _aio.UnaryUnaryMultiCallable[_caption_pb2.GetModelsRequest, _caption_pb2.GetModelsResponse]  # type: ignore[assignment]
+    """GetModels says what is served, with which limits, and how busy it is."""
 
 class CaptionServiceServicer(metaclass=_abc_1.ABCMeta):
     """CaptionService describes images in words."""
@@ -79,5 +99,27 @@ class CaptionServiceServicer(metaclass=_abc_1.ABCMeta):
         greedy search and sampling, of beam search what all beams that are left share. The last message
         holds the whole response.
         """
+
+    @_abc_1.abstractmethod
+    def CaptionMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_caption_pb2.CaptionManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_caption_pb2.CaptionManyResponse], _abc.AsyncIterator[_caption_pb2.CaptionManyResponse]]:
+        """CaptionMany describes many images over one call, each of which is an item of its own: it has a
+        deadline and is answered exactly once, as soon as it is finished, with its captions or its own
+        error. The server says first how many items may be unanswered at a time, and reads no more. When
+        it is about to end the call it says so: the client then sends no more items over this call, gets
+        what is unanswered, and goes on over a new call. Items that a call that has broken left
+        unanswered may be sent again; what has been computed already is answered from memory.
+        """
+
+    @_abc_1.abstractmethod
+    def GetModels(
+        self,
+        request: _caption_pb2.GetModelsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_caption_pb2.GetModelsResponse, _abc.Awaitable[_caption_pb2.GetModelsResponse]]:
+        """GetModels says what is served, with which limits, and how busy it is."""
 
 def add_CaptionServiceServicer_to_server(servicer: CaptionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
-from captionserve import Caption, CaptionClient, CaptionError, CaptionResult, GenerationOptions
+from captionserve import (
+    Caption,
+    CaptionClient,
+    CaptionError,
+    CaptionResult,
+    GenerationOptions,
+    tls_credentials,
+)
 from rich.progress import track
 
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
@@ -17,11 +24,11 @@ from captionserve_server.cli.decoding_options import with_decoding_options
 
 Answer = dict[str, object]
 """What is printed of one image, as JSON values."""
-Outcome = CaptionResult | CaptionError | OSError
+Outcome = CaptionResult | Exception
 """What became of one image."""
 
 # Options that say something to a service, or about one.
-_SERVICE_ONLY = ("target", "timeout", "bypass_cache", "stream")
+_SERVICE_ONLY = ("target", "tls_ca", "token_file", "timeout", "bypass_cache", "stream")
 
 
 @with_decoding_options
@@ -33,6 +40,18 @@ def caption(
     target: Annotated[
         str, typer.Option(help="HOST:PORT of the service.", envvar="CAPTIONSERVE_TARGET")
     ] = "127.0.0.1:9000",
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="Certificates that vouch for the service, PEM; TLS is spoken.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the token that says who calls.", exists=True, dir_okay=False),
+    ] = None,
     local: Annotated[
         Path | None,
         typer.Option(help="Model repository to caption with here, instead of a service."),
@@ -49,16 +68,18 @@ def caption(
     """Caption image files with a running service, or with a model repository in this process."""
     if stream and as_json:
         raise typer.BadParameter("cannot be combined with --json", param_hint="--stream")
-    if local is not None:
-        _refuse_what_needs_a_service(context)
-        answers = _answers(images, _local_outcomes(images, options, local))
-    elif stream:
-        answers = _streamed(images, options, target, timeout)
-    else:
-        outcomes = _served_outcomes(images, options, target, timeout, bypass_cache=bypass_cache)
-        answers = _answers(images, outcomes)
     collected: list[Answer] = []
-    with _refusals_as_wrong_usage():
+    with _refusals_as_wrong_usage(), ExitStack() as stack:
+        if local is not None:
+            _refuse_what_needs_a_service(context)
+            answers = _answers(images, _local_outcomes(images, options, local))
+        else:
+            client = stack.enter_context(_client(target, timeout, tls_ca, token_file))
+            if stream:
+                answers = (_stream(client, image, options) for image in images)
+            else:
+                outcomes = _served_outcomes(client, images, options, bypass_cache=bypass_cache)
+                answers = _answers(images, outcomes)
         for answer in _with_progress(answers, len(images), quiet=stream):
             collected.append(answer)
             if not (as_json or stream):
@@ -112,30 +133,33 @@ def _local_outcomes(
     return local_outcomes(images, options, folder)
 
 
+def _client(
+    target: str, timeout: float, tls_ca: Path | None, token_file: Path | None
+) -> CaptionClient:
+    """A client as the flags say; the token is in a file, for others can read a process's flags."""
+    return CaptionClient(
+        target,
+        timeout=timeout,
+        credentials=None if tls_ca is None else tls_credentials(tls_ca),
+        token=None if token_file is None else token_file.read_text().strip(),
+    )
+
+
 def _served_outcomes(
+    client: CaptionClient,
     images: Sequence[Path],
     options: GenerationOptions,
-    target: str,
-    timeout: float,
     *,
     bypass_cache: bool,
 ) -> Iterator[Outcome]:
-    with CaptionClient(target, timeout=timeout) as client:
-        for image in images:
-            outcome: Outcome
-            try:
-                outcome = client.caption(image, options, bypass_cache=bypass_cache)
-            except (CaptionError, OSError) as error:
-                outcome = error
-            yield outcome
-
-
-def _streamed(
-    images: Sequence[Path], options: GenerationOptions, target: str, timeout: float
-) -> Iterator[Answer]:
-    with CaptionClient(target, timeout=timeout) as client:
-        for image in images:
-            yield _stream(client, image, options)
+    outcomes = client.caption_many(images, options, bypass_cache=bypass_cache)
+    for done in range(len(images)):
+        try:
+            outcome = next(outcomes)
+        except CaptionError as error:  # No call does better, such as with a token of nobody.
+            yield from [error] * (len(images) - done)
+            return
+        yield cast("Outcome", outcome.result or outcome.error)
 
 
 def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> Answer:
@@ -155,11 +179,12 @@ def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> A
     return {"image": str(image)}
 
 
-def _problem(image: Path, error: CaptionError | OSError) -> Answer:
+def _problem(image: Path, error: Exception) -> Answer:
     if isinstance(error, CaptionError):
         problem = {"code": error.code.name, "reason": error.reason, "message": error.message}
     else:
-        problem = {"code": "NOT_SENT", "reason": "UNREADABLE", "message": error.strerror or ""}
+        said = error.strerror if isinstance(error, OSError) else None
+        problem = {"code": "NOT_SENT", "reason": "UNREADABLE", "message": said or ""}
     return {"image": str(image), "error": problem}
 
 

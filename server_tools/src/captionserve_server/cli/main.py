@@ -14,12 +14,15 @@ from captionserve_server.cli.console import ExitCode, messages
 from captionserve_server.cli.demo import demo
 from captionserve_server.cli.evaluate import evaluate
 from captionserve_server.cli.export import export, make_checkpoint
-from captionserve_server.cli.serve import serve
+from captionserve_server.cli.serve import reload, serve
+from captionserve_server.cli.token import token
 from captionserve_server.export.errors import UnsupportedCheckpointError
 from captionserve_server.serving.installation import TritonNotFoundError
 from captionserve_server.serving.launch import LaunchError
-from captionserve_server.serving.service import NoModelRepositoryError, TritonEndedError
+from captionserve_server.serving.service import NoModelRepositoryError
+from captionserve_server.serving.supervisor import TritonEndedError
 from captionserve_server.serving.triton_process import TritonStartError
+from captionserve_server.tracing import TracingNotInstalledError
 
 app = typer.Typer(
     name="captionserve",
@@ -28,7 +31,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (export, serve, caption, evaluate, calibrate, make_checkpoint, demo, bench):
+app.add_typer(token, name="token")
+for command in (export, serve, reload, caption, evaluate, calibrate, make_checkpoint, demo, bench):
     app.command()(command)
 
 # Errors that a person can act on; anything else is ours and keeps its stack trace.
@@ -38,6 +42,7 @@ _EXIT_CODES: dict[type[Exception], ExitCode] = {
     TritonStartError: ExitCode.NOT_STARTED,
     NoModelRepositoryError: ExitCode.NOT_STARTED,
     LaunchError: ExitCode.NOT_STARTED,
+    TracingNotInstalledError: ExitCode.NOT_STARTED,
     TritonEndedError: ExitCode.FAILED,
     CaptionError: ExitCode.CALL_FAILED,
     OSError: ExitCode.FAILED,

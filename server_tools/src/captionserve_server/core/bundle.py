@@ -25,6 +25,7 @@ class Bundle:
         defaults: the checkpoint's own decoding options.
         rules: what it wants besides, of every caption.
         calibration: from its token log-probabilities to confidences.
+        precision: of the graphs' weights, by name.
     """
 
     geometry: DecoderGeometry
@@ -32,6 +33,7 @@ class Bundle:
     defaults: DecodingOptions
     calibration: Calibration
     rules: CheckpointRules = NO_RULES
+    precision: str = "fp32"
 
     def plan(self, given: Mapping[str, object], encode: Encode) -> CaptionPlan:
         """How to decode for a caller: the checkpoint's defaults with the caller's own options.
@@ -90,6 +92,7 @@ class Bundle:
             defaults=DecodingOptions.from_given(values["defaults"]),
             calibration=Calibration(**values["calibration"]),
             rules=_rules(values["rules"]),
+            precision=values["precision"],
         )
 
 

@@ -7,6 +7,8 @@
     │   ├── UnsupportedImageFormatError
     │   ├── ImageTooManyPixelsError
     │   └── InvalidOptionsError     carries one violation per field
+    ├── UnauthenticatedError        the caller is not known
+    ├── ModelNotFoundError          that version is not served
     ├── OverloadedError             try again later
     ├── DeadlineExceededError
     ├── CancelledError
@@ -103,6 +105,18 @@ class InvalidOptionsError(InvalidRequestError):
     def field_violations(self) -> Mapping[str, str]:
         """What is wrong, by option name."""
         return MappingProxyType(self._violations)
+
+
+class UnauthenticatedError(CaptionServeError):
+    """The caller has not said who calls, or with a token that is not known."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class ModelNotFoundError(CaptionServeError):
+    """The version of the model that is asked for is not served."""
+
+    reason = "MODEL_NOT_FOUND"
 
 
 class OverloadedError(CaptionServeError):

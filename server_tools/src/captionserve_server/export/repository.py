@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -28,9 +27,6 @@ Progress = Callable[[str], None]
 Comparison = Callable[[Path, Path], Mapping[str, float]]
 """Given the fp32 and the quantised model repository before the latter is published, without their
 configurations: figures by name of how well their captions agree."""
-
-# The static configuration warms the reference checkpoint's 224 x 224 up; see vision_encoder.
-_WARMUP_DIMS = re.compile(r"dims: \[ ?3, 224, 224 ?\]")
 
 
 class Exporter(Protocol):
@@ -145,7 +141,7 @@ def export_checkpoint(
     ):
         staging = folder / Precision.FP32.value
         graphs = _export_graphs(checkpoint, staging, version, graph_format, progress)
-        _write_settings(checkpoint, staging, version)
+        _write_settings(checkpoint, staging, version, precision)
         agreement: Mapping[str, float] = {}
         if precision is not Precision.FP32:
             fp32, staging = staging, folder / precision.value
@@ -156,7 +152,7 @@ def export_checkpoint(
         progress("comparing the graphs with PyTorch")
         verification = verify_export(checkpoint, graphs, precision)
         written = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
-        _publish(checkpoint, staging, output, version, graph_format)
+        _publish(staging, output, version, graph_format)
     return ExportReport(
         repository=output,
         version=version,
@@ -227,9 +223,12 @@ def _quantised(
     return paths
 
 
-def _write_settings(checkpoint: Checkpoint, staging: Path, version: int) -> None:
+def _write_settings(
+    checkpoint: Checkpoint, staging: Path, version: int, precision: Precision
+) -> None:
+    bundle = dataclasses.replace(checkpoint.bundle, precision=precision.value)
     folder = _version_folder(staging, files.DECODER, version)
-    (folder / files.BUNDLE_FILE).write_text(checkpoint.bundle.to_json())
+    (folder / files.BUNDLE_FILE).write_text(bundle.to_json())
     checkpoint.tokenizer.backend_tokenizer.save(str(folder / files.TOKENIZER_FILE), pretty=False)
     settings = json.dumps(dataclasses.asdict(checkpoint.preprocessor), indent=2)
     (folder / files.PREPROCESSOR_FILE).write_text(settings + "\n")
@@ -246,9 +245,7 @@ def _existing(folder: Path) -> Path:
     return next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
 
 
-def _publish(
-    checkpoint: Checkpoint, staging: Path, output: Path, version: int, graph_format: GraphFormat
-) -> None:
+def _publish(staging: Path, output: Path, version: int, graph_format: GraphFormat) -> None:
     """Move a staged version to its place, with the models' code and configuration."""
     static = static_repository()
     for model in files.MODELS:
@@ -259,7 +256,7 @@ def _publish(
         config = (static / model / "config.pbtxt").read_text()
         if model == files.VISION_ENCODER:
             config = _in_format(config, graph_format)
-        (source.parent / "config.pbtxt").write_text(_with_image_size(config, checkpoint.image_size))
+        (source.parent / "config.pbtxt").write_text(config)
     if output.is_dir():
         _add(staging, output, version)
     else:
@@ -287,11 +284,6 @@ def _add(staging: Path, output: Path, version: int) -> None:
                 undo.callback(config.unlink, missing_ok=True)
             (source / "config.pbtxt").replace(config)
         undo.pop_all()
-
-
-def _with_image_size(config: str, size: tuple[int, int]) -> str:
-    """A model's configuration, its warm-up made for images of `size` (height, width)."""
-    return _WARMUP_DIMS.sub(f"dims: [3, {size[0]}, {size[1]}]", config)
 
 
 def _in_format(config: str, graph_format: GraphFormat) -> str:

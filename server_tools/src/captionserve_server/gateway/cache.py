@@ -18,6 +18,7 @@ from captionserve_server.core.errors import (
     CancelledError,
     DeadlineExceededError,
     ModelUnavailableError,
+    OverloadedError,
 )
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.gateway.kserve import InputTensor
@@ -31,30 +32,38 @@ ENTRY_OVERHEAD_BYTES = 640
 _HASHED_IN_LOOP_BYTES = 2**20
 
 
-async def answer_key(
-    image: Iterable[InputTensor], options: DecodingOptions, model_version: int
-) -> bytes:
-    """What an answer depends on, as 32 bytes.
+async def image_digest(image: Iterable[InputTensor]) -> bytes:
+    """What says which image it is, as 32 bytes.
 
     Args:
         image: the decoder's inputs without OPTIONS.
-        options: all of them, the checkpoint's defaults included.
-        model_version: which one answers.
     """
     tensors = list(image)
-    # repr() is exact for numbers and quotes texts, so that different options stay different.
-    digest = hashlib.sha256(repr((model_version, options)).encode())
 
-    def update() -> bytes:
+    def digest() -> bytes:
+        digest = hashlib.sha256()
         for spec, shape, raw in tensors:
             digest.update(repr((spec.name, shape, len(raw))).encode())
             digest.update(raw)
         return digest.digest()
 
     if sum(len(raw) for _, _, raw in tensors) <= _HASHED_IN_LOOP_BYTES:
-        return update()
+        return digest()
     # hashlib lets other threads run meanwhile, the event loop's among them.
-    return await asyncio.to_thread(update)
+    return await asyncio.to_thread(digest)
+
+
+def answer_key(image: bytes, options: DecodingOptions, model_version: int, scope: str) -> bytes:
+    """What an answer depends on, and for whom it is remembered, as 32 bytes.
+
+    Args:
+        image: its digest.
+        options: all of them, the checkpoint's defaults included.
+        model_version: which one answers.
+        scope: the same for all who may be given it.
+    """
+    # repr() is exact for numbers and quotes texts, so that different options stay different.
+    return hashlib.sha256(image + repr((model_version, options, scope)).encode()).digest()
 
 
 class AnswerCache:
@@ -135,7 +144,7 @@ class SharedWork(Generic[Result]):
             await self._wait(key, work, end - clock())
             try:
                 return work.task.result(), joined
-            except (DeadlineExceededError, CancelledError):
+            except (DeadlineExceededError, CancelledError, OverloadedError):
                 # The time of whoever began the work is not that of one who joined it late.
                 if not joined or clock() >= end:
                     raise

@@ -16,10 +16,14 @@ from captionserve_server.core.errors import (
     InvalidOptionsError,
     InvalidRequestError,
 )
+from captionserve_server.core.image_files import MAX_PIXELS
+from captionserve_server.core.options import OPTIONS
+from captionserve_server.gateway.decoder_client import Description
 from captionserve_server.gateway.kserve import InputTensor, Outputs, encode_strings
+from captionserve_server.settings import Settings
 from captionserve_server.triton import wire
 
-EARLY_STOPPING: Mapping[int, bool | str] = {
+EARLY_STOPPING: Mapping[caption_pb2.EarlyStopping.ValueType, bool | str] = {
     caption_pb2.EARLY_STOPPING_FALSE: False,
     caption_pb2.EARLY_STOPPING_TRUE: True,
     caption_pb2.EARLY_STOPPING_NEVER: "never",
@@ -165,3 +169,40 @@ def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.Captio
 _COLUMNS = (wire.TEXT, wire.SCORE, wire.FINISH_REASON, wire.CONFIDENCE, wire.DEGENERATE)
 # One row for each caption, all of the length of the longest.
 _TOKEN_ROWS = (wire.TOKEN_IDS, wire.TOKEN_LOGPROBS, wire.TOKEN_TEXTS)
+
+
+def model_message(description: Description, *, is_default: bool) -> caption_pb2.Model:
+    """What callers are told of a version of the model."""
+    defaults = dict(description.defaults.as_given())
+    early_stopping = defaults.pop("early_stopping")
+    message = caption_pb2.Model(
+        version=description.version,
+        is_default=is_default,
+        precision=description.precision,
+        image_height=description.image_size[0],
+        image_width=description.image_size[1],
+    )
+    message.defaults.early_stopping = next(
+        number for number, meaning in EARLY_STOPPING.items() if meaning == early_stopping
+    )
+    for name, value in defaults.items():
+        if isinstance(value, list):
+            getattr(message.defaults, name).values.extend(value)
+        else:
+            setattr(message.defaults, name, value)
+    return message
+
+
+def limits_message(settings: Settings) -> caption_pb2.Limits:
+    """What callers are told of what a request may have."""
+    limits = caption_pb2.Limits(
+        message_bytes=settings.max_message_megabytes * 2**20,
+        image_pixels=MAX_PIXELS,
+        window=settings.window,
+        options=[
+            caption_pb2.OptionLimits(name=name, help=option.help, range=option.range() or "")
+            for name, option in OPTIONS.items()
+        ],
+    )
+    limits.deadline_cap.FromMilliseconds(int(1e3 * settings.deadline_cap_seconds))
+    return limits

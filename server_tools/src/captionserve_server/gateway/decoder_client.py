@@ -64,6 +64,8 @@ _TOO_LATE = "the deadline passed before the caption was complete"
 
 # The decoder answers this from memory; only a Triton that hangs takes longer.
 _DESCRIBE_SECONDS = 10.0
+# A Triton that answers is on this machine, and a connection to it there already.
+_CONNECT_SECONDS = 2.0
 # Triton ends an idle stream at once.
 _END_SECONDS = 2.0
 
@@ -93,10 +95,16 @@ class Description:
     Attributes:
         version: which one it is.
         defaults: the options of its checkpoint.
+        slots: captions that it decodes at once.
+        precision: of its weights.
+        image_size: (height, width) of the images that it reads.
     """
 
     version: int
     defaults: DecodingOptions
+    slots: int
+    precision: str
+    image_size: tuple[int, int]
 
 
 class Answer(NamedTuple):
@@ -124,43 +132,58 @@ class DecoderClient:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._idle: list[_Stream] = []
+        self._calls: set[_Call] = set()
+        self._no_calls = asyncio.Event()
+        self._no_calls.set()
+        self._abandoned = False
         # Unique without asking the system for randomness in each call.
         self._id_prefix = uuid.uuid4().hex[:16]
         self._id_numbers = itertools.count()
 
-    async def describe(self) -> Description:
-        """Ask which version answers and what its defaults are; CaptionServeError on failure."""
+    async def describe(self, version: int) -> Description:
+        """Ask what a version is; CaptionServeError on failure."""
         inputs = [InputTensor(wire.DESCRIBE, (1,), b"\x01")]
+        time_limit = TimeLimit(_DESCRIBE_SECONDS, _DESCRIBE_SECONDS)
         try:
-            answer = await self.caption(inputs, TimeLimit(_DESCRIBE_SECONDS, _DESCRIBE_SECONDS))
+            answer = await self.caption(inputs, version, time_limit)
         except DeadlineExceededError as error:
             # Not the caller's deadline: the decoder answers this one at once.
             raise ModelUnavailableError(_UNAVAILABLE) from error
         try:
             description = json.loads(answer.outputs[wire.DESCRIPTION.name].values[0])
             defaults = DecodingOptions.from_given(description["defaults"])
-            return Description(int(description["version"]), defaults)
+            height, width = description["image_size"]
+            return Description(
+                version=int(description["version"]),
+                defaults=defaults,
+                slots=int(description["slots"]),
+                precision=str(description["precision"]),
+                image_size=(int(height), int(width)),
+            )
         except (ValueError, LookupError, TypeError, AttributeError, InvalidOptionsError) as error:
             raise ModelFaultError(_UNREADABLE) from error
 
-    async def caption(self, inputs: Iterable[InputTensor], time_limit: TimeLimit) -> Answer:
+    async def caption(
+        self, inputs: Iterable[InputTensor], version: int, time_limit: TimeLimit
+    ) -> Answer:
         """The final answer to one message; cancelling the task cancels the work in Triton.
 
         Args:
             inputs: the decoder's inputs.
+            version: which of its versions shall answer.
             time_limit: how long it may take.
 
         Raises:
             CaptionServeError: whatever went wrong.
         """
-        async with aclosing(self.stream(inputs, time_limit)) as answers:
+        async with aclosing(self.stream(inputs, version, time_limit)) as answers:
             async for answer in answers:
                 if answer.is_final:
                     return answer
         raise AssertionError("a stream ends with its final answer, or an error")
 
     async def stream(
-        self, inputs: Iterable[InputTensor], time_limit: TimeLimit
+        self, inputs: Iterable[InputTensor], version: int, time_limit: TimeLimit
     ) -> AsyncGenerator[Answer, None]:
         """The answers to one message as they come, the final one last.
 
@@ -170,42 +193,61 @@ class DecoderClient:
         request = infer_request(
             wire.DECODER,
             inputs,
+            version=version,
             request_id=f"{self._id_prefix}-{next(self._id_numbers)}",
             timeout_microseconds=int(time_limit.model_seconds * 1e6),
         )
         request.parameters[_WANT_FINAL].bool_param = True
         kept = self._take_idle()
         call = _Call(kept or self._stub.ModelStreamInfer(), request.id)
+        self._calls.add(call)
+        self._no_calls.clear()
         timer = asyncio.get_running_loop().call_later(time_limit.call_seconds, call.expire)
         try:
             if kept is None:
                 # Cancelling a stream does not wake who waits for its connection.
-                await asyncio.wait_for(call.stream.wait_for_connection(), time_limit.call_seconds)
+                await _connected(call.stream, time_limit.call_seconds)
             await call.send(request)
             while not call.ended:
                 yield await call.next_answer()
         except grpc.aio.AioRpcError as error:
+            if self._abandoned:
+                raise ModelUnavailableError(_UNAVAILABLE) from error
             raise error_of_triton(error.code(), error.details() or "") from error
-        except asyncio.TimeoutError as error:
-            raise DeadlineExceededError(_TOO_LATE) from error
         except asyncio.CancelledError as error:
             # Waiting for a cancelled stream ends as in a cancelled task.
+            if self._abandoned:
+                raise ModelUnavailableError(_UNAVAILABLE) from error
             if call.expired:
                 raise DeadlineExceededError(_TOO_LATE) from error
             raise
         finally:
             timer.cancel()
+            self._calls.discard(call)
+            if not self._calls:
+                self._no_calls.set()
             if call.ended and len(self._idle) < _KEPT_STREAMS:
                 self._idle.append(call.stream)
             else:
                 call.stream.cancel()
 
+    async def wait_idle(self) -> None:
+        """Wait until no call is in flight."""
+        await self._no_calls.wait()
+
+    def abandon(self) -> None:
+        """Fail all calls as ModelUnavailableError, because nobody will answer them any more."""
+        self._abandoned = True
+        for call in list(self._calls):
+            call.stream.cancel()
+
     async def close(self) -> None:
-        """Close the connection; calls in flight are cancelled.
+        """Close the connection; calls in flight fail as ModelUnavailableError.
 
         Idle streams are ended and not cancelled: Triton may keep a cancelled one's last request,
         and with it the model, which it then cannot unload.
         """
+        self.abandon()
         ends = asyncio.gather(*map(_end, self._idle), return_exceptions=True)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(ends, _END_SECONDS)
@@ -218,6 +260,15 @@ class DecoderClient:
             if not stream.done():
                 return stream
         return None
+
+
+async def _connected(stream: _Stream, call_seconds: float) -> None:
+    try:
+        await asyncio.wait_for(stream.wait_for_connection(), min(call_seconds, _CONNECT_SECONDS))
+    except asyncio.TimeoutError as error:
+        if call_seconds <= _CONNECT_SECONDS:
+            raise DeadlineExceededError(_TOO_LATE) from error
+        raise ModelUnavailableError(_UNAVAILABLE) from error
 
 
 async def _end(stream: _Stream) -> None:

@@ -9,14 +9,18 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
+from structlog.contextvars import clear_contextvars
 
 from captionserve_server.core.errors import CaptionServeError, InvalidRequestError
+from captionserve_server.gateway.identity import Identities
 from captionserve_server.gateway.metrics import GatewayMetrics
 from captionserve_server.gateway.status import rpc_status
+from captionserve_server.tracing import TRACE_HEADERS, Traces, record_code
 
 _log = logging.getLogger(__name__)
 
@@ -51,27 +55,61 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         return None if handler is None else _rewrapped(_checked(handler), _errors_mapped)
 
 
-class MetricsInterceptor(grpc.aio.ServerInterceptor):
-    """Counts the calls of one service."""
+class IdentityInterceptor(grpc.aio.ServerInterceptor):
+    """Lets only callers that are known come to a service of another's making."""
 
-    def __init__(self, service: str, metrics: GatewayMetrics) -> None:
-        """Count the calls of `service`, named with its package."""
+    def __init__(self, service: str, identities: Identities) -> None:
+        """Guard `service`, named with its package."""
         self._prefix = f"/{service}/"
-        self._metrics = metrics
+        self._identities = identities
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        """Put the counting around the call's handler."""
+        """Put the question before the call's handler."""
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(self._prefix):
             return handler
-        return _rewrapped(handler, self._counted)
+        return _rewrapped(handler, self._known)
 
     @asynccontextmanager
-    async def _counted(self, context: Context) -> AsyncIterator[None]:
+    async def _known(self, context: Context) -> AsyncIterator[None]:
+        self._identities.of(context)
+        yield
+
+
+class ObservingInterceptor(grpc.aio.ServerInterceptor):
+    """Counts, logs and traces the calls of one service."""
+
+    def __init__(self, service: str, metrics: GatewayMetrics, traces: Traces) -> None:
+        """Observe the calls of `service`, named with its package."""
+        self._service = service
+        self._metrics = metrics
+        self._traces = traces
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """Put the observing around the call's handler."""
+        handler = await continuation(handler_call_details)
+        service, _, method = handler_call_details.method.removeprefix("/").partition("/")
+        if handler is None or service != self._service:
+            return handler
+        return _rewrapped(handler, partial(self._observed, method))
+
+    @asynccontextmanager
+    async def _observed(self, method: str, context: Context) -> AsyncIterator[None]:
         allowed = context.time_remaining()
-        with self._metrics.call() as record:
+        clear_contextvars()
+        carrier = {
+            name: str(value)
+            for name, value in context.invocation_metadata() or ()
+            if name in TRACE_HEADERS
+        }
+        with (
+            self._traces.call(self._service, method, carrier) as span,
+            self._metrics.call(method) as record,
+        ):
             try:
                 yield
             except grpc.aio.AbortError:
@@ -82,6 +120,8 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
             except BaseException:
                 record.code = _cancellation_code(allowed, context.time_remaining())
                 raise
+            finally:
+                record_code(span, record.code.value[0])
 
 
 @asynccontextmanager

@@ -50,6 +50,7 @@ def infer_request(
     model: ModelSpec,
     inputs: Iterable[InputTensor],
     *,
+    version: int,
     request_id: str,
     timeout_microseconds: int,
 ) -> service_pb2.ModelInferRequest:
@@ -58,10 +59,13 @@ def infer_request(
     Args:
         model: whom to ask.
         inputs: those that are given.
+        version: of the model.
         request_id: names the request in Triton's logs.
         timeout_microseconds: the time left, for Triton's queues and the model itself.
     """
-    request = service_pb2.ModelInferRequest(model_name=model.name, id=request_id)
+    request = service_pb2.ModelInferRequest(
+        model_name=model.name, model_version=str(version), id=request_id
+    )
     request.parameters["timeout"].int64_param = timeout_microseconds
     for spec, shape, raw in inputs:
         request.inputs.add(name=spec.name, datatype=kserve_type(spec.data_type), shape=shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,8 +14,12 @@ from google.rpc import error_details_pb2, status_pb2
 from captionserve_server.core import errors
 
 DOMAIN = "captionserve"
-# About the time in which a handful of captions is finished and room is made.
-RETRY_DELAY_SECONDS = 1
+# When to come back: about the time in which a handful of captions is finished and room is made, and
+# a part of the time in which Triton is started anew.
+RETRY_DELAYS: Mapping[type[errors.CaptionServeError], float] = {
+    errors.OverloadedError: 1.0,
+    errors.ModelUnavailableError: 0.5,
+}
 
 CODES: Mapping[type[errors.CaptionServeError], grpc.StatusCode] = {
     errors.CaptionServeError: grpc.StatusCode.INTERNAL,
@@ -24,6 +29,8 @@ CODES: Mapping[type[errors.CaptionServeError], grpc.StatusCode] = {
     errors.UnsupportedImageFormatError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ImageTooManyPixelsError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidOptionsError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
     # Not UNAVAILABLE: clients retry that by themselves, which feeds an overload.
     errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -58,15 +65,30 @@ class RpcStatus:
 def rpc_status(error: errors.CaptionServeError) -> RpcStatus:
     """The status that tells a caller of an error."""
     code = CODES[type(error)]
-    status = status_pb2.Status(code=code.value[0], message=error.message)
-    for detail in _details(error):
-        status.details.add().Pack(detail)
+    status = google_status(error)
     metadata: list[tuple[str, str | bytes]] = [
         ("grpc-status-details-bin", status.SerializeToString())
     ]
     if isinstance(error, errors.OverloadedError):
-        metadata.append(("grpc-retry-pushback-ms", str(1000 * RETRY_DELAY_SECONDS)))
+        milliseconds = int(1e3 * RETRY_DELAYS[type(error)])
+        metadata.append(("grpc-retry-pushback-ms", str(milliseconds)))
     return RpcStatus(code, error.message, tuple(metadata))
+
+
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """The code of whatever a caption ends with."""
+    if isinstance(error, errors.CaptionServeError):
+        return CODES[type(error)]
+    cancelled = isinstance(error, asyncio.CancelledError)
+    return grpc.StatusCode.CANCELLED if cancelled else grpc.StatusCode.INTERNAL
+
+
+def google_status(error: errors.CaptionServeError) -> status_pb2.Status:
+    """The same as a message of its own, which is all that an item of a call has."""
+    status = status_pb2.Status(code=CODES[type(error)].value[0], message=error.message)
+    for detail in _details(error):
+        status.details.add().Pack(detail)
+    return status
 
 
 def _details(error: errors.CaptionServeError) -> list[Message]:
@@ -77,8 +99,10 @@ def _details(error: errors.CaptionServeError) -> list[Message]:
         for field, description in violations.items():
             bad_request.field_violations.add(field=field, description=description)
         details.append(bad_request)
-    if isinstance(error, (errors.OverloadedError, errors.ModelUnavailableError)):
-        delay = Duration(seconds=RETRY_DELAY_SECONDS)
+    seconds = RETRY_DELAYS.get(type(error))
+    if seconds is not None:
+        delay = Duration()
+        delay.FromMilliseconds(int(1e3 * seconds))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return details
 

@@ -32,6 +32,12 @@ TOP_GRAPH_FILE = "top.onnx"
 _MODELS_OF_OLDER_EXPORTS = ("decoder_step", "preprocess")
 
 
+def versions_of(repository: Path) -> list[int]:
+    """The versions of the decoder in a model repository, the oldest first."""
+    folder = repository / DECODER
+    return sorted(int(each.name) for each in folder.iterdir() if each.name.isdecimal())
+
+
 def what_is_missing(folder: Path) -> str:
     """Why a folder is no model repository that can be served, and what to do; "" when it is one."""
     older = [name for name in _MODELS_OF_OLDER_EXPORTS if (folder / name).is_dir()]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,20 +17,28 @@ class ReadyReport:
     triton_grpc: str
     triton_http: str
     triton_metrics: str
+    health: str | None = None
     pids: dict[str, int] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def ready_file(path: Path | None, report: ReadyReport) -> Iterator[None]:
-    """Keep the report in a file while the service runs; None keeps none."""
-    if path is None:
-        yield
-        return
-    # Written beside and renamed, so that nobody reads half a file.
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(asdict(report), indent=2) + "\n")
-    draft.replace(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+class ReadyFile:
+    """Keeps the newest report in a file, from the first one until it is removed."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Keep it there; None keeps none."""
+        self._path = path
+
+    def write(self, report: ReadyReport) -> None:
+        """Put this report in the place of the last one."""
+        if self._path is None:
+            return
+        said = {name: value for name, value in asdict(report).items() if value is not None}
+        # Written beside and renamed, so that nobody reads half a file.
+        draft = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        draft.write_text(json.dumps(said, indent=2) + "\n")
+        draft.replace(self._path)
+
+    def close(self) -> None:
+        """Say that the service has ended."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 
-from captionserve_server.core.decode_budget import DEFAULT_DECODE_MEGABYTES
-from captionserve_server.core.errors import CaptionServeError
-from captionserve_server.gateway.config import GatewayConfig
-from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
-from captionserve_server.gateway.kserve import InputTensor, encode_strings
 from captionserve_server.gateway.server import Gateway
 from captionserve_server.runtime.model_repository import what_is_missing
 from captionserve_server.serving.installation import find_triton
-from captionserve_server.serving.ready import ReadyReport, ready_file
-from captionserve_server.serving.triton_process import TritonProcess, TritonStartError
-from captionserve_server.triton import wire
-
-# One black pixel as a binary PPM: the smallest image there is.
-_CANARY_IMAGE = b"P6 1 1 255\n\0\0\0"
-
-
-class TritonEndedError(RuntimeError):
-    """Triton, or one of its models' processes, ended while it was serving; its last lines."""
+from captionserve_server.serving.ready import ReadyFile, ReadyReport
+from captionserve_server.serving.supervisor import Supervisor
+from captionserve_server.serving.triton_log import TritonLog
+from captionserve_server.settings import Settings
 
 
 class NoModelRepositoryError(RuntimeError):
@@ -36,143 +22,95 @@ class NoModelRepositoryError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class ServeOptions:
-    """What `captionserve serve` is asked for.
+class _Signals:
+    """What signals have asked for.
 
     Attributes:
-        model_repository: an exported model repository.
-        listen: host:port of the gateway; port 0 takes any free one.
-        metrics_listen: host:port of the gateway's Prometheus metrics.
-        ready_file: written as JSON once captions can be answered, removed at the end.
-        tritonserver: the tritonserver executable; None finds one.
-        cache_megabytes: memory for answers that may be asked for again; 0 for none.
-        threads: of one run of a graph; 0 follows from the cores there are.
-        decode_megabytes: memory of all images that are decoded at once.
-        start_seconds: how long Triton may take to load its models.
-        grace_seconds: how long calls in flight may take at the end.
+        end: set by the first SIGTERM or SIGINT.
+        hurry: set by the second.
+        reload: set by SIGHUP.
     """
 
-    model_repository: Path
-    listen: str = "127.0.0.1:9000"
-    metrics_listen: str = "127.0.0.1:0"
-    ready_file: Path | None = None
-    tritonserver: Path | None = None
-    cache_megabytes: int = 64
-    threads: int = 0
-    decode_megabytes: int = DEFAULT_DECODE_MEGABYTES
-    start_seconds: float = 300.0
-    grace_seconds: float = 30.0
+    end: asyncio.Event = field(default_factory=asyncio.Event)
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    reload: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def obey(self) -> None:
+        """Begin to listen."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._asked)
+
+    def _asked(self) -> None:
+        (self.hurry if self.end.is_set() else self.end).set()
 
 
-async def serve(options: ServeOptions, on_ready: Callable[[ReadyReport], None]) -> None:
+async def serve(settings: Settings, on_ready: Callable[[ReadyReport], None]) -> None:
     """Run the service until SIGTERM or SIGINT.
 
+    SIGHUP takes in the model repository's present state, certificates and tokens.
+
+    The end: NOT_SERVING, a wait for balancers, no new calls, the calls in flight, Triton. A second
+    signal cuts every wait short.
+
     Args:
-        options: what to run.
-        on_ready: told once that captions can be answered.
+        settings: what to run, and how.
+        on_ready: told where the service listens, once captions can be answered.
 
     Raises:
         NoModelRepositoryError: if the model repository is none, or an older export's.
         TritonNotFoundError: if there is no tritonserver.
         TritonStartError: if it does not become ready.
-        TritonEndedError: if it ends by itself later.
+        TritonEndedError: if it fails too often later.
+        OSError: if an address cannot be listened on, or a file not be written.
     """
-    wrong = what_is_missing(options.model_repository)
+    wrong = what_is_missing(settings.model_repository)
     if wrong:
         raise NoModelRepositoryError(wrong)
-    stop = _stop_on_signals()
-    async with _triton(options, stop) as triton:
-        if stop.is_set():
-            return
-        await _caption_once(triton, options.start_seconds)
-        async with _gateway(options, triton) as gateway:
-            report = _report(gateway, triton)
-            with ready_file(options.ready_file, report):
-                on_ready(report)
-                await _until_stopped(stop, triton)
+    signals = _Signals()
+    signals.obey()
+    ready = _Announcement(ReadyFile(settings.ready_file), on_ready)
+    installation = find_triton(settings.tritonserver)
+    with (
+        contextlib.closing(TritonLog(settings.triton_log)) as log,
+        contextlib.closing(ready.file),
+    ):
+        async with _gateway(settings) as gateway:
+            supervisor = Supervisor(settings, installation, log, gateway, ready.tell)
+            supervising = asyncio.create_task(supervisor.run(signals.reload, signals.hurry))
+            ending = asyncio.create_task(signals.end.wait())
+            try:
+                await asyncio.wait([supervising, ending], return_when=asyncio.FIRST_COMPLETED)
+                if not signals.end.is_set():
+                    await supervising  # Which has failed.
+                await gateway.drain(signals.hurry)
+            finally:
+                ending.cancel()
+                supervising.cancel()
+                # Ends Triton; what it has failed with was raised above.
+                await asyncio.wait([supervising])
 
 
-def _stop_on_signals() -> asyncio.Event:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop
+@dataclass
+class _Announcement:
+    """Tells of every Triton in the ready file, and of the first one to whoever started us."""
 
+    file: ReadyFile
+    first: Callable[[ReadyReport], None] | None
 
-@contextlib.asynccontextmanager
-async def _triton(options: ServeOptions, stop: asyncio.Event) -> AsyncIterator[TritonProcess]:
-    triton = TritonProcess(
-        find_triton(options.tritonserver),
-        options.model_repository,
-        threads=options.threads,
-        decode_megabytes=options.decode_megabytes,
-    )
-    try:
-        await _first(triton.wait_ready(options.start_seconds), stop.wait())
-        yield triton
-    finally:
-        await asyncio.to_thread(triton.stop)
-
-
-async def _caption_once(triton: TritonProcess, timeout_seconds: float) -> None:
-    """Prove with a real caption that Triton is ready; it says so before anything has decoded."""
-    client = DecoderClient(triton.addresses.grpc)
-    image = InputTensor(wire.IMAGE, (1,), encode_strings([_CANARY_IMAGE]))
-    try:
-        await client.caption([image], TimeLimit(timeout_seconds, timeout_seconds))
-    except CaptionServeError as error:
-        raise TritonStartError(f"the first caption failed: {error.message}") from error
-    finally:
-        await client.close()
+    def tell(self, report: ReadyReport) -> None:
+        self.file.write(report)
+        if self.first is not None:
+            self.first(report)
+            self.first = None
 
 
 @contextlib.asynccontextmanager
-async def _gateway(options: ServeOptions, triton: TritonProcess) -> AsyncIterator[Gateway]:
-    gateway = Gateway(
-        GatewayConfig(
-            listen=options.listen,
-            metrics_listen=options.metrics_listen,
-            triton_address=triton.addresses.grpc,
-            cache_megabytes=options.cache_megabytes,
-            grace_seconds=options.grace_seconds,
-        )
-    )
+async def _gateway(settings: Settings) -> AsyncIterator[Gateway]:
+    gateway = Gateway(settings)
     await gateway.start()
     try:
         yield gateway
     finally:
-        await gateway.stop()
-
-
-async def _until_stopped(stop: asyncio.Event, triton: TritonProcess) -> None:
-    ended = asyncio.create_task(triton.wait_ended())
-    try:
-        await asyncio.wait(
-            [ended, asyncio.ensure_future(stop.wait())], return_when=asyncio.FIRST_COMPLETED
-        )
-        if not stop.is_set():
-            raise TritonEndedError(await ended)
-    finally:
-        ended.cancel()
-
-
-async def _first(*coroutines: Coroutine[Any, Any, object]) -> None:
-    """Wait until one is done, cancel the others, and raise what that one raised."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in pending:
-        task.cancel()
-    for task in done:
-        task.result()
-
-
-def _report(gateway: Gateway, triton: TritonProcess) -> ReadyReport:
-    return ReadyReport(
-        grpc=gateway.address,
-        metrics=gateway.metrics_address,
-        triton_grpc=triton.addresses.grpc,
-        triton_http=triton.addresses.http,
-        triton_metrics=triton.addresses.metrics,
-        pids={"gateway": os.getpid(), "triton": triton.pid},
-    )
+        await gateway.close()

@@ -6,30 +6,31 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from captionserve_server.core.decode_budget import DEFAULT_DECODE_MEGABYTES
-from captionserve_server.runtime.cores import THREADS_VARIABLE
-from captionserve_server.runtime.decode_memory import DECODE_MEGABYTES_VARIABLE
-from captionserve_server.serving.installation import TritonInstallation, assemble_backends
-from captionserve_server.serving.private_copy import copy_repository, make_plain_folder
+from captionserve_server.runtime.heartbeat import HEARTBEAT_FOLDER_VARIABLE
+from captionserve_server.serving.installation import TritonInstallation
+from captionserve_server.serving.private_folder import PrivateFolder
+from captionserve_server.serving.process_watch import ProcessWatch
+from captionserve_server.serving.triton_log import TritonLog
+from captionserve_server.tracing import TRACE_HEADERS
 
 _LOOPBACK = "127.0.0.1"
-_SHARED_MEMORY = Path("/dev/shm")
-_POLL_SECONDS = 0.1
-_LOG_TAIL_LINES = 15
-_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_POLL_SECONDS = 0.05
+# How long Triton waits for its models, and what it gets beyond that to say goodbye. All calls have
+# ended by then, but Triton may keep a request that was cancelled, and waits for it in vain.
+_EXIT_SECONDS = 10
+_GOODBYE_SECONDS = 5
 # Has malloc ask for transparent huge pages, and give a picture's memory back, which Pillow takes in
 # blocks of 16 MiB: glibc's own threshold rises to what was freed, and each thread then keeps the
 # largest picture it ever had. Other C libraries ignore it, and older ones the first.
@@ -39,6 +40,16 @@ _MALLOC = ":".join(
         f"glibc.malloc.mmap_threshold={15 << 20}",
         f"glibc.malloc.trim_threshold={16 << 20}",
     )
+)
+# What callers of Triton itself may say to models: of which trace they are.
+_TRACE_HEADERS = f"({'|'.join(TRACE_HEADERS)})"
+# Becomes the program that it is given, and has the kernel end that with the thread that started it,
+# which is the service's main one. Not a preexec_fn: that runs Python between fork and exec, where a
+# lock may be held by one of the gateway's threads that the fork has left behind.
+_DIES_WITH_PARENT = (
+    "import ctypes, os, signal, sys; "
+    "ctypes.CDLL(None).prctl(1, signal.SIGTERM); "  # PR_SET_PDEATHSIG
+    "os.execv(sys.argv[1], sys.argv[1:])"
 )
 
 
@@ -56,134 +67,118 @@ class TritonAddresses:
 
 
 class TritonProcess:
-    """A running tritonserver of our own."""
+    """A running tritonserver of our own.
+
+    Attributes:
+        addresses: where it listens.
+        pid: the process id.
+    """
 
     def __init__(
         self,
         installation: TritonInstallation,
-        repository: Path,
-        *,
-        threads: int = 0,
-        decode_megabytes: int = DEFAULT_DECODE_MEGABYTES,
-        exit_seconds: int = 30,
+        folder: PrivateFolder,
+        log: TritonLog,
+        environment: Mapping[str, str],
     ) -> None:
         """Start the server; use `wait_ready` before relying on it.
 
         Args:
             installation: what to run.
-            repository: the model repository; Triton serves a copy of it.
-            threads: of one run of a graph; 0 follows from the cores there are.
-            decode_megabytes: memory of all images that are decoded at once.
-            exit_seconds: how long Triton may take to end its models before it is killed.
-
-        Raises:
-            NoPlainFolderError: if there is no place for the copy.
+            folder: what to serve.
+            log: takes what it prints.
+            environment: what its models are told, beside where their signs of life go.
         """
-        self._exit_seconds = exit_seconds
-        self._folder = make_plain_folder("captionserve-triton-")
-        self._log_path = self._folder / "triton.log"
-        self._shared_memory_prefix = self._folder.name
+        self._log = log
         ports = _free_ports(3)
         self.addresses = TritonAddresses(*(f"{_LOOPBACK}:{port}" for port in ports))
-        environment = _environment(installation) | {
-            THREADS_VARIABLE: str(threads),
-            DECODE_MEGABYTES_VARIABLE: str(decode_megabytes),
-        }
-        backends = self._folder / "backends"
-        served = self._folder / "repository"
-        # Whoever gets no process cannot end it, which would remove its folder.
-        with ExitStack() as undo:
-            undo.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            backends.mkdir()
-            assemble_backends(installation, backends)
-            copy_repository(repository, served)
-            self._process = self._start(installation.binary, served, backends, ports, environment)
-            undo.pop_all()
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._process.pid
-
-    @property
-    def running(self) -> bool:
-        """Whether the process has not ended."""
-        return self._process.poll() is None
+        heartbeats = {HEARTBEAT_FOLDER_VARIABLE: str(folder.heartbeats)}
+        self._process = self._start(
+            installation.binary,
+            folder,
+            ports,
+            {**_environment(installation), **environment, **heartbeats},
+        )
+        self.pid = self._process.pid
+        self._watch = ProcessWatch(self.pid, folder.heartbeats)
+        self._killed = False
 
     async def wait_ready(self, timeout_seconds: float) -> None:
         """Wait until every model is loaded and warmed up.
 
         Raises:
-            TritonStartError: if the process ends or the time is up first.
+            TritonStartError: if a process ends or the time is up first.
         """
         deadline = asyncio.get_running_loop().time() + timeout_seconds
         async with grpc.aio.insecure_channel(self.addresses.grpc) as channel:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             while not await _is_ready(stub):
-                if not self.running:
-                    raise TritonStartError(f"Triton ended while starting\n{self._log_tail()}")
+                self._watch.find_models()
+                if self._process.poll() is not None:
+                    raise TritonStartError(f"Triton ended while starting\n{self._log.tail()}")
+                if (seen := self._watch.look()) is not None:
+                    raise TritonStartError(f"{seen}, while Triton started\n{self._log.tail()}")
                 if asyncio.get_running_loop().time() > deadline:
                     raise TritonStartError(
                         f"Triton was not ready after {timeout_seconds:g} seconds\n"
-                        f"{self._log_tail()}"
+                        f"{self._log.tail()}"
                     )
                 await asyncio.sleep(_POLL_SECONDS)
+        self._watch.find_models()
 
-    async def wait_ended(self) -> str:
-        """Wait until Triton has ended, or a process of its models, which it does not notice.
+    async def failure(self) -> str:
+        """Wait until Triton, or a process of its models, cannot answer any more; what happened."""
+        return await self._watch.failure()
 
-        Returns:
-            which it was, and the last lines of Triton's log.
-        """
-        processes = {self.pid: "Triton", **dict.fromkeys(_children(self.pid), "a model's process")}
-        ended: asyncio.Queue[str] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as watched:
-            for pid, name in processes.items():
-                try:
-                    descriptor = os.pidfd_open(pid)
-                except ProcessLookupError:
-                    return self._ended(name)
-                watched.callback(os.close, descriptor)
-                loop.add_reader(descriptor, ended.put_nowait, name)
-                watched.callback(loop.remove_reader, descriptor)
-            return self._ended(await ended.get())
-
-    def _ended(self, name: str) -> str:
-        return f"{name} ended by itself\n{self._log_tail()}"
-
-    def stop(self) -> None:
-        """End the server and remove whatever it leaves behind."""
-        if self.running:
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """End the server and its models within a quarter of a minute, or when `hurry` is set."""
+        if self._watch.look() is None:
             self._process.terminate()
-            # Triton itself waits exit_seconds for its models; it gets a little more to say goodbye.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(self._exit_seconds + 5)
-        # The stubs are in the process group of their own that `_start` made.
+            # A Triton that has lost a model would wait for it in vain.
+            waiting = asyncio.create_task(hurry.wait())
+            deadline = asyncio.get_running_loop().time() + _EXIT_SECONDS + _GOODBYE_SECONDS
+            while (
+                self._process.poll() is None
+                and not waiting.done()
+                and asyncio.get_running_loop().time() < deadline
+            ):
+                await asyncio.wait([waiting], timeout=_POLL_SECONDS)
+            waiting.cancel()
+        self.kill()
+
+    def kill(self) -> None:
+        """End the server and its models at once."""
+        if self._killed:  # Its process group may be another's by now.
+            return
+        self._killed = True
+        # The stubs are in the process group of their own that `_start` made, and fall to us when
+        # Triton is gone. What has not been waited for may still hold its memory.
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
-        for region in _SHARED_MEMORY.glob(f"{self._shared_memory_prefix}*"):
-            region.unlink(missing_ok=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-self.pid, 0)
 
     def _start(
         self,
         binary: Path,
-        repository: Path,
-        backends: Path,
+        folder: PrivateFolder,
         ports: list[int],
         environment: Mapping[str, str],
     ) -> subprocess.Popen[bytes]:
         command = [
+            *(sys.executable, "-I", "-S", "-c", _DIES_WITH_PARENT),
             str(binary),
-            f"--model-repository={repository}",
-            f"--backend-directory={backends}",
-            f"--backend-config=python,shm-region-prefix-name={self._shared_memory_prefix}",
-            f"--exit-timeout-secs={self._exit_seconds}",
+            f"--model-repository={folder.repository}",
+            f"--backend-directory={folder.backends}",
+            f"--backend-config=python,shm-region-prefix-name={folder.shared_memory_prefix}",
+            f"--exit-timeout-secs={_EXIT_SECONDS}",
             # Every config.pbtxt is complete. To complete one, Triton starts a Python model one time
             # more, which takes seconds; and if that process dies, it waits for it for ever.
             "--disable-auto-complete-config",
+            f"--grpc-header-forward-pattern={_TRACE_HEADERS}",
+            f"--http-header-forward-pattern={_TRACE_HEADERS}",
             f"--grpc-address={_LOOPBACK}",
             f"--http-address={_LOOPBACK}",
             f"--metrics-address={_LOOPBACK}",
@@ -191,27 +186,24 @@ class TritonProcess:
             f"--http-port={ports[1]}",
             f"--metrics-port={ports[2]}",
         ]
-        with self._log_path.open("wb") as log:
+        _adopt_orphans()
+        output = self._log.pipe()
+        try:
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
-
-    def _log_tail(self) -> str:
-        lines = self._log_path.read_text(errors="replace").splitlines()
-        errors = [line for line in lines if line.startswith("E")] or lines
-        return "\n".join(errors[-_LOG_TAIL_LINES:])
+        finally:
+            os.close(output)
 
 
-def _children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    tasks = Path("/proc", str(pid), "task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
+def _adopt_orphans() -> None:
+    """Have children of a child that has ended become ours, wherever an init process is far."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 async def _is_ready(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> bool:
@@ -240,11 +232,6 @@ def _environment(installation: TritonInstallation) -> dict[str, str]:
 
 def _joined(*folders: str) -> str:
     return os.pathsep.join(filter(None, folders))
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to end this process when the one that started it is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -10,6 +10,7 @@ import numpy as np
 from captionserve_server.core.captions import CaptionPlan
 from captionserve_server.core.detokenise import TextStream
 from captionserve_server.core.engine.scheduler import Outcome
+from captionserve_server.core.engine.timeline import Timeline
 from captionserve_server.core.engine.worker import OnDeath, WorkerPool
 from captionserve_server.core.errors import (
     CaptionServeError,
@@ -77,7 +78,9 @@ class Answering:
 
         self._thread.submit(send, _unsent)
 
-    def send_last(self, caller: Caller, plan: CaptionPlan, outcome: Outcome) -> None:
+    def send_last(
+        self, caller: Caller, plan: CaptionPlan, outcome: Outcome, timeline: Timeline
+    ) -> None:
         """Send the captions, or why there are none, and make room for the next."""
 
         def send() -> None:
@@ -85,9 +88,10 @@ class Answering:
                 if isinstance(outcome, CaptionServeError):
                     last = error_response(outcome)
                 else:
-                    last = response(
-                        caption_tensors([self._finisher.finished(each, plan) for each in outcome])
-                    )
+                    finished = [self._finisher.finished(each, plan) for each in outcome]
+                    tensors = caption_tensors(finished)
+                    timeline.passed("answer")
+                    last = response({**tensors, wire.TIMES: np.array(timeline.numbers, np.float64)})
             except Exception as error:  # A caption that cannot be told is its own caller's loss.
                 last = error_response(error)
             try:
@@ -108,7 +112,12 @@ def _unsent(error: Exception) -> None:
 
 
 class Captioning:
-    """One request in work: what the engine calls a Caller."""
+    """One request in work: what the engine calls a Caller.
+
+    Attributes:
+        plan: how to decode.
+        timeline: how long its stages took.
+    """
 
     def __init__(
         self,
@@ -130,6 +139,7 @@ class Captioning:
         self._caller = caller
         self._stream = stream
         self._known = 0
+        self.timeline = Timeline()
 
     @property
     def has_gone(self) -> bool:
@@ -151,9 +161,10 @@ class Captioning:
 
     def end(self, outcome: Outcome) -> None:
         """Have the last answer sent."""
+        self.timeline.passed("steps")
         if self._stream is not None and not isinstance(outcome, CaptionServeError):
             self._tell(self._stream, outcome[0].token_ids, last=True)
-        self._answering.send_last(self._caller, self.plan, outcome)
+        self._answering.send_last(self._caller, self.plan, outcome, self.timeline)
 
     def fail(self, error: Exception) -> None:
         """End with an error; one that is not of our tree is a fault, whose text is logged."""

@@ -60,6 +60,7 @@ from captionserve_server.triton.pb import (
     read_bytes,
     read_flag,
     response,
+    show_life,
     text_array,
 )
 
@@ -75,6 +76,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load everything, and run each graph once, so that the first caption finds them warm."""
+        show_life()
         arguments = ModelArguments(args)
         folder = Path(arguments.repository) / str(arguments.version)
         self._version = arguments.version
@@ -93,6 +95,7 @@ class TritonPythonModel:
             max_entries=arguments.number("max_entries"),
             max_admissions=arguments.number("max_admissions"),
         )
+        self._slots = limits.slots
         step_model = GraphStepModel(graphs, self._bundle.geometry, limits.slots)
         step_model.warm_up()
         vocabulary = Vocabulary(self._bundle.special, self._bundle.geometry.vocabulary_size)
@@ -178,13 +181,22 @@ class TritonPythonModel:
             raise ModelUnavailableError("the captioner is shutting down")
         if captioning.has_gone:
             raise CancelledError("the caller has gone")
+        captioning.timeline.passed("image_queue")
         with self._metrics.image():
             image = pixels()
-        self._engine.submit(image, captioning.plan, captioning)
+        captioning.timeline.passed("preprocess")
+        self._engine.submit(image, captioning.plan, captioning, captioning.timeline)
 
     def _description(self) -> str:
-        defaults = self._bundle.defaults.as_given()
-        return json.dumps({"version": self._version, "defaults": defaults})
+        return json.dumps(
+            {
+                "version": self._version,
+                "defaults": self._bundle.defaults.as_given(),
+                "slots": self._slots,
+                "precision": self._bundle.precision,
+                "image_size": self._preprocessor.output_size(),
+            }
+        )
 
     def _die(self, error: BaseException) -> None:
         """End the process, because a thread has ended that should not have."""

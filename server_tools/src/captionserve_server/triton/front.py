@@ -11,16 +11,18 @@ import math
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from captionserve_server.core.engine.timeline import stages_of
 from captionserve_server.core.engine.worker import WorkerPool
 from captionserve_server.core.errors import (
     CancelledError,
     DeadlineExceededError,
     ModelFaultError,
 )
+from captionserve_server.tracing import Traces, endpoint_for_models
 from captionserve_server.triton import wire
 from captionserve_server.triton.callers import Caller, CallerWatch
 from captionserve_server.triton.pb import (
@@ -30,7 +32,9 @@ from captionserve_server.triton.pb import (
     call_decoupled,
     die,
     read,
+    show_life,
     text_array,
+    trace_context,
 )
 
 _CLOSE_SECONDS = 10.0
@@ -49,6 +53,7 @@ class Front(ABC):
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the threads."""
+        show_life()
         arguments = ModelArguments(args)
         self._version = arguments.version
         # How the decoder knows the requests that are in its hands.
@@ -56,6 +61,8 @@ class Front(ABC):
         # Threads wait for the decoder and do nothing else; requests beyond them wait in the queue.
         self._asking = WorkerPool("asking", arguments.number("requests_at_once"), die)
         self._watch = CallerWatch(die, self._give_up)
+        self._model = arguments.model
+        self._traces = Traces(endpoint_for_models(), f"captionserve.{self._model}")
 
     def execute(self, requests: list[Request]) -> None:
         """Accept the requests; they are answered later, through their response senders."""
@@ -70,6 +77,7 @@ class Front(ABC):
         """End the threads; the decoder, which ends too, answers what is in flight."""
         self._asking.close(_CLOSE_SECONDS)
         self._watch.close(_CLOSE_SECONDS)
+        self._traces.close()
 
     @abstractmethod
     def _pass_on(self, caller: Caller, answers: Iterator[Tensors]) -> None:
@@ -82,10 +90,12 @@ class Front(ABC):
             if (array := read(request, spec)) is not None
         }
         self._watch.add(caller)
-        self._asking.submit(lambda: self._serve(caller, inputs), caller.fail)
+        context = trace_context(request)
+        self._asking.submit(lambda: self._serve(caller, inputs, context), caller.fail)
 
-    def _serve(self, caller: Caller, inputs: Tensors) -> None:
-        self._pass_on(caller, self._ask(inputs, caller))
+    def _serve(self, caller: Caller, inputs: Tensors, context: Mapping[str, str]) -> None:
+        with self._traces.call(self._model, "infer", context):
+            self._pass_on(caller, self._ask(inputs, caller))
         if not caller.answered:
             raise ModelFaultError("the decoder ended without an answer")
 
@@ -99,15 +109,19 @@ class Front(ABC):
             # Asked behind the naming: of whoever goes later, the decoder is told by the name.
             if caller.has_gone:
                 raise CancelledError("the caller has gone")
-            yield from call_decoupled(
+            answers = call_decoupled(
                 wire.DECODER,
                 self._version,
                 {**inputs, wire.STREAM: np.array([self.streams])},
-                (*wire.PART, *wire.CAPTIONS),
+                (*wire.PART, *wire.ANSWER),
                 request_id=name,
                 # Rounded up: 0 would be no limit.
                 timeout_microseconds=0 if math.isinf(left) else math.ceil(left * 1e6),
             )
+            for answer in answers:
+                if wire.TIMES in answer:
+                    self._traces.stages(stages_of(answer[wire.TIMES].tolist()))
+                yield answer
         finally:
             del self._names[caller]
 
@@ -116,6 +130,6 @@ class Front(ABC):
         name = self._names.get(caller)
         if name is not None:
             for _ in call_decoupled(
-                wire.DECODER, self._version, {wire.CANCEL: text_array(name)}, wire.CAPTIONS
+                wire.DECODER, self._version, {wire.CANCEL: text_array(name)}, wire.ANSWER
             ):
                 pass

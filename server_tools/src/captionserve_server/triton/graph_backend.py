@@ -20,6 +20,7 @@ from captionserve_server.triton.pb import (
     ModelArguments,
     Request,
     error_response,
+    show_life,
 )
 
 
@@ -28,6 +29,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the model file that the configuration names."""
+        show_life()
         arguments = ModelArguments(args)
         folder = Path(arguments.repository) / str(arguments.version)
         path = folder / arguments.config["default_model_filename"]

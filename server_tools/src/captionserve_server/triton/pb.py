@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from captionserve_server.core.engine.worker import Worker
 from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,
@@ -26,6 +28,8 @@ from captionserve_server.core.errors import (
     OverloadedError,
 )
 from captionserve_server.runtime.cores import threads_of_graphs
+from captionserve_server.runtime.heartbeat import beat, heartbeat_folder
+from captionserve_server.tracing import TRACE_HEADERS
 from captionserve_server.triton.wire import ModelSpec, TensorSpec, error_of_text, error_text
 
 Array = NDArray[Any]
@@ -42,6 +46,7 @@ class ModelArguments:
         """Keep the arguments as Triton gave them."""
         self._config = json.loads(args["model_config"])
         self.repository = args["model_repository"]
+        self.model = args["model_name"]
         self.version = int(args["model_version"])
 
     @property
@@ -75,6 +80,15 @@ def read_flag(request: Request, spec: TensorSpec) -> bool:
     """A boolean tensor of one element; False when it was left out."""
     array = read(request, spec)
     return array is not None and bool(array[0])
+
+
+def trace_context(request: Request) -> dict[str, str]:
+    """The headers that say of which trace a request is, as far as they can be read."""
+    try:
+        parameters = json.loads(request.parameters() or "{}")
+    except ValueError:  # Over HTTP Triton takes any bytes.
+        return {}
+    return {name: str(parameters[name]) for name in TRACE_HEADERS if name in parameters}
 
 
 def response(outputs: Mapping[TensorSpec, Array]) -> Response:
@@ -183,6 +197,13 @@ def text_array(*texts: str | bytes) -> Array:
 def log_error(text: str) -> None:
     """Write a line into Triton's log."""
     pb_utils.Logger.log_error(text)
+
+
+def show_life() -> None:
+    """Give signs of life from now on, where somebody watches for them."""
+    folder = heartbeat_folder()
+    if folder is not None:
+        Worker("heartbeat", partial(beat, folder), die)
 
 
 def die(error: BaseException) -> None:

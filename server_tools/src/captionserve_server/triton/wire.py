@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
+from captionserve_server.core.engine.timeline import STAGES
 from captionserve_server.core.errors import (
     CaptionServeError,
     InvalidOptionsError,
@@ -90,6 +91,10 @@ ATTENTIONS = TensorSpec("ATTENTIONS", "TYPE_FP32", (-1, -1, -1, -1))
 """[captions, longest caption, grid rows, grid columns], padded with 0; missing where not
 asked for."""
 
+TIMES = TensorSpec("TIMES", "TYPE_FP64", (1 + len(STAGES),))
+"""When the decoder took the request, in seconds since 1970, and how many seconds each of its stages
+took, in the order of STAGES."""
+
 PADDING_TOKEN_ID = -1
 """Fills TOKEN_IDS beyond a caption's end; no vocabulary has it."""
 
@@ -105,6 +110,9 @@ CAPTIONS = (
     ATTENTIONS,
 )
 
+ANSWER = (*CAPTIONS, TIMES)
+"""What the last response of a request has."""
+
 NEW_TEXT = TensorSpec("NEW_TEXT", "TYPE_STRING", (1,))
 """The text that has become certain since the last response."""
 NEW_TOKEN_IDS = TensorSpec("NEW_TOKEN_IDS", "TYPE_INT32", (-1,))
@@ -112,12 +120,12 @@ NEW_TOKEN_IDS = TensorSpec("NEW_TOKEN_IDS", "TYPE_INT32", (-1,))
 
 PART = (NEW_TEXT, NEW_TOKEN_IDS)
 
-CAPTIONER = ModelSpec(model_repository.CAPTIONER, inputs=MESSAGE, outputs=CAPTIONS)
+CAPTIONER = ModelSpec(model_repository.CAPTIONER, inputs=MESSAGE, outputs=ANSWER)
 """One message in, its captions out."""
 CAPTIONER_STREAM = ModelSpec(
-    model_repository.CAPTIONER_STREAM, inputs=MESSAGE, outputs=(*PART, *CAPTIONS)
+    model_repository.CAPTIONER_STREAM, inputs=MESSAGE, outputs=(*PART, *ANSWER)
 )
-"""Decoupled: each response has either the tensors of PART, or, at the end, those of CAPTIONS."""
+"""Decoupled: each response has either the tensors of PART, or, at the end, those of ANSWER."""
 
 # --- decoder: what the gateway and the fronts ask ------------------------------------------------
 STREAM = TensorSpec("STREAM", "TYPE_BOOL", (1,), optional=True)
@@ -133,7 +141,7 @@ DESCRIPTION = TensorSpec("DESCRIPTION", "TYPE_STRING", (1,))
 DECODER = ModelSpec(
     model_repository.DECODER,
     inputs=(*MESSAGE, STREAM, CANCEL, DESCRIBE),
-    outputs=(*PART, *CAPTIONS, DESCRIPTION),
+    outputs=(*PART, *ANSWER, DESCRIPTION),
 )
 """Decoupled, as CAPTIONER_STREAM."""
 

@@ -16,6 +16,8 @@ from tritonclient.grpc import InferenceServerClient, InferInput
 
 from captionserve_server.bench.peers.system import CALL_SECONDS, Options, Peer, System, TokenIds
 from captionserve_server.serving.installation import find_triton
+from captionserve_server.serving.private_folder import PrivateFolder
+from captionserve_server.serving.triton_log import TritonLog
 from captionserve_server.serving.triton_process import TritonProcess
 
 _MODEL = "naive"
@@ -55,10 +57,12 @@ def naive_triton_peer(checkpoint: str) -> Iterator[Peer]:
         # A JSON string is a string of the configuration's language too.
         named = config.replace('"CHECKPOINT"', json.dumps(checkpoint))
         (model / "config.pbtxt").write_text(named)
-        triton = TritonProcess(find_triton(), Path(folder))
-        try:
-            asyncio.run(triton.wait_ready(_START_SECONDS))
-            with closing(InferenceServerClient(triton.addresses.grpc)) as client:
-                yield Peer(triton.pid, _NaiveTriton(client).run)
-        finally:
-            triton.stop()
+        installation, log = find_triton(), TritonLog(None)
+        with closing(PrivateFolder(installation, Path(folder))) as served:
+            triton = TritonProcess(installation, served, log, environment={})
+            try:
+                asyncio.run(triton.wait_ready(_START_SECONDS))
+                with closing(InferenceServerClient(triton.addresses.grpc)) as client:
+                    yield Peer(triton.pid, _NaiveTriton(client).run)
+            finally:
+                triton.kill()

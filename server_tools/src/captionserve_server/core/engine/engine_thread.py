@@ -17,6 +17,7 @@ from typing import Protocol
 
 from captionserve_server.core.captions import CaptionPlan
 from captionserve_server.core.engine.scheduler import Outcome, Request, Scheduler
+from captionserve_server.core.engine.timeline import Timeline
 from captionserve_server.core.engine.worker import OnDeath, Worker
 from captionserve_server.core.errors import (
     CancelledError,
@@ -85,13 +86,20 @@ class EngineThread:
         self._closing = False
         self._worker = Worker("engine", self._run, self._died)
 
-    def submit(self, pixels: UInt8Array, plan: CaptionPlan, caller: Caller) -> None:
+    def submit(
+        self,
+        pixels: UInt8Array,
+        plan: CaptionPlan,
+        caller: Caller,
+        timeline: Timeline | None = None,
+    ) -> None:
         """Queue one image; the caller is told what becomes of it.
 
         Args:
             pixels: uint8 [3, height, width].
             plan: how to decode.
             caller: who waits.
+            timeline: where its stages are taken down, if anybody wants to know.
 
         Raises:
             ModelUnavailableError: if the thread has ended or is closing; the caller is not told.
@@ -99,7 +107,8 @@ class EngineThread:
         with self._wake:
             if self._closing:
                 raise ModelUnavailableError("the captioner is shutting down")
-            self._arrived.append((Request(object(), pixels, plan), caller))
+            request = Request(object(), pixels, plan, timeline or Timeline())
+            self._arrived.append((request, caller))
             self._wake.notify()
 
     def close(self, seconds: float) -> bool:

@@ -21,11 +21,12 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
+from captionserve_server.core.engine.timeline import Timeline
 from captionserve_server.core.errors import (
     CaptionServeError,
     InvalidOptionsError,
@@ -62,11 +63,13 @@ class Request:
         key: the caller's own name for it.
         pixels: uint8 [3, height, width], of the encoder's size.
         plan: how to decode.
+        timeline: where its stages are taken down.
     """
 
     key: Hashable
     pixels: UInt8Array
     plan: CaptionPlan
+    timeline: Timeline = field(default_factory=Timeline, compare=False)
 
     @property
     def rows(self) -> int:
@@ -162,6 +165,8 @@ class Scheduler:
         self._batches: list[_Batch] = []
         # Slots whose requests have ended, and which the step model would not take back yet.
         self._owed: list[int] = []
+        # Admitted, and without a token yet.
+        self._fresh: list[Request] = []
 
     @property
     def idle(self) -> bool:
@@ -227,9 +232,12 @@ class Scheduler:
         newcomers = self._next_newcomers()
         if not newcomers:
             return {}
+        _passed(newcomers, "queue")
         try:
             states = self._encoder.encode(np.stack([request.pixels for request in newcomers]))
+            _passed(newcomers, "encode")
             slots = self._step_model.prefill(states)
+            _passed(newcomers, "prefill")
         except Exception as error:  # Of whatever kind: it concerns these images and nobody else.
             return {request.key: _fault(error) for request in newcomers}
         ended: dict[Hashable, Outcome] = {}
@@ -258,6 +266,7 @@ class Scheduler:
         return newcomers
 
     def _enter(self, request: Request, slot: int) -> None:
+        self._fresh.append(request)
         kind = search_kind(request.plan.options, self._vocabulary)
         for batch in self._batches:
             if batch.kind == kind:
@@ -282,6 +291,9 @@ class Scheduler:
                 ended |= {request.key: _fault(error) for request in batch.requests}
             self._release([(batch, _all(batch)) for batch in self._batches])
             return ended
+        finally:
+            _passed(self._fresh, "first_step")
+            self._fresh = []
         for (batch, step), own in zip(steps, _parted(answer, asked), strict=True):
             ended |= self._advance(batch, step, own)
         leaving = [(batch, batch.search.finished) for batch in self._batches]
@@ -370,6 +382,11 @@ class Scheduler:
         self._give_back([])
         if len(self._owed) >= self._limits.slots:
             raise RuntimeError("the step model takes no slot back")
+
+
+def _passed(requests: Sequence[Request], stage: str) -> None:
+    for request in requests:
+        request.timeline.passed(stage)
 
 
 def _no_numbers() -> ModelFaultError:
