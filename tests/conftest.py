@@ -50,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-options",
         type=int,
-        default=4,
+        default=8,
         help="one of so many combinations of options is asked of a service with random weights",
     )
     parser.addoption(

@@ -22,6 +22,7 @@ from captionserve_server.gateway.tokens import create_token, revoke_tokens
 from google.protobuf.duration_pb2 import Duration
 
 from tests.certificates import CertificateFiles
+from tests.collector import Collector, collecting
 from tests.damaged_images import damaged_files
 from tests.faults.served import WAIT_SECONDS, Served, serving, wait_until
 from tests.pictures import png
@@ -49,6 +50,7 @@ class Guarded:
     folder: Path
     token: str
     arguments: tuple[str, ...]
+    collector: Collector
     told: list[bytes] = field(default_factory=list)
 
     def call(self, method: str, request: bytes, **how: Any) -> grpc.StatusCode:
@@ -72,6 +74,7 @@ class Guarded:
 
     def places(self) -> Mapping[str, bytes]:
         """All that can be read of the service, by where."""
+        wait_until(lambda: self.collector.spans)
         report = self.served.report
         gateway = psutil.Process(report["pids"]["gateway"])
         family = [gateway, *gateway.children(recursive=True)]
@@ -82,6 +85,7 @@ class Guarded:
             "Triton's log": (self.folder / "triton.log").read_bytes(),
             "ready file": self.served.ready_file.read_bytes(),
             "metrics": page(report["metrics"]),
+            "traces": b"\n".join(span.SerializeToString() for span in self.collector.spans),
             "Triton's metrics": page(report["triton_metrics"]),
             "tokens": self.files.tokens.read_bytes(),
             "command lines": b"\n".join((one / "cmdline").read_bytes() for one in proc),
@@ -121,8 +125,10 @@ def guarded(
         *("--tokens", str(files.tokens), "--triton-log", str(folder / "triton.log")),
         *("--log-format", request.param, "--model-repository", str(model_repository(NAME))),
     )
-    with serving(model_repository(NAME), folder, *arguments) as served:
-        yield Guarded(served, files, folder, token, arguments)
+    with collecting() as (collector, endpoint):
+        arguments += ("--otlp-endpoint", endpoint)
+        with serving(model_repository(NAME), folder, *arguments) as served:
+            yield Guarded(served, files, folder, token, arguments, collector)
 
 
 def request_of(image: bytes, **options: Any) -> caption_pb2.CaptionRequest:

@@ -275,7 +275,7 @@ def test_an_unnamed_early_stopping_is_refused() -> None:
     assert set(violations_of(failure)) == {"options.early_stopping"}
 
 
-@pytest.mark.parametrize("function", ["decoder_message", "caption_part", "caption_response"])
+@pytest.mark.parametrize("function", ["decoder_message", "caption_part", "turn_stage"])
 def test_an_unexpected_exception_shows_nothing_of_itself(
     function: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
