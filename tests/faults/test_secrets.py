@@ -120,7 +120,7 @@ def guarded(
     folder = tmp_path_factory.mktemp("guarded")
     files = CertificateFiles(folder)
     token = create_token(files.tokens, "alice")
-    arguments = (
+    arguments: tuple[str, ...] = (
         *("--tls-certificate", str(files.certificate), "--tls-key", str(files.key)),
         *("--tokens", str(files.tokens), "--triton-log", str(folder / "triton.log")),
         *("--log-format", request.param, "--model-repository", str(model_repository(NAME))),
