@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,19 +21,12 @@ from captionserve_server.runtime.model_repository import MODELS
 from captionserve_server.serving.launch import launched_service
 
 from tests.conftest import DEMO_FOLDER
+from tests.faults.served import WAIT_SECONDS, wait_until
 from tests.reference import picture
 
-WAIT_SECONDS = 60.0
 NAME = "projected"
 # The last one is a byte that is no UTF-8.
 HOSTILE = "a b'c\"d;e $(f) é日 [x] \udcff"
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.05)
 
 
 def leftovers() -> set[Path]:
