@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints profile bench perf clean
+.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints soak-tenth profile bench perf clean
 
 setup: $(VENV)/installed
 
@@ -78,6 +78,11 @@ soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bound
 soak-checkpoints: setup  ## 200 checkpoint folders of random settings and damage: as generate(), or refused.
 	$(BIN)/python -m pytest tests/congruence/test_checkpoints.py --soak-checkpoints 200 \
 		--log-cli-level INFO
+
+soak-tenth: setup  ## A tenth of the soaks, as CI runs them.
+	$(BIN)/python -m pytest tests/faults/test_soak.py tests/faults/test_heals_under_load.py \
+		tests/faults/test_many_soak.py tests/faults/test_image_soak.py tests/congruence/test_checkpoints.py \
+		--soak-requests 200 --soak-faults 60 --soak-many 1000 --soak-images 500 --soak-checkpoints 20
 
 # Random weights of the real model's shapes: their speed is the same. They end no caption by themselves.
 FULL_SIZE := build/bench/full-size

@@ -45,7 +45,7 @@ class QuantisedRepositories(Protocol):
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the `make soak` targets ask for more."""
     parser.addoption(
-        "--soak-requests", type=int, default=300, help="requests of tests/faults/test_soak.py"
+        "--soak-requests", type=int, default=100, help="requests of tests/faults/test_soak.py"
     )
     parser.addoption(
         "--soak-options",
@@ -54,12 +54,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="one of so many combinations of options is asked of a service with random weights",
     )
     parser.addoption(
-        "--soak-images", type=int, default=500, help="files of tests/faults/test_image_soak.py"
+        "--soak-images", type=int, default=100, help="files of tests/faults/test_image_soak.py"
     )
     parser.addoption(
         "--soak-faults",
         type=float,
-        default=60.0,
+        default=20.0,
         help="seconds of tests/faults/test_heals_under_load.py",
     )
     parser.addoption(
@@ -79,7 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-checkpoints",
         type=int,
-        default=20,
+        default=8,
         help="folders of tests/congruence/test_checkpoints.py",
     )
 

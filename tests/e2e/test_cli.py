@@ -168,12 +168,14 @@ def test_export_reports_json_and_adds_versions(
     shutil.copytree(model_repository("two_ends"), repository)
     process = run(
         *("export", str(checkpoint_folder("two_ends")), "--output", str(repository)),
-        *("--version", "2", "--json"),
+        *("--version", "2", "--precision", "int8", "--json"),
     )
     assert process.returncode == 0, process.stderr
     report = json.loads(process.stdout)
     assert report["version"] == 2
-    assert report["verification"]["logprobs"] < 1e-4
+    assert report["precision"] == "int8"
+    assert 1e-4 < report["verification"]["logprobs"] < 1.0
+    assert report["agreement"]["images"] > 0
     assert sorted(path.name for path in (repository / "captioner").iterdir()) == [
         "1",
         "2",
