@@ -68,7 +68,7 @@ soak-many: setup  ## 10,000 images, some of them broken, while Triton is killed 
 		--log-cli-level INFO
 
 soak-overload: setup  ## Ten times as many calls as can be answered; another's with REPOSITORY=folder.
-	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 60 \
+	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 24 \
 		$(if $(REPOSITORY),--soak-repository $(REPOSITORY)) --log-cli-level INFO
 
 soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bounded time and memory.

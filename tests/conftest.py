@@ -69,7 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--soak-overload",
         type=float,
         default=0.0,
-        help="seconds that tests/faults/test_overload.py asks for ten times what can be answered",
+        help="seconds of each phase in which tests/faults/test_overload.py asks for too much",
     )
     parser.addoption(
         "--soak-repository",
