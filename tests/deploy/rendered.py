@@ -30,12 +30,17 @@ def text_of(variant: str) -> str:
     """What kustomize writes."""
     if variant in OVERLAYS:
         return _kustomized(KUBERNETES / "overlays" / variant)
+    # As whoever adds a component writes it.
     with tempfile.TemporaryDirectory() as folder:
         overlay, component = (
             os.path.relpath(KUBERNETES / kind / name, Path(folder).resolve())
             for kind, name in (("overlays", ADDED[variant]), ("components", variant))
         )
-        kustomization = {"resources": [overlay], "components": [component]}
+        kustomization = {
+            "namespace": "captionserve",
+            "resources": [overlay],
+            "components": [component],
+        }
         Path(folder, "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
         return _kustomized(Path(folder))
 

@@ -188,7 +188,7 @@ def test_each_alert_has_a_situation_with_it_and_one_without() -> None:
 
 
 def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
-    ended = tested(loaded("alerts.yaml"), tmp_path)
+    ended = outcome(loaded("alerts.yaml"), tmp_path)
     assert ended is None, ended
 
 
@@ -205,7 +205,7 @@ def test_an_alert_that_fires_otherwise_is_found(name: str, tmp_path: Path) -> No
     for how, mistake in DULLED:
         file = loaded("alerts.yaml")
         mistake(next(alert for alert in alerts(file) if alert["alert"] == name))
-        ended = tested(file, tmp_path)
+        ended = outcome(file, tmp_path)
         assert ended is not None, how
         assert name in ended
 
@@ -222,13 +222,13 @@ def test_a_moved_threshold_is_found(tmp_path: Path) -> None:
             moved = f"{float(number) * factor:g}"
             head, _, tail = alert["expr"].rpartition(number)
             alerts(file)[position]["expr"] = head + moved + tail
-            if moved != number and tested(file, tmp_path) is not None:
+            if moved != number and outcome(file, tmp_path) is not None:
                 break
         else:
             pytest.fail(f"nobody notices where {alert['alert']} begins")
 
 
-def tested(file: File, folder: Path) -> str | None:
+def outcome(file: File, folder: Path) -> str | None:
     """What promtool says when the situations end otherwise; None if they do not."""
     (folder / "alerts.yaml").write_text(yaml.safe_dump(file))
     situations = folder / "situations.yaml"

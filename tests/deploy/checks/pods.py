@@ -21,6 +21,8 @@ _SHARED_FIXED_MEGABYTES = 16
 _SHARED_MESSAGES = 4
 _SHARED_SLOT_MEGABYTES = 2
 _MODEL_MEGABYTES = 1100
+_SMALL_MODEL_MEGABYTES = 400
+_COPIES_OF_REQUESTS = 16
 
 _ALLOWED_VOLUMES = {
     "configMap",
@@ -163,8 +165,9 @@ def memory(manifests: Manifests) -> Iterator[str]:
     if size < shared_megabytes(settings) * MEGABYTE:
         yield f"/dev/shm needs {shared_megabytes(settings)} MiB"
     limit = quantity(manifests.container["resources"]["limits"]["memory"])
-    if limit < memory_megabytes(settings) * MEGABYTE:
-        yield f"the limit must be {memory_megabytes(settings)} MiB"
+    needed = memory_megabytes(settings, small_model=manifests.name == "dev")
+    if limit < needed * MEGABYTE:
+        yield f"the limit must be {needed} MiB"
     if size >= limit / 2:
         # Regions that are left by killed processes are found there and count, too.
         yield "/dev/shm may fill half of the memory"
@@ -179,13 +182,13 @@ def shared_megabytes(settings: Settings) -> int:
     )
 
 
-def memory_megabytes(settings: Settings) -> int:
-    """How large the memory limit must be, for the full-size model in int8."""
+def memory_megabytes(settings: Settings, *, small_model: bool = False) -> int:
+    """How large the memory limit must be, for the full-size model in int8 or the demo's."""
     return (
-        _MODEL_MEGABYTES
+        (_SMALL_MODEL_MEGABYTES if small_model else _MODEL_MEGABYTES)
         + settings.cache_megabytes
         + settings.decode_megabytes
-        + 4 * settings.max_request_megabytes
+        + _COPIES_OF_REQUESTS * settings.max_request_megabytes
     )
 
 
