@@ -188,50 +188,50 @@ def test_each_alert_has_a_situation_with_it_and_one_without() -> None:
 
 
 def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
-    ended = outcome(loaded("alerts.yaml"), tmp_path)
-    assert ended is None, ended
+    assert misfiring(loaded("alerts.yaml"), tmp_path) == set()
 
 
-# Ways in which an alert fires too seldom, and too often.
-DULLED = (
-    ("never", lambda alert: alert.update(expr=f"({alert['expr']}) and on () vector(0) > 1")),
-    ("hours late", lambda alert: alert.update({"for": "9h"})),
-    ("always", lambda alert: alert.update(expr="vector(1)")),
-)
+# Ways in which alerts fire too seldom, and too often.
+SPOILT: dict[str, Callable[[Alert], object]] = {
+    "never": lambda alert: alert.update(expr=f"({alert['expr']}) and on () vector(0) > 1"),
+    "hours late": lambda alert: alert.update({"for": "9h"}),
+    "always": lambda alert: alert.update(expr="vector(1)"),
+}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_alert_that_fires_otherwise_is_found(name: str, tmp_path: Path) -> None:
-    for how, mistake in DULLED:
+@pytest.mark.parametrize("how", SPOILT)
+def test_an_alert_that_fires_otherwise_is_found(how: str, tmp_path: Path) -> None:
+    file = loaded("alerts.yaml")
+    for alert in alerts(file):
+        SPOILT[how](alert)
+    assert misfiring(file, tmp_path) == set(NAMES)
+
+
+def test_a_threshold_that_was_moved_is_found(tmp_path: Path) -> None:
+    """The last number of each condition, made ten times as small or as large."""
+    found: set[str] = set()
+    moved: set[str] = set()
+    for factor in (0.1, 10):
         file = loaded("alerts.yaml")
-        mistake(next(alert for alert in alerts(file) if alert["alert"] == name))
-        ended = outcome(file, tmp_path)
-        assert ended is not None, how
-        assert name in ended
+        for alert in alerts(file):
+            match = re.search(r"([0-9.]+)( \* 86400)?$", alert["expr"])
+            if match is not None and float(match[1]):
+                number = f"{float(match[1]) * factor:g}"
+                alert["expr"] = alert["expr"][: match.start(1)] + number + (match[2] or "")
+                moved.add(alert["alert"])
+        found |= misfiring(file, tmp_path)
+    # The others ask whether something is 0.
+    assert len(moved) >= len(NAMES) - 3
+    assert found >= moved
 
 
-def test_a_moved_threshold_is_found(tmp_path: Path) -> None:
-    """Each number in a condition, made ten times as large or small."""
-    for position, alert in enumerate(ALERTS):
-        match = re.search(r"(>|<) ([0-9.]+)$|\+ ([0-9]+) \* 86400$", alert["expr"])
-        if match is None:
-            continue
-        number = match[2] or match[3]
-        for factor in (0.1, 10):
-            file = loaded("alerts.yaml")
-            moved = f"{float(number) * factor:g}"
-            head, _, tail = alert["expr"].rpartition(number)
-            alerts(file)[position]["expr"] = head + moved + tail
-            if moved != number and outcome(file, tmp_path) is not None:
-                break
-        else:
-            pytest.fail(f"nobody notices where {alert['alert']} begins")
-
-
-def outcome(file: File, folder: Path) -> str | None:
-    """What promtool says when the situations end otherwise; None if they do not."""
+def misfiring(file: File, folder: Path) -> set[str]:
+    """The alerts that fire in other situations than alerts_test.yaml says."""
     (folder / "alerts.yaml").write_text(yaml.safe_dump(file))
     situations = folder / "situations.yaml"
     situations.write_text((OBSERVABILITY / "alerts_test.yaml").read_text())
     ended = run("promtool", "test", "rules", situations)
-    return None if ended.returncode == 0 else said(ended)
+    found = set(re.findall(r"alertname:\s*(\w+)", said(ended)))
+    # Whatever else it may have against them.
+    assert bool(found) == bool(ended.returncode), said(ended)
+    return found
