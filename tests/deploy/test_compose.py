@@ -35,10 +35,8 @@ Service = dict[str, Any]
 def text_of(variant: str) -> str:
     """What compose makes of its files, with all variables and defaults put in."""
     chosen = [part for path in VARIANTS[variant] for part in ("--file", path)]
-    ended = run(
-        *("docker-compose", *chosen, "--profile", "*", "config", "--format", "json"),
-        environment=GIVEN,
-    )
+    arguments = (*chosen, "--profile", "*", "config", "--format", "json")
+    ended = run("docker-compose", *arguments, environment=GIVEN)
     assert ended.returncode == 0, said(ended)
     return ended.stdout
 

@@ -169,10 +169,8 @@ MUTATIONS = (
     configured("files", "TOKENS", "/etc/tokens.txt"),
     configured("files", "MODEL_REPOSITORY", "/srv/models"),
     configured("files", "TLS_CLIENT_CA", "/tmp/ca.crt", variant="cpu-mtls"),
-    Mutation("files", lambda m: m.volume_at("/etc/captionserve/tls")[0].update(subPath="x")),  # type: ignore[index]
-    Mutation(
-        "files", lambda m: m.volume_at("/etc/captionserve/tls")[1]["secret"].pop("defaultMode")
-    ),  # type: ignore[index]
+    deployed("files", f"{OURS}.volumeMounts[tls].subPath", "tls.crt"),
+    deployed("files", f"{POD}.volumes[tls].secret.defaultMode"),
     configured("ports", "LISTEN", "0.0.0.0:9100"),
     configured("ports", "METRICS_LISTEN", "127.0.0.1:9002"),
     configured("ports", "HEALTH_LISTEN"),

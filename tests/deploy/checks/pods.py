@@ -22,7 +22,7 @@ _SHARED_MESSAGES = 4
 _SHARED_SLOT_MEGABYTES = 2
 _MODEL_MEGABYTES = 1100
 _SMALL_MODEL_MEGABYTES = 400
-_COPIES_OF_REQUESTS = 16
+_COPIES_OF_REQUESTS = 20
 
 _ALLOWED_VOLUMES = {
     "configMap",
@@ -42,14 +42,14 @@ _VERSION = re.search(
 )
 assert _VERSION
 VERSION = _VERSION[1]
-_UNITS = {"m": Decimal("0.001"), "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_UNITS = {"m": Decimal("0.001"), "Ki": Decimal(2**10), "Mi": Decimal(2**20), "Gi": Decimal(2**30)}
 
 
 def quantity(text: str | int) -> Decimal:
     """A quantity of Kubernetes as a number."""
     match = re.fullmatch(r"([0-9.]+)(m|Ki|Mi|Gi)?", str(text))
     assert match, f"{text} is not a quantity that is used here"
-    return Decimal(match[1]) * _UNITS.get(match[2], 1)
+    return Decimal(match[1]) * _UNITS.get(match[2], Decimal(1))
 
 
 def restricted(manifests: Manifests) -> Iterator[str]:

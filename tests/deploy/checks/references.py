@@ -130,14 +130,14 @@ def service_ports(manifests: Manifests) -> Iterator[str]:
     for route in manifests.of("GRPCRoute"):
         for backend in _backends(route):
             target = manifests.named("Service", backend["name"])
-            there = {each["port"] for each in target["spec"]["ports"]} if target else set()
-            if backend["port"] not in there:
+            numbers = {each["port"] for each in target["spec"]["ports"]} if target else set()
+            if backend["port"] not in numbers:
                 yield f"the GRPCRoute goes to port {backend['port']} of {backend['name']}"
     for policy in manifests.of("BackendTLSPolicy"):
         for ref in policy["spec"]["targetRefs"]:
             target = manifests.named(ref["kind"], ref["name"])
-            there = {each["name"] for each in target["spec"]["ports"]} if target else set()
-            if ref.get("sectionName") not in there:
+            called = {each["name"] for each in target["spec"]["ports"]} if target else set()
+            if ref.get("sectionName") not in called:
                 yield f"the BackendTLSPolicy is for port {ref.get('sectionName')}"
 
 
