@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from captionserve_server.serving.triton_process import END_SECONDS
 
 from tests.deploy.checks import CHECKS, wrong
-from tests.deploy.checks.configuration import made_by_hand
+from tests.deploy.checks.configuration import GUIDE, made_by_hand, settings_of
 from tests.deploy.checks.custom_kinds import KINDS, is_kubernetes_own
-from tests.deploy.checks.pods import placeholders
+from tests.deploy.checks.pods import memory_megabytes, placeholders
 from tests.deploy.checks.references import referred
 from tests.deploy.objects import Manifests, Object, find
 from tests.deploy.rendered import ADDED, KUBERNETES, OVERLAYS, VARIANTS, rendered, text_of
@@ -45,6 +49,26 @@ def test_nothing_is_wrong(variant: str) -> None:
 def test_what_people_make_by_hand_is_used() -> None:
     used = {each for variant in VARIANTS for each in referred(rendered(variant))}
     assert set(made_by_hand()) <= used
+
+
+def test_the_guide_has_the_figures() -> None:
+    """Its sum of the memory, the seconds of the end, and a pod to fill the claim."""
+    guide = GUIDE.read_text()
+    manifests = rendered("cpu")
+    settings = settings_of(manifests)
+    assert settings is not None
+    rows = dict(re.findall(r"^\| (\S[^|]*?) \| (\d[^|]*?) \|", guide, re.MULTILINE))
+    assert rows["in all"] == str(memory_megabytes(settings))
+    assert rows["`--balancer-seconds`"] == f"{settings.balancer_seconds:g}"
+    assert rows["`--drain-seconds`"] == f"{settings.drain_seconds:g}"
+    assert rows["preStop"] == str(manifests.container["lifecycle"]["preStop"]["sleep"]["seconds"])
+    assert rows["Triton"] == f"{END_SECONDS}, or {2 * END_SECONDS}"
+    filling = textwrap.dedent(guide.split("    # fill.yaml\n")[1].split("\n\n")[0])
+    pod = yaml.safe_load(filling)["spec"]
+    (volume,) = pod["volumes"]
+    claim = volume["persistentVolumeClaim"]["claimName"]
+    assert manifests.named("PersistentVolumeClaim", claim) is not None
+    assert pod["securityContext"]["runAsUser"] == manifests.pod["securityContext"]["runAsUser"]
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)

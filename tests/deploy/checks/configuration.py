@@ -19,7 +19,7 @@ KNOWN_FLAGS = {flag(name) for name in Settings.model_fields}
 FILES = ("model_repository", "tls_certificate", "tls_key", "tls_client_ca", "tokens")
 # Ports of the container to the settings that say where is listened.
 LISTENS = {"grpc": "listen", "health": "health_listen", "metrics": "metrics_listen"}
-_GUIDE = ROOT / "docs" / "deploying.md"
+GUIDE = ROOT / "docs" / "deploying.md"
 # Files of a Secret or ConfigMap that a command in the guide makes.
 _MADE = re.compile(
     r"kubectl[^\n]* create (secret generic|secret tls|configmap) (\S+)((?:.|\\\n)*?)$", re.M
@@ -117,7 +117,7 @@ def ports(manifests: Manifests) -> Iterator[str]:
 def made_by_hand() -> dict[tuple[str, str], set[str]]:
     """What the guide has people make, by kind and name, and the files in it."""
     made: dict[tuple[str, str], set[str]] = {}
-    text = _GUIDE.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = GUIDE.read_text(encoding="utf-8").replace("\\\n", " ")
     for kind, name, rest in _MADE.findall(text):
         if kind == "secret tls":
             keys = {"tls.crt", "tls.key"}
