@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Generator, Iterable
@@ -136,10 +137,8 @@ def test_whatever_ends_it_the_next_run_goes_on(
     ]
     with Journal(None) as journal:
         for most in stops:
-            try:
+            with contextlib.suppress(StoppedError):
                 run(journal, wanted, *(FakeCaptioner(most) for _ in range(captioners)))
-            except StoppedError:
-                pass
             assert len(journal) <= len(wanted)
         run(journal, wanted, *(FakeCaptioner() for _ in range(captioners)))
         rows = list(journal.rows())

@@ -157,6 +157,9 @@ def _shard(path: Path) -> Iterator[Item]:
                 key = f"{folder}/{key}" if folder else key
                 source = f"{absolute}#{key}"
                 yield Item(source, key, source, _given(file.read()))
+        # Where a header is cut off, tarfile takes it for the end.
+        if path.stat().st_size % tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("the last block is not whole")
     except (tarfile.TarError, EOFError) as error:
         # What came before is captioned; the next run reads the rest, if it is there then.
         yield Item(
