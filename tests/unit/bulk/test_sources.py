@@ -78,7 +78,7 @@ def test_a_table_of_paths(folder: Path, suffix: str) -> None:
     assert (second.source, second.has_caption) == (rows[1]["path"], True)
     assert first.read() == PNG + b"b.png"
     for unreadable in (third, fourth):
-        with pytest.raises(OSError, match="No such file|names no image"):
+        with pytest.raises(OSError, match=r"No such file|names no image"):
             unreadable.read()
     assert len({item.key for item in found(table)}) == 4
 
