@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint lint-deploy format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints soak-tenth profile bench perf clean
+.PHONY: setup demo test test-wheels lint lint-deploy format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-bulk soak-overload soak-images soak-checkpoints soak-tenth profile bench perf clean
 
 setup: $(VENV)/installed
 
@@ -15,7 +15,7 @@ $(VENV)/installed: client/pyproject.toml server_tools/pyproject.toml constraints
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt \
 		--editable './client[images]' \
-		--editable './server_tools[service,embedded,export,evaluation,bench,dev]'
+		--editable './server_tools[service,embedded,export,evaluation,bulk,bench,dev]'
 	touch $@
 
 demo: setup  ## Caption the bundled images through the whole stack.
@@ -79,6 +79,9 @@ soak-many: setup  ## 10,000 images, some of them broken, while Triton is killed 
 	$(BIN)/python -m pytest tests/faults/test_many_soak.py --soak-many 10000 \
 		--log-cli-level INFO
 
+soak-bulk: setup  ## 20,000 images in bulk, killed five times: each has its row once.
+	$(BIN)/python -m pytest tests/faults/test_bulk_soak.py --soak-bulk 20000
+
 soak-overload: setup  ## Ten times as many calls as can be answered; another's with REPOSITORY=folder.
 	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 24 \
 		$(if $(REPOSITORY),--soak-repository $(REPOSITORY)) --log-cli-level INFO
@@ -93,8 +96,8 @@ soak-checkpoints: setup  ## 200 checkpoint folders of random settings and damage
 
 soak-tenth: setup  ## A tenth of the soaks, as CI runs them.
 	$(BIN)/python -m pytest tests/faults/test_soak.py tests/faults/test_heals_under_load.py \
-		tests/faults/test_many_soak.py tests/faults/test_image_soak.py tests/congruence/test_checkpoints.py \
-		--soak-requests 200 --soak-faults 60 --soak-many 1000 --soak-images 500 --soak-checkpoints 20
+		tests/faults/test_many_soak.py tests/faults/test_image_soak.py tests/faults/test_bulk_soak.py tests/congruence/test_checkpoints.py \
+		--soak-requests 200 --soak-faults 60 --soak-many 1000 --soak-images 500 --soak-bulk 2000 --soak-checkpoints 20
 
 # Random weights of the real model's shapes: their speed is the same. They end no caption by themselves.
 FULL_SIZE := build/bench/full-size

@@ -66,6 +66,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--soak-many", type=int, default=300, help="images of tests/faults/test_many_soak.py"
     )
     parser.addoption(
+        "--soak-bulk", type=int, default=250, help="images of tests/faults/test_bulk_soak.py"
+    )
+    parser.addoption(
         "--soak-overload",
         type=float,
         default=0.0,

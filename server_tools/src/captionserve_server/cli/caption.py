@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from captionserve import (
@@ -18,6 +18,8 @@ from captionserve import (
 )
 from rich.progress import track
 
+from captionserve_server.bulk.captioners import Captioner, Local, Service
+from captionserve_server.cli.bulk import BulkOptions, caption_many, with_bulk_options
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
 from captionserve_server.cli.decoding_options import with_decoding_options
 from captionserve_server.cli.service_options import (
@@ -25,6 +27,9 @@ from captionserve_server.cli.service_options import (
     ServiceOptions,
     with_service_options,
 )
+
+if TYPE_CHECKING:
+    from captionserve_server.local import LocalCaptioner
 
 Answer = dict[str, object]
 """What is printed of one image, as JSON values."""
@@ -40,12 +45,22 @@ _SERVICE_ONLY = (
 
 @with_decoding_options
 @with_service_options(DEFAULT_TARGET)
+@with_bulk_options
 def caption(
     context: typer.Context,
-    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files; with --output or --sidecar also folders, globs, tables (.csv, "
+            ".jsonl, .parquet), tar shards, data sets on disk, and lists (.txt, or - for standard "
+            "input).",
+            metavar="SOURCE...",
+        ),
+    ],
     *,
     options: GenerationOptions,
     service: ServiceOptions,
+    bulk: BulkOptions | None,
     local: Annotated[
         Path | None,
         typer.Option(help="Model repository to caption with here, instead of a service."),
@@ -62,11 +77,19 @@ def caption(
     """Caption image files with a running service, or with a model repository in this process."""
     if stream and as_json:
         raise typer.BadParameter("cannot be combined with --json", param_hint="--stream")
+    if local is not None:
+        _refuse_what_needs_a_service(context)
+    if bulk is not None:
+        if stream or bypass_cache:
+            raise typer.BadParameter("--stream and --bypass-cache are for single images")
+        with _refusals_as_wrong_usage(), ExitStack() as stack:
+            captioners = _captioners(stack, service, local, timeout)
+            raise typer.Exit(caption_many(sources, captioners, options, bulk, as_json=as_json))
+    images = list(map(Path, sources))
     collected: list[Answer] = []
     with _refusals_as_wrong_usage(), ExitStack() as stack:
         if local is not None:
-            _refuse_what_needs_a_service(context)
-            answers = _answers(images, _local_outcomes(images, options, local))
+            answers = _answers(images, _local_outcomes(stack, images, options, local))
         else:
             client = stack.enter_context(service.client(timeout))
             if stream:
@@ -118,13 +141,30 @@ def _answers(images: Sequence[Path], outcomes: Iterator[Outcome]) -> Iterator[An
             yield _problem(image, outcome)
 
 
-def _local_outcomes(
-    images: Sequence[Path], options: GenerationOptions, folder: Path
-) -> Iterator[Outcome]:
-    # ONNX Runtime takes a while to import, and nothing else here needs it.
-    from captionserve_server.cli.local_outcomes import local_outcomes
+def _captioners(
+    stack: ExitStack, service: ServiceOptions, local: Path | None, timeout: float
+) -> list[Captioner]:
+    """Who captions many images, until the stack is left."""
+    if local is None:
+        clients = service.clients(timeout)
+        return [Service(stack.enter_context(client)) for client in clients]
+    return [Local(stack.enter_context(_local_captioner(local)))]
 
-    return local_outcomes(images, options, folder)
+
+def _local_captioner(folder: Path) -> LocalCaptioner:
+    # ONNX Runtime takes a while to import, and nothing else here needs it.
+    from captionserve_server.local import LocalCaptioner
+
+    return LocalCaptioner(folder)
+
+
+def _local_outcomes(
+    stack: ExitStack, images: Sequence[Path], options: GenerationOptions, folder: Path
+) -> Iterator[Outcome]:
+    from captionserve_server.local.outcomes import local_outcomes
+
+    outcomes = local_outcomes(stack.enter_context(_local_captioner(folder)), images, options)
+    return _until_refused(outcomes, len(images))
 
 
 def _served_outcomes(
@@ -135,13 +175,19 @@ def _served_outcomes(
     bypass_cache: bool,
 ) -> Iterator[Outcome]:
     outcomes = client.caption_many(images, options, bypass_cache=bypass_cache)
-    for done in range(len(images)):
+    found = (cast("Outcome", outcome.result or outcome.error) for outcome in outcomes)
+    return _until_refused(found, len(images))
+
+
+def _until_refused(outcomes: Iterator[Outcome], count: int) -> Iterator[Outcome]:
+    """The outcomes; where none comes any more, such as with a token of nobody, the error."""
+    for done in range(count):
         try:
             outcome = next(outcomes)
-        except CaptionError as error:  # No call does better, such as with a token of nobody.
-            yield from [error] * (len(images) - done)
+        except CaptionError as error:
+            yield from [error] * (count - done)
             return
-        yield cast("Outcome", outcome.result or outcome.error)
+        yield outcome
 
 
 def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> Answer:

@@ -23,11 +23,11 @@ _TIMEOUT_SECONDS = 120.0
 @contextmanager
 def asked_service(service: ServiceOptions, checkpoint: Path) -> Iterator[ServiceOptions]:
     """The service as it was given, or one that serves the checkpoint until the end."""
-    if service.target is not None:
+    if service.target:
         yield service
         return
     with served_with_progress(str(checkpoint)) as started:
-        yield ServiceOptions(started.grpc)
+        yield ServiceOptions([started.grpc])
 
 
 def caption_all(

@@ -24,8 +24,12 @@ class ExitCode(IntEnum):
     FAILED = 1
     USAGE = 2
     UNSUPPORTED = 3
+    # Of many images: each of the others is captioned.
+    SOME_FAILED = 3
     NOT_STARTED = 4
     CALL_FAILED = 5
+    # As a shell says it of who was interrupted.
+    INTERRUPTED = 130
 
 
 def print_json(value: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,31 +23,40 @@ class ServiceOptions:
     """The options as they were given.
 
     Attributes:
-        target: HOST:PORT; None where the command starts a service of its own.
+        target: each HOST:PORT; none where the command starts a service of its own.
         tls_ca: certificates that vouch for the service; with them TLS is spoken.
         tls_certificate: the caller's own, where the service asks for one.
         tls_key: its private key.
         token_file: holds the token that says who calls.
     """
 
-    target: str | None
+    target: Sequence[str]
     tls_ca: Path | None = None
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     token_file: Path | None = None
 
-    def client(self, timeout: float) -> CaptionClient:
-        """A client of that service; its calls take so many seconds at most.
+    def clients(self, timeout: float) -> list[CaptionClient]:
+        """A client of each service; its calls take so many seconds at most.
 
         Raises:
             ValueError: if the client does not take the options, such as a certificate without key.
         """
-        assert self.target is not None, "where there is no target a service is started"
         tls = (self.tls_ca, self.tls_certificate, self.tls_key)
         credentials = tls_credentials(*tls) if any(tls) else None
         # In a file, for others can read a process's flags.
         token = None if self.token_file is None else self.token_file.read_text().strip()
-        return CaptionClient(self.target, timeout=timeout, credentials=credentials, token=token)
+        return [
+            CaptionClient(target, timeout=timeout, credentials=credentials, token=token)
+            for target in self.target
+        ]
+
+    def client(self, timeout: float) -> CaptionClient:
+        """The client of the only service; likewise."""
+        if len(self.target) != 1:
+            raise typer.BadParameter("one service is wanted", param_hint="--target")
+        (client,) = self.clients(timeout)
+        return client
 
 
 def with_service_options(
@@ -64,10 +73,12 @@ def with_service_options(
         )
     else:
         to_ask = typer.Option(
-            help="HOST:PORT of the service.", envvar="CAPTIONSERVE_TARGET", rich_help_panel=_PANEL
+            help="HOST:PORT of the service; of many images several share the work.",
+            envvar="CAPTIONSERVE_TARGET",
+            rich_help_panel=_PANEL,
         )
     parameters = [
-        _parameter("target", str if target else str | None, target, to_ask),
+        _parameter("target", list[str], [target] if target else [], to_ask),
         _file("tls_ca", "Certificates that vouch for the service, PEM; TLS is spoken."),
         _file("tls_certificate", "The caller's own certificate, PEM, if the service asks for one."),
         _file("tls_key", "Its private key, PEM."),

@@ -129,6 +129,15 @@ class LocalCaptioner:
         """The version that was loaded."""
         return self._model.version
 
+    def model(self) -> dict[str, object]:
+        """What was loaded, as JSON values: version, precision, image_size, and the defaults."""
+        return {
+            "version": self._model.version,
+            "precision": self._model.bundle.precision,
+            "image_size": self._model.preprocessor.output_size(),
+            "defaults": self._model.bundle.defaults.as_given(),
+        }
+
     def caption(
         self,
         image: ImageInput,

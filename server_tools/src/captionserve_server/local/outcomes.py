@@ -1,10 +1,9 @@
-"""Captions made in this process, in the client's own types: `captionserve caption --local`."""
+"""Captions made in this process, in the client's own types, as a service would answer."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,30 +23,27 @@ from captionserve_server.local import FinishedCaption, LocalCaptioner, LocalResu
 
 
 def local_outcomes(
-    images: Sequence[Path], options: GenerationOptions, folder: Path
+    captioner: LocalCaptioner, images: Iterable[Path | bytes], options: GenerationOptions
 ) -> Iterator[CaptionResult | CaptionError | OSError]:
-    """What becomes of each image, as a service of the model repository would answer.
+    """What becomes of each image, as a service of the captioner's model would answer.
 
     Raises:
-        ModelFolderError: if the folder is no model repository.
+        CaptionError: if the options are wrong, before any image is read.
     """
-    with LocalCaptioner(folder) as captioner:
-        try:
-            outcomes = captioner.caption_each(images, options)
-        except CaptionServeError as error:
-            outcomes = itertools.repeat(error, len(images))
-        for outcome in outcomes:
-            if isinstance(outcome, LocalResult):
-                yield _result(outcome)
-            elif isinstance(outcome, CaptionServeError):
-                yield CaptionError(
-                    CODES[type(outcome)],
-                    outcome.reason,
-                    outcome.message,
-                    field_violations(outcome),
-                )
-            else:
-                yield outcome
+    try:
+        outcomes = captioner.caption_each(images, options)
+    except CaptionServeError as error:
+        raise _as_called(error) from error
+    for outcome in outcomes:
+        if isinstance(outcome, LocalResult):
+            yield _result(outcome)
+        else:
+            yield _as_called(outcome) if isinstance(outcome, CaptionServeError) else outcome
+
+
+def _as_called(error: CaptionServeError) -> CaptionError:
+    """The error that a caller of a service gets."""
+    return CaptionError(CODES[type(error)], error.reason, error.message, field_violations(error))
 
 
 def _result(result: LocalResult) -> CaptionResult:

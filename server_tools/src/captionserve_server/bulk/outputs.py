@@ -1,0 +1,114 @@
+"""What is written: a table, aside and then in one step into its place, and sidecars."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from captionserve_server.bulk.rows import COLUMNS, Row
+
+_ROWS_AT_ONCE = 4096
+
+
+class OutputError(ValueError):
+    """An output cannot be written; the message says why."""
+
+
+def writer_for(path: Path) -> Callable[[Iterable[Row]], None]:
+    """What writes all rows to a file, by its suffix.
+
+    Raises:
+        OutputError: if the suffix is none that is known, or pyarrow is wanted and not there.
+    """
+    writers = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
+    write = writers.get(path.suffix.lower())
+    if write is None:
+        raise OutputError(f"{path.name}: an output ends in {', '.join(writers)}")
+    if write is _write_parquet:
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise OutputError(
+                f"{path.name} needs pyarrow: pip install 'captionserve-server[bulk]'"
+            ) from error
+
+    def written(rows: Iterable[Row]) -> None:
+        with _in_place(path) as aside:
+            write(aside, rows)
+
+    return written
+
+
+def sidecar_of(image: Path) -> Path:
+    """Where the caption of an image lies beside it."""
+    return image.with_suffix(".txt")
+
+
+def write_sidecar(image: Path, row: Row) -> None:
+    """Write an image's caption beside it."""
+    with _in_place(sidecar_of(image)) as aside:
+        aside.write_text(f"{row.caption}\n", encoding="utf-8")
+
+
+@contextmanager
+def _in_place(path: Path) -> Iterator[Path]:
+    """A file that takes the place of another one once it is whole and on disk."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            aside.unlink()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+
+
+def _write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """As the csv module writes it: None is an empty field, lists are JSON."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            values: dict[str, Any] = dict(vars(row))
+            if row.captions is not None:
+                values["captions"] = json.dumps(row.captions, ensure_ascii=False)
+            writer.writerow(values)
+
+
+def _write_parquet(path: Path, rows: Iterable[Row]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = {
+        "width": pyarrow.int32(),
+        "height": pyarrow.int32(),
+        "captions": pyarrow.list_(pyarrow.string()),
+        "score": pyarrow.float64(),
+        "confidence": pyarrow.float64(),
+        "degenerate": pyarrow.bool_(),
+    }
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COLUMNS])
+    remaining = iter(rows)
+    with parquet.ParquetWriter(path, schema) as writer:
+        while some := list(islice(remaining, _ROWS_AT_ONCE)):
+            values = [dict(vars(row)) for row in some]
+            writer.write_table(pyarrow.Table.from_pylist(values, schema=schema))
