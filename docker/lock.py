@@ -9,6 +9,7 @@ that of pip-tools, under the Python version of the images: what it finds is foun
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,9 @@ def _lock(pip_compile: str, name: str, requirements: str) -> None:
             ],
             check=True,
         )
-    output.write_text(_HEAD + output.read_text().removeprefix(_HEAD))
+    # One Python and one system: markers say nothing here, and whoever downloads may have another.
+    locked = re.sub(r" ; .*(?= \\\n)", "", output.read_text().removeprefix(_HEAD))
+    output.write_text(_HEAD + locked)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=20,
         help="folders of tests/congruence/test_checkpoints.py",
     )
+    parser.addoption(
+        "--images", help="tag of the images that tests/deploy/test_images.py runs in containers"
+    )
+    parser.addoption(
+        "--full-size-repository",
+        type=Path,
+        help="model repository that it serves in a container of 2 GiB",
+    )
 
 
 @pytest.fixture(scope="session")
