@@ -53,13 +53,19 @@ def collect(apache: Path, folder: Path) -> None:
 
 def licence_of(found: Distribution) -> str:
     """The licence that a distribution names, in one line."""
-    stated = found.metadata.get("License-Expression") or found.metadata.get("License") or ""
-    classifiers = found.metadata.get_all("Classifier") or []
-    classified = [each.rpartition(" :: ")[2] for each in classifiers if each.startswith("License")]
-    # Some put the whole text there.
-    if not stated.strip() or "\n" in stated.strip():
-        return ", ".join(classified) or "see its notice"
-    return stated.strip()
+    stated = _metadata(found, "License-Expression") + _metadata(found, "License")
+    classified = [
+        each.rpartition(" :: ")[2]
+        for each in _metadata(found, "Classifier")
+        if each.startswith("License")
+    ]
+    # Some put the whole text where its name is wanted.
+    short = [each.strip() for each in stated if each.strip() and "\n" not in each.strip()]
+    return short[0] if short else ", ".join(classified) or "see its notice"
+
+
+def _metadata(found: Distribution, key: str) -> list[str]:
+    return [str(each) for each in found.metadata.get_all(key) or ()]
 
 
 def _section(found: Distribution, notices: list[str]) -> str:
@@ -73,7 +79,7 @@ def _section(found: Distribution, notices: list[str]) -> str:
 
 def _is_bundled(path: PackagePath) -> bool:
     # Where auditwheel puts the libraries that it copies into a wheel.
-    return path.parts[0].endswith(".libs") and path.locate().exists()
+    return path.parts[0].endswith(".libs") and Path(path.locate()).exists()
 
 
 def _copied(found: Distribution, target: Path) -> Iterator[str]:

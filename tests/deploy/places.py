@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +79,7 @@ class Environments:
     scratch: Path
 
     def run(self, image: str, *command: str, files: Files) -> Answer:
-        program, *arguments = (word.format(**files) for word in command)
+        program, *arguments = _named(command, files)
         folder = self.folders[image] / "bin"
         return run([str(folder / program), *arguments])
 
@@ -92,7 +92,7 @@ class Environments:
             **dict.fromkeys(("CAPTIONSERVE_LISTEN", "CAPTIONSERVE_HEALTH_LISTEN"), "127.0.0.1:0"),
             **variables,
         }
-        settings = {name: value.format(**files) for name, value in settings.items()}
+        settings = dict(zip(settings, _named(settings.values(), files), strict=True))
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [self.folders["server"] / "bin" / "captionserve", "serve"],
@@ -173,7 +173,7 @@ class Containers:
         return f"captionserve-{name}:{self.tag}"
 
     def run(self, image: str, *command: str, files: Files) -> Answer:
-        program, *arguments = (word.format(**_paths(files)) for word in command)
+        program, *arguments = _named(command, _paths(files))
         return docker(
             *("run", "--rm", "--network", self.network, *HARDENED, *_mounts(files)),
             *("--entrypoint", program, self.image(image), *arguments),
@@ -192,11 +192,11 @@ class Containers:
     ) -> Iterator[ServedInContainer]:
         """A service that need not be healthy yet; arguments come in place of the image's own."""
         name = f"captionserve-test-{uuid.uuid4()}"
-        given = [f"--env={key}={value.format(**_paths(files))}" for key, value in variables.items()]
+        settings = [f"--env={name}={value}" for name, value in variables.items()]
         docker(
             *("run", "--detach", "--name", name, "--network", "none"),
             *("--shm-size", str(SHARED_MEMORY_BYTES), *HARDENED, *self.options),
-            *(*_mounts(files), *given, self.image("server"), *arguments),
+            *(*_mounts(files), *_named(settings, _paths(files)), self.image("server"), *arguments),
         )
         try:
             yield ServedInContainer(self, name)
@@ -236,8 +236,19 @@ class ServedInContainer:
         assert state == "running healthy", self.log()
 
 
-def _paths(files: Files) -> dict[str, str]:
-    return {name: f"/{name}" for name in files}
+def _named(words: Iterable[str], files: Mapping[str, Path]) -> list[str]:
+    """Words with the paths in place of {name}; other braces are left as they are."""
+    named = []
+    for word in words:
+        for name, path in files.items():
+            word = word.replace(f"{{{name}}}", str(path))
+        named.append(word)
+    return named
+
+
+def _paths(files: Files) -> Files:
+    """Where the files are in a container."""
+    return {name: Path("/", name) for name in files}
 
 
 def _mounts(files: Files) -> list[str]:

@@ -158,11 +158,6 @@ def test_the_edge_image_captions_a_file(place: Place, files: Files) -> None:
     assert json.loads(answer.stdout)[0]["captions"][0]["text"] == CAPTION
 
 
-def test_the_edge_image_has_no_triton(place: Place) -> None:
-    answer = place.run("edge", "python", "-c", "import pytriton", files={})
-    assert "ModuleNotFoundError" in answer.stderr
-
-
 def test_a_service_with_tls_and_tokens_captions_and_ends(place: Place, files: Files) -> None:
     with place.serve(files, SECURED) as served:
         health = served.inside("captionserve", "health")

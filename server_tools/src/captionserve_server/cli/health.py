@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from captionserve_server.cli.console import ExitCode, messages, output
-
-_STATUS = health_pb2.HealthCheckResponse.ServingStatus
 
 
 def main(arguments: list[str]) -> None:
@@ -50,7 +48,7 @@ def health(
 ) -> None:
     """Ask a service for its health: exit code 0 where it is SERVING, else 1."""
     try:
-        status = _STATUS.Name(_ask(reachable(target), service, tls_ca, timeout))
+        status = _ask(reachable(target), service, tls_ca, timeout)
     except grpc.RpcError as error:
         messages.print(f"{error.code().name}: {error.details()}", markup=False)
         raise typer.Exit(ExitCode.FAILED) from None
@@ -71,9 +69,8 @@ def reachable(target: str) -> str:
     return f"{'127.0.0.1' if address.version == 4 else '[::1]'}{colon}{port}"
 
 
-def _ask(
-    target: str, service: str, tls_ca: Path | None, timeout: float
-) -> health_pb2.HealthCheckResponse.ServingStatus.ValueType:
+def _ask(target: str, service: str, tls_ca: Path | None, timeout: float) -> str:
+    """The status that is answered, by its name."""
     # The target alone says where the question goes, not a proxy in the environment.
     options = [("grpc.enable_http_proxy", 0)]
     if tls_ca is None:
@@ -82,5 +79,6 @@ def _ask(
         credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes())
         channel = grpc.secure_channel(target, credentials, options)
     with channel:
-        request = health_pb2.HealthCheckRequest(service=service)
-        return health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout).status
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
