@@ -1,6 +1,6 @@
 """Write docker/requirements/*.txt: everything that an image installs, each file by its hash.
 
-usage: python docker/lock.py PIP_COMPILE
+usage: python docker/lock.py PIP_COMPILE [--upgrade]
 
 What is wanted is read from the installed packages' metadata, which `make setup` keeps in step with
 both pyproject.toml files; constraints.txt says which versions, as for the tests. PIP_COMPILE is
@@ -57,18 +57,18 @@ def _applies(requirement: Requirement, extras: tuple[str, ...]) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Write the locks of the images, of what builds them, and of the tools around them."""
-    if len(arguments) != 1:
+    if not arguments or arguments[1:] not in ([], ["--upgrade"]):
         sys.stderr.write(f"{__doc__}")
         return 2
     for image, extras in IMAGES.items():
         lines = sorted({str(requirement) for requirement in wanted(extras)})
-        _lock(arguments[0], image, "\n".join(lines))
+        _lock(arguments, image, "\n".join(lines))
     for name in ("build", "tools"):
-        _lock(arguments[0], name, (REQUIREMENTS / f"{name}.in").read_text())
+        _lock(arguments, name, (REQUIREMENTS / f"{name}.in").read_text())
     return 0
 
 
-def _lock(pip_compile: str, name: str, requirements: str) -> None:
+def _lock(pip_compile: list[str], name: str, requirements: str) -> None:
     output = REQUIREMENTS / f"{name}.txt"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, f"{name}.in")
@@ -77,7 +77,7 @@ def _lock(pip_compile: str, name: str, requirements: str) -> None:
         # Neither an index nor where wheels lie on this machine may get into the file.
         subprocess.run(
             [
-                *(pip_compile, "--quiet", "--generate-hashes", "--strip-extras", "--allow-unsafe"),
+                *(*pip_compile, "--quiet", "--generate-hashes", "--strip-extras", "--allow-unsafe"),
                 *("--no-header", "--no-annotate", "--no-emit-index-url", "--no-emit-find-links"),
                 *("--no-emit-trusted-host", "--no-emit-options"),
                 *("--constraint", str(DOCKER.parent / "constraints.txt")),

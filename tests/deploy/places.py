@@ -145,7 +145,13 @@ def has_engine() -> bool:
     return shutil.which("docker") is not None and docker("info", check=False).returncode == 0
 
 
+# As docker/compose.yaml has them, and docs/deploying.md says from what.
 SHARED_MEMORY_BYTES = 256 * 2**20
+BOUNDS = {
+    "CAPTIONSERVE_MAX_MESSAGE_MEGABYTES": "16",
+    "CAPTIONSERVE_MAX_REQUEST_MEGABYTES": "96",
+    "CAPTIONSERVE_DECODE_MEGABYTES": "256",
+}
 
 # As the manifests have it: nothing may be written, nobody reached, and nothing gained.
 HARDENED = (

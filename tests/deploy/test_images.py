@@ -24,6 +24,7 @@ from tests.certificates import CertificateFiles
 from tests.conftest import DEMO, DEMO_FOLDER, Repositories
 from tests.deploy.locks import BASE, locked_versions
 from tests.deploy.places import (
+    BOUNDS,
     END_SECONDS,
     ROOT,
     SHARED_MEMORY_BYTES,
@@ -235,6 +236,7 @@ def test_shared_memory_is_as_large_as_said(contained: ServedInContainer) -> None
     size = contained.inside("stat", "--file-system", "--format", "%S %b", "/dev/shm").stdout
     block, blocks = map(int, size.split())
     assert block * blocks == SHARED_MEMORY_BYTES
+    assert shared_bytes(contained) < SHARED_MEMORY_BYTES
 
 
 def test_it_has_no_network_but_itself(contained: ServedInContainer) -> None:
@@ -272,19 +274,23 @@ def test_full_size_int8_at_concurrency_16_fits_two_gigabytes(
         "pictures": tmp_path,
         "callers": Path(__file__).with_name("callers.py"),
     }
-    with containers.serve(files, SECURED) as served, ThreadPoolExecutor() as pool:
+    with containers.serve(files, SECURED | BOUNDS) as served, ThreadPoolExecutor() as pool:
         command = ("python", "{callers}", served.target, "{ca}", "{token}", "{pictures}")
         calling = pool.submit(served.call, *command, files=files)
-        most = 0
+        most = shared = 0
         while not calling.done():
             most = max(most, proportional_bytes(served))
+            shared = max(shared, shared_bytes(served))
         assert calling.result().returncode == 0, calling.result().stderr
         report = json.loads(calling.result().stdout)
         peak = int(served.inside("sh", "-c", PEAK).stdout)
         restarts = served.inside("python", "-c", RESTARTS).stdout
         assert served.end() == 0
         killed = served.inspect("{{.State.OOMKilled}}")
-    logger.info("%s; PSS at most %.2f GB, control group %.2f GB", report, most / 1e9, peak / 1e9)
+    figures = {"PSS": most, "control group": peak, "/dev/shm": shared}
+    logger.info(
+        "%s; at most %s", report, {name: f"{n / 2**20:.0f} MiB" for name, n in figures.items()}
+    )
     assert report["calls"] == report["captions"] == 8 * 64
     assert killed == "false"
     assert float(restarts) == 0
@@ -304,3 +310,9 @@ def proportional_bytes(served: ServedInContainer) -> int:
     """Memory of all processes in the container, what they share counted once."""
     said = served.inside("sh", "-c", "cat /proc/[0-9]*/smaps_rollup").stdout
     return sum(int(line.split()[1]) for line in said.splitlines() if line.startswith("Pss:")) * 1024
+
+
+def shared_bytes(served: ServedInContainer) -> int:
+    """What lies in the container's /dev/shm."""
+    said = served.inside("du", "--summarize", "--block-size=1", "/dev/shm").stdout
+    return int(said.split()[0])
