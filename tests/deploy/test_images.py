@@ -253,7 +253,7 @@ def test_a_container_ends_although_asked_while_python_starts(
 
 
 def test_nobody_at_the_health_port_is_unhealthy(containers: Containers) -> None:
-    soon = ("--health-interval=1s", "--health-start-period=0s", "--health-retries=1")
+    soon = ("--health-interval=1s", "--health-start-period=1ms", "--health-retries=1")
     asleep = replace(containers, options=(*soon, "--entrypoint", "sleep"))
     with asleep.started({}, {}, "120") as container:
         wait_until(lambda: container.inspect("{{.State.Health.Status}}") == "unhealthy")
