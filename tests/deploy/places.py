@@ -22,7 +22,7 @@ from typing import Protocol
 from tests.faults.served import wait_until
 
 ROOT = Path(__file__).parents[2]
-WAIT_SECONDS = 180.0
+WAIT_SECONDS = 300.0
 # What `docker stop` waits before it kills.
 END_SECONDS = 60
 

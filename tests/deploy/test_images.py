@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,6 +266,7 @@ def test_full_size_int8_at_concurrency_16_fits_two_gigabytes(
     repository = request.config.getoption("--full-size-repository")
     if repository is None:
         pytest.skip("a full-size model is served by `make images-full-size`")
+    tmp_path.chmod(0o755)  # As the secrets: it is another user who reads.
     for number, file in enumerate(bench_images(64)):
         (tmp_path / f"{number}.jpg").write_bytes(file)
     files = {
@@ -278,7 +279,7 @@ def test_full_size_int8_at_concurrency_16_fits_two_gigabytes(
         command = ("python", "{callers}", served.target, "{ca}", "{token}", "{pictures}")
         calling = pool.submit(served.call, *command, files=files)
         most = shared = 0
-        while not calling.done():
+        while not wait([calling], timeout=1).done:
             most = max(most, proportional_bytes(served))
             shared = max(shared, shared_bytes(served))
         assert calling.result().returncode == 0, calling.result().stderr
@@ -291,7 +292,7 @@ def test_full_size_int8_at_concurrency_16_fits_two_gigabytes(
     logger.info(
         "%s; at most %s", report, {name: f"{n / 2**20:.0f} MiB" for name, n in figures.items()}
     )
-    assert report["calls"] == report["captions"] == 8 * 64
+    assert report["calls"] == report["captions"] == 2 * 64
     assert killed == "false"
     assert float(restarts) == 0
     assert most < 2 * 2**30
