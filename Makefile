@@ -6,7 +6,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint lint-deploy format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-bulk soak-overload soak-images soak-checkpoints soak-tenth profile bench perf clean
+# Every target is one in name only, but for files, whose names have a slash.
+.PHONY: $(shell sed -n 's/^\([a-z][a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 setup: $(VENV)/installed
 
@@ -30,7 +31,7 @@ test-wheels: setup  ## The wheels installed outside the checkout, without constr
 lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py docker/observability/generate.py
+	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py docker
 	$(BIN)/python proto/lint.py
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate_pages.py --check
@@ -121,6 +122,47 @@ bench: setup $(FULL_SIZE)  ## Speed beside other ways to run the same model: ful
 
 perf: setup  ## NVIDIA's perf_analyzer against the captioner; more options with PERF="...".
 	$(BIN)/python -m captionserve_server.bench.perf_analyzer $(PERF)
+
+# A Docker engine, and the base that docker/base.lock names: from a registry, or made by
+# docker/base-from-debian.
+VERSION = $(shell sed -n 's/^version = "\(.*\)"$$/\1/p' server_tools/pyproject.toml)
+BUILD_IMAGES = PYTHON=$(BIN)/python docker/build
+TEST_IMAGES = $(BIN)/python -m pytest tests/deploy/test_images.py --images $(VERSION)
+
+images: setup  ## Build the images, and see them work in containers: docs/images.md.
+	@docker info > /dev/null 2>&1 || { echo "make images needs a Docker engine that answers"; exit 1; }
+	$(BUILD_IMAGES) edge server
+	$(TEST_IMAGES) -k "not environment"
+
+images-full-size: images $(FULL_SIZE)-int8  ## A full-size model in a container of 2 GiB.
+	$(TEST_IMAGES) -k full_size --full-size-repository $(FULL_SIZE)-int8 --log-cli-level INFO
+
+$(FULL_SIZE)-int8: $(FULL_SIZE)
+	rm -rf $@
+	$(BIN)/captionserve export $(FULL_SIZE) --output $@ --precision int8
+
+sbom: setup  ## What is in the images, as CycloneDX, in build/sbom.
+	$(BUILD_IMAGES) sbom
+	rm -rf build/sbom
+	container=$$(docker create captionserve-sbom:$(VERSION) none) \
+		&& docker cp $$container:/ build/sbom && docker rm $$container > /dev/null
+
+LOCK_TOOLS := build/lock-tools
+
+$(LOCK_TOOLS)/bin/pip-compile: docker/requirements/tools.txt
+	rm -rf $(LOCK_TOOLS)
+	mkdir -p build
+	docker/install tools $(LOCK_TOOLS)
+
+lock-images: setup $(LOCK_TOOLS)/bin/pip-compile  ## Lock anew what the images install; UPGRADE=1 takes newer versions.
+	$(BIN)/python docker/lock.py $(LOCK_TOOLS)/bin/pip-compile $(if $(UPGRADE),--upgrade)
+
+pin-base:  ## Write the digest of the base into docker/base.lock; needs Docker and a registry.
+	docker/pin-base
+
+release-check: setup  ## Refuse a release whose images are not fixed in every part.
+	$(BIN)/python docker/release_check.py
+	$(MAKE) lint-deploy RELEASE=1
 
 clean:
 	rm -rf $(VENV) build

@@ -90,6 +90,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="tests/deploy refuses images whose digest is a placeholder",
     )
+    parser.addoption(
+        "--images", help="tag of the images that tests/deploy/test_images.py runs in containers"
+    )
+    parser.addoption(
+        "--full-size-repository",
+        type=Path,
+        help="model repository that it serves in a container of 2 GiB",
+    )
 
 
 @pytest.fixture(scope="session")
