@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints soak-tenth profile bench perf clean
+.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints soak-tenth profile bench perf load clean
 
 setup: $(VENV)/installed
 
@@ -106,6 +106,25 @@ bench: setup $(FULL_SIZE)  ## Speed beside other ways to run the same model: ful
 
 perf: setup  ## NVIDIA's perf_analyzer against the captioner; more options with PERF="...".
 	$(BIN)/python -m captionserve_server.bench.perf_analyzer $(PERF)
+
+DEMO_MODELS := build/load/demo
+
+$(DEMO_MODELS): | setup
+	rm -rf $@.draft
+	$(BIN)/captionserve export demo/checkpoint --output $@.draft
+	mv $@.draft $@
+
+LOAD := docs/measurements/load-demo
+
+# Open-loop load on the demo checkpoint, or with REPOSITORY=folder on another; options with LOAD_OPTIONS="...".
+ifdef REPOSITORY
+load: setup
+	$(BIN)/captionserve load --repository $(REPOSITORY) $(LOAD_OPTIONS)
+else
+load: setup $(DEMO_MODELS)  ## Which rate of calls a service holds, and what becomes of more.
+	$(BIN)/captionserve load --repository $(DEMO_MODELS) --json $(LOAD).json --chart $(LOAD).png \
+		$(LOAD_OPTIONS)
+endif
 
 clean:
 	rm -rf $(VENV) build

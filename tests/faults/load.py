@@ -21,9 +21,8 @@ from typing import Any
 
 import grpc
 from captionserve.v1 import caption_pb2
+from captionserve_server.bench.load.calls import METHOD, in_time, metadata_of
 from google.rpc import error_details_pb2, status_pb2
-
-METHOD = "/captionserve.v1.CaptionService/Caption"
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class Asked:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes ahead of each call."""
-        size = ("captionserve-request-bytes", str(len(self.request)))
-        return (size,) if self.token is None else (size, ("authorization", f"Bearer {self.token}"))
+        return metadata_of(self.request, self.token)
 
 
 @dataclass
@@ -141,13 +139,10 @@ async def closed(asked: Asked, at_once: int, seconds: float) -> Outcomes:
 
 async def open_(asked: Asked, rate: float, seconds: float) -> Outcomes:
     """So many new calls a second for a time; until all of them have ended."""
-    begin = time.monotonic()
-    calls = []
     async with caller(asked) as each:
-        for number in range(int(rate * seconds)):
-            await asyncio.sleep(max(0.0, begin + number / rate - time.monotonic()))
-            calls.append(asyncio.create_task(each.once()))
-        await asyncio.gather(*calls)
+        begin = time.monotonic()
+        due = [begin + number / rate for number in range(int(rate * seconds))]
+        await in_time(due, lambda number, when: each.once())
     return each.outcomes
 
 

@@ -14,6 +14,7 @@ from captionserve_server.cli.console import ExitCode, messages
 from captionserve_server.cli.demo import demo
 from captionserve_server.cli.evaluate import evaluate
 from captionserve_server.cli.export import export, make_checkpoint
+from captionserve_server.cli.load import load
 from captionserve_server.cli.serve import reload, serve
 from captionserve_server.cli.token import token
 from captionserve_server.export.errors import UnsupportedCheckpointError
@@ -32,7 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(token, name="token")
-for command in (export, serve, reload, caption, evaluate, calibrate, make_checkpoint, demo, bench):
+for command in (
+    *(export, serve, reload, caption, evaluate, calibrate, make_checkpoint, demo, bench, load),
+):
     app.command()(command)
 
 # Errors that a person can act on; anything else is ours and keeps its stack trace.

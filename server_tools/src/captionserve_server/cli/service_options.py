@@ -43,11 +43,19 @@ class ServiceOptions:
             ValueError: if the client does not take the options, such as a certificate without key.
         """
         assert self.target is not None, "where there is no target a service is started"
-        tls = (self.tls_ca, self.tls_certificate, self.tls_key)
-        credentials = tls_credentials(*tls) if any(tls) else None
-        # In a file, for others can read a process's flags.
-        token = None if self.token_file is None else self.token_file.read_text().strip()
-        return CaptionClient(self.target, timeout=timeout, credentials=credentials, token=token)
+        credentials = tls_credentials(*self.tls) if any(self.tls) else None
+        return CaptionClient(
+            self.target, timeout=timeout, credentials=credentials, token=self.token()
+        )
+
+    @property
+    def tls(self) -> tuple[Path | None, Path | None, Path | None]:
+        """Files with the CA, the caller's certificate and its key; without any, no TLS."""
+        return self.tls_ca, self.tls_certificate, self.tls_key
+
+    def token(self) -> str | None:
+        """The token, read from its file: others can read a process's flags."""
+        return None if self.token_file is None else self.token_file.read_text().strip()
 
 
 def with_service_options(
