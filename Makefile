@@ -114,7 +114,7 @@ $(DEMO_MODELS): | setup
 	$(BIN)/captionserve export demo/checkpoint --output $@.draft
 	mv $@.draft $@
 
-LOAD := docs/measurements/load-demo
+LOAD := docs/measurements/load/demo
 
 # Open-loop load on the demo checkpoint, or with REPOSITORY=folder on another; options with LOAD_OPTIONS="...".
 ifdef REPOSITORY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from captionserve_server.bench.load import calls
 from captionserve_server.bench.load.arrivals import Arrival
 from captionserve_server.bench.load.calls import Offered, Service, generator, in_time, request_of
 
-from tests.unit.client.caption_server import caption_server, good_response
+from tests.unit.client.caption_server import WAIT_SECONDS, caption_server, good_response
 
 IMAGES = (b"first", b"second")
 ARRIVALS = [Arrival(number / 100, number % 2, repeated=number % 3 == 0) for number in range(30)]
@@ -30,7 +31,7 @@ def test_no_call_waits_for_another() -> None:
         if number == 9:
             last.set()
         # In a closed loop the last would never come.
-        await asyncio.wait_for(last.wait(), 20)
+        await asyncio.wait_for(last.wait(), WAIT_SECONDS)
 
     asyncio.run(in_time([time.monotonic()] * 10, call))
     assert sorted(begun) == list(range(10))
@@ -42,8 +43,9 @@ def test_a_call_that_is_late_knows_when_it_was_due(monkeypatch: pytest.MonkeyPat
 
     async def sleep(seconds: float) -> None:
         nonlocal now
-        now += seconds
+        wakes = now + seconds
         await real_sleep(0)
+        now = max(now, wakes)
 
     monkeypatch.setattr(calls, "time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(asyncio, "sleep", sleep)
@@ -91,9 +93,11 @@ def test_each_arrival_is_one_call_from_another_process() -> None:
     )
     assert Counter(call.code for call in found.calls) == {"OK": len(ARRIVALS)}
     assert sum(call.cached for call in found.calls) == sum(each.repeated for each in ARRIVALS)
-    assert all(call.due <= call.sent <= call.ended for call in found.calls)
+    # A loop's timer may be early by its clock's resolution.
+    assert all(call.due - 1e-6 <= call.sent <= call.ended for call in found.calls)
     assert 0 < found.cores <= (os.cpu_count() or 1)
-    assert all(left is not None and left <= 20 for left in servicer.seconds_left)
+    # gRPC rounds up what it sends.
+    assert all(left is not None and left < 21 for left in servicer.seconds_left)
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
@@ -113,9 +117,18 @@ def test_what_fails_is_counted_and_not_tried_again(code: grpc.StatusCode) -> Non
 
 
 def test_a_call_that_is_not_answered_ends_with_its_deadline() -> None:
+    ended = threading.Event()
+
+    def wait(
+        request: caption_pb2.CaptionRequest, context: grpc.ServicerContext
+    ) -> caption_pb2.CaptionResponse:
+        ended.wait(WAIT_SECONDS)
+        return good_response()
+
     with caption_server() as (target, servicer):
-        servicer.answer = servicer.wait_until_gone
+        servicer.answer = wait
         found = offered(target, deadline=0.5)
+        ended.set()
     assert {call.code for call in found.calls} == {"DEADLINE_EXCEEDED"}
 
 

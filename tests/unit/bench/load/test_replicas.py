@@ -21,7 +21,7 @@ def launched_on(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     @contextmanager
     def launch(repository: Path) -> Iterator[ReadyReport]:
         cores.append(os.sched_getaffinity(0))
-        yield ReadyReport(f"127.0.0.1:{len(cores)}", *[""] * 4)
+        yield ReadyReport(f"127.0.0.1:{len(cores)}", "", "", "", "")
 
     monkeypatch.setattr(replicas, "launched_service", launch)
     return cores
