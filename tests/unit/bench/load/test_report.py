@@ -41,7 +41,7 @@ def row(rate: int, *, answered: float = 1.0, latency: float = 0.2, late: float =
         )
         for number in range(20 * rate)
     ]
-    return Row(figures_of(rate, calls, begin=0.0, end=20.0), 0.25, [400.0, 410.0])
+    return Row(figures_of(rate, calls, begin=0.0, end=20.0), 0.25, 1.5, 0.125, [400.0, 410.0])
 
 
 def report(*rows: Row) -> Report:
@@ -70,6 +70,8 @@ def test_json_has_all_rates_in_order_and_the_knee() -> None:
     assert [each["p99_ms"] for each in values["rows"]] == [200, 400, 200]
     assert [each["refused_per_second"] for each in values["rows"]] == [0, 0, 20]
     assert values["rows"][0]["memory_mib"] == [400, 410]
+    assert values["rows"][0]["service_cores"] == 1.5
+    assert values["rows"][0]["other_cores"] == 0.125
 
 
 def test_words_say_what_is_known_of_the_knee() -> None:

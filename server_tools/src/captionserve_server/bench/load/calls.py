@@ -66,11 +66,13 @@ class Offered:
 
     Attributes:
         calls: what became of each call.
-        cores: processor time that the generator took, over the time in which it did.
+        seconds: from the beginning until the last call ended.
+        cpu_seconds: processor time that the generator took.
     """
 
     calls: list[Call]
-    cores: float
+    seconds: float
+    cpu_seconds: float
 
 
 Offer = Callable[[Sequence[Arrival]], Offered]
@@ -183,8 +185,7 @@ async def _offered(
             calls.append(Call(when - begin, sent - begin, ended - begin, code, cached))
 
         await in_time([begin + seconds for seconds in due], call)
-        elapsed = time.monotonic() - begin
-        return Offered(calls, (time.process_time() - cpu_begin) / elapsed)
+        return Offered(calls, time.monotonic() - begin, time.process_time() - cpu_begin)
 
 
 @asynccontextmanager

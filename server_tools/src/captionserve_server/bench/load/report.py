@@ -52,12 +52,15 @@ class Row:
     Attributes:
         figures: of its calls.
         generator_cores: processor time of the generator, in cores.
-        memory_mib: what each replica took afterwards, as if it were alone; of services that were
-            started for it.
+        service_cores: likewise of the services that were started for it; else None.
+        other_cores: likewise of all else on the machine, which was not to be had then.
+        memory_mib: what each of the services took afterwards, as if it were alone.
     """
 
     figures: Figures
     generator_cores: float
+    service_cores: float | None
+    other_cores: float | None
     memory_mib: list[float]
 
 
@@ -118,6 +121,8 @@ class Report:
                     **asdict(row.figures),
                     "verdict": self.verdict(row).value,
                     "generator_cores": row.generator_cores,
+                    "service_cores": row.service_cores,
+                    "other_cores": row.other_cores,
                     "memory_mib": row.memory_mib,
                 }
                 for row in self.sorted_rows
@@ -132,7 +137,8 @@ class Report:
         plan = self.plan
         names = (
             *("offered/s", "calls", "answered/s", "refused/s", "other/s"),
-            *("p50, ms", "p95, ms", "p99, ms", "refused, ms", "sent late, p99", "cores", ""),
+            *("p50, ms", "p95, ms", "p99, ms", "refused, ms", "sent late, p99"),
+            *("service, cores", "others, cores", ""),
         )
         table = Table(title=f"open loop, {plan.seconds:g} s at each rate, Poisson arrivals")
         for name in names:
@@ -143,10 +149,11 @@ class Report:
             table.add_row(
                 *(f"{each.rate:g}", str(each.calls)),
                 *(f"{each.answered_per_second:.3g}", f"{each.refused_per_second:.3g}"),
-                # What is left of a difference of equal numbers is none.
-                f"{round(other, 6):.3g}",
+                # What is left of a difference of equal numbers is none, of whatever sign.
+                f"{abs(round(other, 6)):.3g}",
                 *map(_milliseconds, (each.p50_ms, each.p95_ms, each.p99_ms, each.refused_p50_ms)),
-                *(_milliseconds(each.late_p99_ms), f"{row.generator_cores:.2f}"),
+                _milliseconds(each.late_p99_ms),
+                *map(_cores, (row.service_cores, row.other_cores)),
                 self.verdict(row).value,
             )
         return Group(table, self.in_words())
@@ -171,3 +178,7 @@ class Report:
 
 def _milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
+
+
+def _cores(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

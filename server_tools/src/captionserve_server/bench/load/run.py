@@ -17,7 +17,11 @@ from captionserve_server.bench.load.knee import sweep
 from captionserve_server.bench.load.replicas import launched_replicas, target_of
 from captionserve_server.bench.load.report import Plan, Report, Row
 from captionserve_server.bench.machine import machine_facts
-from captionserve_server.bench.processes import family_memory_mib
+from captionserve_server.bench.processes import (
+    family_cpu_seconds,
+    family_memory_mib,
+    machine_cpu_seconds,
+)
 
 # Of the rate that a lone caller reaches: what a sweep begins with.
 _FIRST_SHARE = 0.5
@@ -85,9 +89,19 @@ def _row(plan: Plan, rate: float, offer: Offer, pids: Sequence[int]) -> Row:
         cached_share=plan.cached_share,
         seed=plan.seed,
     )
+    machine, services = machine_cpu_seconds(), sum(map(family_cpu_seconds, pids))
     offered = offer(arrivals)
+    machine = machine_cpu_seconds() - machine
+    services = sum(map(family_cpu_seconds, pids)) - services
     figures = figures_of(rate, offered.calls, begin=plan.lead_in_seconds, end=plan.seconds)
-    return Row(figures, offered.cores, [family_memory_mib(pid) for pid in pids])
+    others = machine - services - offered.cpu_seconds
+    return Row(
+        figures,
+        generator_cores=offered.cpu_seconds / offered.seconds,
+        service_cores=services / offered.seconds if pids else None,
+        other_cores=others / offered.seconds if pids else None,
+        memory_mib=[family_memory_mib(pid) for pid in pids],
+    )
 
 
 def _warmed_up(plan: Plan, services: Sequence[Service], images: Sequence[bytes]) -> Report:
