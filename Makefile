@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints soak-tenth profile bench perf load clean
+.PHONY: setup demo test test-wheels lint lint-deploy format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints soak-tenth profile bench perf load clean
 
 setup: $(VENV)/installed
 
@@ -30,18 +30,30 @@ test-wheels: setup  ## The wheels installed outside the checkout, without constr
 lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py
+	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py docker/observability/generate.py
 	$(BIN)/python proto/lint.py
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate_pages.py --check
+	$(BIN)/python docker/observability/generate.py --check
+
+TOOLS := $(VENV)/tools
+
+$(TOOLS)/installed: docker/tools.txt | setup
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --requirement docker/tools.txt
+	touch $@
+
+lint-deploy: $(TOOLS)/installed  ## Images, compose and manifests; placeholders for digests are refused with RELEASE=1.
+	LINT_DEPLOY=1 $(BIN)/python -m pytest tests/deploy --ignore-glob "*/test_images*" $(if $(RELEASE),--release)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: setup  ## Regenerate the gRPC code from proto/, and the table of options.
+generate: setup  ## Regenerate the gRPC code from proto/, tables in docs/, and the alerts for Kubernetes.
 	$(BIN)/python proto/generate.py
 	$(BIN)/python docs/generate_pages.py
+	$(BIN)/python docker/observability/generate.py
 
 evaluate: setup  ## Accuracy of the demo checkpoint on held-out scenes, through the whole stack.
 	$(BIN)/captionserve evaluate --checkpoint demo/checkpoint

@@ -82,6 +82,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=8,
         help="folders of tests/congruence/test_checkpoints.py",
     )
+    parser.addoption(
+        "--release",
+        action="store_true",
+        help="tests/deploy refuses images whose digest is a placeholder",
+    )
 
 
 @pytest.fixture(scope="session")

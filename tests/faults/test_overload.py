@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import statistics
+import struct
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from captionserve import CaptionClient
@@ -30,6 +32,7 @@ from tests.faults.load import Asked, Outcomes
 from tests.faults.served import wait_until
 from tests.pictures import png
 from tests.reference import picture
+from tests.scraped import samples, total
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +112,7 @@ def test_one_greedy_caller_takes_no_more_than_its_share(
 
 AT_ONCE = 16
 TIMES_CAPACITY = 10
+CONNECTIONS = 4
 ROUNDS = 5
 # Of a phase's time, until as much is in work as may be.
 FILLING_SHARE = 0.4
@@ -120,72 +124,112 @@ DEMO_SOAK_OPTIONS = {"num_beams": 16, "min_length": 32, "max_length": 32}
 
 
 def test_at_ten_times_the_capacity_as_much_is_done_as_at_its_peak(
-    model_repository: Callable[[str], Path], request: pytest.FixtureRequest
+    model_repository: Callable[[str], Path], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     seconds: float = request.config.getoption("--soak-overload")
     if not seconds:
         pytest.skip("--soak-overload SECONDS measures for so long; make soak-overload does")
+    # Callers in Python cost nearly what refusing them costs, on the cores that are measured.
+    if shutil.which("h2load") is None:
+        pytest.skip("h2load of nghttp2-client is not installed")
     given = request.config.getoption("--soak-repository")
     repository, options = (
         (given, SOAK_OPTIONS) if given else (model_repository(DEMO), DEMO_SOAK_OPTIONS)
     )
     with launched_service(repository) as service:
-        asked = Asked(service.grpc, load.request_of(bench_images(1)[0], **options))
+        crowd = Crowd(service, load.request_of(bench_images(1)[0], **options), tmp_path)
         # In turns: a machine that others share may do half as much a minute later.
-        rounds = [_round(service, asked, seconds) for _ in range(ROUNDS)]
-    ratios = [overload.rate / peak.rate for peak, overload in rounds]
-    refused_after = [each for _, overload in rounds for each in overload.outcomes.refused_after]
-    memory = [overload.memory_mib for _, overload in rounds]
+        rounds = []
+        for _ in range(ROUNDS):
+            peak = crowd.ask(seconds, at_once=AT_ONCE)
+            rounds.append((peak, crowd.ask(seconds, rate=TIMES_CAPACITY * peak.answered)))
+    overloads = [overload for _, overload in rounds]
+    ratio = statistics.median(overload.answered / peak.answered for peak, overload in rounds)
+    # Nine of ten are refused.
+    refusal = statistics.median(each for overload in overloads for each in overload.call_seconds)
     measured = {
-        "peak images/s": [round(peak.rate, 2) for peak, _ in rounds],
-        "goodput images/s": [round(overload.rate, 2) for _, overload in rounds],
-        "median of goodput / peak": statistics.median(ratios),
-        "codes": [dict(overload.outcomes.codes) for _, overload in rounds],
-        "median refusal s": statistics.median(refused_after),
-        "most MiB": memory,
+        "peak images/s": [round(peak.answered, 2) for peak, _ in rounds],
+        "goodput images/s": [round(overload.answered, 2) for overload in overloads],
+        "refused calls/s": [round(overload.refused, 1) for overload in overloads],
+        "median of goodput / peak": ratio,
+        "median refusal s": refusal,
+        "most MiB": [overload.memory_mib for overload in overloads],
     }
     _log.info("%s", measured)
-    assert statistics.median(ratios) >= 0.9, measured
-    assert statistics.median(refused_after) < 0.05, measured
-    assert memory[-1] < memory[0] + MEMORY_SLACK_MIB, measured
-    assert all(overload.outcomes.unsaid == [] for _, overload in rounds)
+    assert all(overload.refused > 5 * overload.answered for overload in overloads), measured
+    assert ratio >= 0.9, measured
+    assert refusal < 0.05, measured
+    assert overloads[-1].memory_mib < overloads[0].memory_mib + MEMORY_SLACK_MIB, measured
 
 
 @dataclass
 class Phase:
-    """Some time under one load.
+    """What came of a load, from when it was full until nothing more was asked.
 
     Attributes:
-        outcomes: of all its calls.
-        rate: answers a second.
+        answered: captions a second.
+        refused: calls a second.
+        call_seconds: how long each call took.
         memory_mib: the most that the service took.
     """
 
-    outcomes: Outcomes
-    rate: float
+    answered: float
+    refused: float
+    call_seconds: list[float]
     memory_mib: float
 
 
-def _round(service: ReadyReport, asked: Asked, seconds: float) -> tuple[Phase, Phase]:
-    """As many calls as can be answered, then ten times as many."""
-    peak = _phase(service, seconds, "closed", asked, AT_ONCE, seconds)
-    overload = _phase(service, seconds, "open", asked, TIMES_CAPACITY * peak.rate, seconds)
-    return peak, overload
+class Crowd:
+    """Callers by h2load."""
 
+    def __init__(self, service: ReadyReport, request: bytes, folder: Path) -> None:
+        self._service = service
+        self._log = folder / "calls"
+        message = folder / "message"
+        message.write_bytes(b"\0" + struct.pack(">I", len(request)) + request)
+        headers = {
+            "content-type": "application/grpc",
+            "te": "trailers",
+            "grpc-timeout": "30S",
+            "captionserve-request-bytes": str(len(request)),
+        }
+        self._command = [
+            *("h2load", f"http://{service.grpc}{load.METHOD}", "--data", str(message)),
+            *(word for name, value in headers.items() for word in ("-H", f"{name}: {value}")),
+            *("--clients", str(CONNECTIONS), "--log-file", str(self._log)),
+        ]
 
-def _phase(service: ReadyReport, seconds: float, kind: str, *arguments: Any) -> Phase:
-    """A load, and what came of it from when it was full until nothing more was asked."""
-    begin = time.monotonic()
-    with load.apart(kind, *arguments) as running:
-        memory = max(memory_meanwhile(service.pids["gateway"], running))
-        outcomes = running.result()
-    full = begin + FILLING_SHARE * seconds
-    answered = [at for at in outcomes.answered if full <= at <= begin + seconds]
-    return Phase(outcomes, len(answered) / ((1 - FILLING_SHARE) * seconds), memory)
+    def ask(self, seconds: float, *, at_once: int = 0, rate: float = 0.0) -> Phase:
+        """So many calls at once, or so many new ones a second whatever becomes of them."""
+        paced = (
+            ("--max-concurrent-streams", str(at_once // CONNECTIONS))
+            if at_once
+            else ("--max-concurrent-streams", "1000", "--rps", str(round(rate / CONNECTIONS)))
+        )
+        self._log.unlink(missing_ok=True)
+        command = [*self._command, *paced, "--duration", str(int(seconds))]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as callers:
+            time.sleep(FILLING_SHARE * seconds)
+            begin, before = time.monotonic(), self._counted()
+            memory = []
+            while time.monotonic() < begin + (1 - FILLING_SHARE) * seconds - 1:
+                memory.append(family_memory_mib(self._service.pids["gateway"]))
+                time.sleep(1.0)
+            took, after = time.monotonic() - begin, self._counted()
+            assert callers.wait(60) == 0
+        wait_until(lambda: not total(self._service.metrics, "captionserve_working"))
+        return Phase(
+            answered=(after["OK"] - before["OK"]) / took,
+            refused=(after["RESOURCE_EXHAUSTED"] - before["RESOURCE_EXHAUSTED"]) / took,
+            call_seconds=[
+                int(line.split()[2]) / 1e6 for line in self._log.read_text().splitlines()
+            ],
+            memory_mib=max(memory),
+        )
 
-
-def memory_meanwhile(pid: int, running: Future[Outcomes]) -> Iterator[float]:
-    """The service's memory in MiB, now and then."""
-    while not running.done():
-        yield family_memory_mib(pid)
-        time.sleep(1.0)
+    def _counted(self) -> Counter[str]:
+        """Calls that have ended, by their codes."""
+        counted: Counter[str] = Counter()
+        for sample in samples(self._service.metrics, "captionserve_requests_total"):
+            counted[sample.labels["code"]] += int(sample.value)
+        return counted
