@@ -66,6 +66,11 @@ def test_every_call_is_counted_once(made: list[Call]) -> None:
     assert found.due_per_second == len(counted) / 10
 
 
+def test_calls_before_and_after_the_time_that_counts_do_not() -> None:
+    made = [answered(due) for due in (4.9, 5.0, 14.9, 15.0)]
+    assert figures_of(3.0, made, begin=5.0, end=15.0).calls == 2
+
+
 @given(calls)
 def test_percentiles_are_latencies_that_occurred(made: list[Call]) -> None:
     found = figures_of(3.0, made, begin=0.0, end=21.0)
