@@ -164,5 +164,24 @@ release-check: setup  ## Refuse a release whose images are not fixed in every pa
 	$(BIN)/python docker/release_check.py
 	$(MAKE) lint-deploy RELEASE=1
 
+DEMO_MODELS := build/load/demo
+
+$(DEMO_MODELS): | setup
+	rm -rf $@.draft
+	$(BIN)/captionserve export demo/checkpoint --output $@.draft
+	mv $@.draft $@
+
+LOAD := docs/measurements/load/demo
+
+# Open-loop load on the demo checkpoint, or with REPOSITORY=folder on another; options with LOAD_OPTIONS="...".
+ifdef REPOSITORY
+load: setup
+	$(BIN)/captionserve load --repository $(REPOSITORY) $(LOAD_OPTIONS)
+else
+load: setup $(DEMO_MODELS)  ## Which rate of calls a service holds, and what becomes of more.
+	$(BIN)/captionserve load --repository $(DEMO_MODELS) --json $(LOAD).json --chart $(LOAD).png \
+		$(LOAD_OPTIONS)
+endif
+
 clean:
 	rm -rf $(VENV) build

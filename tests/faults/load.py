@@ -11,9 +11,11 @@ from typing import Any
 
 import grpc
 from captionserve.v1 import caption_pb2
-from google.rpc import error_details_pb2, status_pb2
 
-METHOD = "/captionserve.v1.CaptionService/Caption"
+# Tests that call by other means take METHOD from here as well.
+from captionserve_server.bench.load.calls import METHOD as METHOD
+from captionserve_server.bench.load.calls import metadata_of
+from google.rpc import error_details_pb2, status_pb2
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,7 @@ class Asked:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes ahead of each call."""
-        size = ("captionserve-request-bytes", str(len(self.request)))
-        return (size,) if self.token is None else (size, ("authorization", f"Bearer {self.token}"))
+        return metadata_of(self.request, self.token)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Memory of a process and its descendants, as Linux counts it."""
+"""Memory and processor time of a process and its descendants, as Linux counts them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ def family_memory_mib(pid: int) -> float:
     has count for each process; of each file, the most that any process of the family shares with
     whomever counts once.
     """
-    family: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
     private, shared = 0, dict[str, int]()
-    for process in family:
+    for process in _family(pid):
         # One may end while it is being looked at.
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
             for mapped in process.memory_maps(grouped=True):
@@ -28,3 +24,28 @@ def family_memory_mib(pid: int) -> float:
                 own = mapped.shared_clean + mapped.shared_dirty
                 shared[mapped.path] = max(own, shared.get(mapped.path, 0))
     return (private + sum(shared.values())) / 2**20
+
+
+def family_cpu_seconds(pid: int) -> float:
+    """Processor time that a process and its descendants have taken; of those that live."""
+    seconds = 0.0
+    for process in _family(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds
+
+
+def machine_cpu_seconds() -> float:
+    """Processor time that the machine has spent on anybody, or that was taken from it."""
+    times = psutil.cpu_times()
+    # A guest's time is in user and nice already.
+    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """A process and its descendants; none if it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    return []

@@ -15,6 +15,7 @@ from captionserve_server.cli.demo import demo
 from captionserve_server.cli.evaluate import evaluate
 from captionserve_server.cli.export import export, make_checkpoint
 from captionserve_server.cli.health import health
+from captionserve_server.cli.load import load
 from captionserve_server.cli.serve import reload, serve
 from captionserve_server.cli.token import token
 from captionserve_server.export.errors import UnsupportedCheckpointError
@@ -44,6 +45,7 @@ for command in (
     make_checkpoint,
     demo,
     bench,
+    load,
 ):
     app.command()(command)
 

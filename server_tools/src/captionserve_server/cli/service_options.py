@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,16 +37,30 @@ class ServiceOptions:
     tls_key: Path | None = None
     token_file: Path | None = None
 
+    @property
+    def tls(self) -> tuple[Path | None, Path | None, Path | None]:
+        """What `tls_credentials` takes; all None where TLS is not spoken."""
+        return self.tls_ca, self.tls_certificate, self.tls_key
+
+    @property
+    def only_target(self) -> str:
+        """The service, where one is wanted."""
+        if len(self.target) != 1:
+            raise typer.BadParameter("one service is wanted", param_hint="--target")
+        return self.target[0]
+
+    def token(self) -> str | None:
+        """What says who calls; from a file, for others can read a process's flags."""
+        return None if self.token_file is None else self.token_file.read_text().strip()
+
     def clients(self, timeout: float) -> list[CaptionClient]:
         """A client of each service; its calls take so many seconds at most.
 
         Raises:
             ValueError: if the client does not take the options, such as a certificate without key.
         """
-        tls = (self.tls_ca, self.tls_certificate, self.tls_key)
-        credentials = tls_credentials(*tls) if any(tls) else None
-        # In a file, for others can read a process's flags.
-        token = None if self.token_file is None else self.token_file.read_text().strip()
+        credentials = tls_credentials(*self.tls) if any(self.tls) else None
+        token = self.token()
         return [
             CaptionClient(target, timeout=timeout, credentials=credentials, token=token)
             for target in self.target
@@ -53,10 +68,7 @@ class ServiceOptions:
 
     def client(self, timeout: float) -> CaptionClient:
         """The client of the only service; likewise."""
-        if len(self.target) != 1:
-            raise typer.BadParameter("one service is wanted", param_hint="--target")
-        (client,) = self.clients(timeout)
-        return client
+        return dataclasses.replace(self, target=[self.only_target]).clients(timeout)[0]
 
 
 def with_service_options(
