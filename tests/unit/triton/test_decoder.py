@@ -189,7 +189,7 @@ def test_pixel_values_of_the_processor_give_the_caption_of_the_file(setup: Setup
         ({"OPTIONS": '{"num_beams": 0}'}, "INVALID_OPTIONS"),
         ({"OPTIONS": "[]"}, "INVALID_OPTIONS"),
         ({"IMAGE": b"no image"}, "UNSUPPORTED_IMAGE_FORMAT"),
-        ({"PIXEL_VALUES": np.zeros((3, 4, 4), np.float32)}, "INVALID_PIXEL_VALUES"),
+        ({"PIXEL_VALUES": np.zeros((3, 4, 4), np.float32)}, "INVALID_REQUEST"),
         ({"REGIONS": np.zeros((1, 4), np.int32)}, "INVALID_REQUEST"),
         ({"RESIZE": "letterbox"}, "INVALID_REQUEST"),
     ],
