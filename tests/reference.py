@@ -160,6 +160,16 @@ class Reference:
             )
         return self._generated(image, self._prefix(options), **self._generate_options(options))
 
+    def pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
+        """What the checkpoint's image processor makes of images; float32 [images, 3, H, W]."""
+        return torch.cat([self._pixels(image) for image in images])
+
+    @torch.no_grad()
+    def tokens_of(self, pixel_values: torch.Tensor, **options: Any) -> list[Tokens]:
+        """What generate() gives for [images, 3, H, W]; num_return_sequences rows of each."""
+        rows = self.model.generate(pixel_values=pixel_values, **options).tolist()
+        return [self._trimmed(row[1:]) for row in rows]
+
     @torch.no_grad()
     def _generated(
         self, image: Image.Image, prefix: Tokens = (), **options: Any

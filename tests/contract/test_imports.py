@@ -21,7 +21,7 @@ ALLOWED = {
     "runtime": set(),
     "export": {"runtime"},
     "triton": {"runtime", "tracing"},
-    "local": {"runtime"},
+    "local": {"captionserve", "runtime"},
     "settings": set(),
     "tracing": set(),
     "gateway": {"captionserve", "settings", "tracing", "triton"},
@@ -106,6 +106,14 @@ def test_serving_needs_neither_torch_nor_transformers(module: str) -> None:
     code = (
         f"import sys, {module}\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'onnx')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_edge_mode_imports_no_client_until_it_is_needed() -> None:
+    code = (
+        "import sys, captionserve_server.local\n"
+        "sys.exit(any(name in sys.modules for name in ('captionserve', 'grpc')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

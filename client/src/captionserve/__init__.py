@@ -6,6 +6,7 @@ from captionserve._errors import CaptionError
 from captionserve._images import ImageInput
 from captionserve._many import Outcome
 from captionserve._options import GenerationOptions
+from captionserve._pipeline import ImageToTextPipeline, pipeline
 from captionserve._results import (
     Attention,
     Caption,
@@ -29,9 +30,11 @@ __all__ = [
     "FinishReason",
     "GenerationOptions",
     "ImageInput",
+    "ImageToTextPipeline",
     "ModelInfo",
     "Models",
     "OptionLimits",
     "Outcome",
+    "pipeline",
     "tls_credentials",
 ]

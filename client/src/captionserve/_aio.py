@@ -21,7 +21,7 @@ import grpc
 from google.protobuf.message import Message
 
 from captionserve._errors import CaptionError, from_rpc_error
-from captionserve._images import ImageInput
+from captionserve._images import ImageInput, each_image, images_of
 from captionserve._many import (
     DEFAULT_WINDOW,
     GRACE_SECONDS,
@@ -373,9 +373,10 @@ async def _asynchronous(
 ) -> AsyncIterator[ImageInput]:
     if isinstance(images, AsyncIterable):
         async for image in images:
-            yield image
+            for each in images_of(image):
+                yield each
     else:
-        for image in images:
+        for image in each_image(images):
             yield image
 
 

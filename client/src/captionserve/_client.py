@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import Message
 
 from captionserve._errors import CaptionError, from_rpc_error
-from captionserve._images import ImageInput
+from captionserve._images import ImageInput, each_image
 from captionserve._many import (
     DEFAULT_WINDOW,
     GRACE_SECONDS,
@@ -104,8 +104,8 @@ class CaptionClient:
 
         Args:
             image: a path, an encoded image as bytes, a binary file object, a PIL image, a uint8
-                array of shape (height, width, 3), or a float32 or float64 array or torch tensor of
-                shape (3, height, width) as the checkpoint's own image processor makes it.
+                array of shape (height, width, 3), or a float array or torch tensor of shape
+                (3, height, width) as the checkpoint's own image processor makes it.
             options: how to decode; None leaves everything to the server.
             timeout: seconds the call may take, retries included; None takes the client's.
             bypass_cache: have the answer computed anew, whatever the server remembers.
@@ -179,7 +179,8 @@ class CaptionClient:
         work on the server.
 
         Args:
-            images: each as `caption` takes it; what iterating over them raises is raised.
+            images: each as `caption` takes it, or a float array of shape (images, 3, height,
+                width), which is so many of them; what iterating over them raises is raised.
             options: as for `caption`, for all images.
             window: how many images may be pulled and not yet given out.
             ordered: whether outcomes come in the images' order, else as they are finished.
@@ -297,7 +298,7 @@ class _Many:
         self._call: _ManyCall | None = None
         self._closed = False
         threading.Thread(
-            target=self._pull, args=(iter(images),), name="caption-many-images", daemon=True
+            target=self._pull, args=(each_image(images),), name="caption-many-images", daemon=True
         ).start()
 
     def advance(self) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
@@ -44,15 +45,15 @@ class Uint8Array(Protocol):
 
 
 class FloatArray(Protocol):
-    """A 3 x height x width array of float32 or float64: a numpy array or a torch tensor."""
+    """A 3 x height x width array of floats: a numpy array or a torch tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """3, height, width."""
+        """3, height, width; several images have their number before that."""
 
     @property
     def dtype(self) -> object:
-        """The element type; its text is "float32", "torch.float32" or of 64 bits."""
+        """The element type; its text is "float32", "torch.float32", or of 16 or 64 bits."""
 
 
 class PillowImage(Protocol):
@@ -85,9 +86,14 @@ ImageInput = (
     | FloatArray
 )
 """A path, an encoded image, a binary file object, a PIL image, a uint8 HxWx3 RGB array, or the
-float 3xHxW pixel values that the checkpoint's own image processor makes."""
+float 3xHxW pixel values that the checkpoint's own image processor makes; where several images are
+taken, also Bx3xHxW of them."""
 
-_FLOAT_DTYPES = frozenset({"float32", "float64", "torch.float32", "torch.float64", ">f4", ">f8"})
+# Foreign byte orders are numpy's; bfloat16 is torch's, and numpy's where ml_dtypes adds it.
+_FLOAT_DTYPES = frozenset(
+    {f"{owner}float{bits}" for owner in ("", "torch.") for bits in (16, 32, 64)}
+    | {"bfloat16", "torch.bfloat16", ">f2", ">f4", ">f8"}
+)
 
 # Beyond this, pixels are compressed: a message of 64 MiB would not hold a large photo's.
 _MAX_PLAIN_BYTES = 16 << 20
@@ -117,6 +123,24 @@ _CONVERT_FOR_PNG = {"PA": "RGBA", "RGBa": "RGBA", "I": "I;16"}
 _CONVERT_TO_RGB = frozenset({"CMYK", "YCbCr", "HSV", "LAB", "RGBX"})
 
 
+def each_image(images: Iterable[ImageInput]) -> Iterator[ImageInput]:
+    """The images one by one, where an array of pixel values may hold several of them."""
+    for image in images:
+        yield from images_of(image)
+
+
+def images_of(image: ImageInput) -> Iterable[ImageInput]:
+    """An image alone, or those of an array of pixel values of images x 3 x height x width."""
+    if is_floats(image) and len(cast(FloatArray, image).shape) == 4:
+        return cast("Iterable[ImageInput]", image)
+    return (image,)
+
+
+def is_floats(image: object) -> bool:
+    """Whether this is an array or a tensor of floats; neither numpy nor PyTorch need be there."""
+    return _has(image, "shape", "dtype") and str(cast(FloatArray, image).dtype) in _FLOAT_DTYPES
+
+
 def image_message(image: ImageInput) -> caption_pb2.Image:
     """Give an image the form in which it is sent.
 
@@ -128,7 +152,7 @@ def image_message(image: ImageInput) -> caption_pb2.Image:
         ValueError: if an array has a wrong form, or as `encode_image` says.
         OSError: if a file cannot be read.
     """
-    if _has(image, "shape", "dtype") and str(cast(FloatArray, image).dtype) in _FLOAT_DTYPES:
+    if is_floats(image):
         return caption_pb2.Image(pixel_values=_pixel_values(image))
     return caption_pb2.Image(encoded=encode_image(image))
 
@@ -139,13 +163,18 @@ def _pixel_values(image: object) -> caption_pb2.PixelValues:
 
     array: Any = image
     shape = tuple(array.shape)
+    if len(shape) == 4:
+        raise ValueError(
+            f"a float array of shape {shape} is several images: caption_many takes it, "
+            "and one image is of shape (3, height, width)"
+        )
     if len(shape) != 3 or shape[0] != 3 or 0 in shape:
         raise ValueError(
             f"a float array must be pixel values of shape (3, height, width), is of shape {shape}"
         )
     if str(array.dtype).startswith("torch."):
-        # A tensor that lies on a GPU, or that gradients flow through, is no array yet.
-        array = array.detach().cpu()
+        # A tensor that lies on a GPU, that gradients flow through, or of bfloat16 is no array yet.
+        array = array.detach().cpu().float()
     values = np.asarray(array, dtype="<f4")
     return caption_pb2.PixelValues(height=shape[1], width=shape[2], values=values.tobytes())
 

@@ -6,10 +6,11 @@ import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from captionserve._images import ImageInput, encode_image, image_message
+from captionserve._images import ImageInput, each_image, encode_image, image_message
 from captionserve_server.core.preprocessing import PreprocessorConfig
 from captionserve_server.local.images import image_pixels
 from numpy.typing import NDArray
@@ -220,7 +221,7 @@ def test_a_missing_file_is_reported_as_python_does(tmp_path: Path) -> None:
         encode_image(tmp_path / "missing.jpg")
 
 
-@pytest.mark.parametrize("dtype", ["<f4", "<f8", ">f4"])
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f2", ">f4", ">f8"])
 def test_floats_are_sent_as_pixel_values(dtype: str) -> None:
     values = np.random.default_rng(7).normal(size=(3, 5, 4)).astype(dtype)
     message = image_message(values)
@@ -241,7 +242,35 @@ def test_a_tensor_with_gradients_is_sent_as_its_values() -> None:
     )
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 3), (3, 5), (1, 3, 5, 4), (3, 0, 4)])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64"])
+def test_a_tensor_of_any_precision_is_sent_as_float32(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.linspace(-2, 2, 24, dtype=getattr(torch, kind)).reshape(2, 4, 3).permute(2, 0, 1)
+    assert not tensor.is_contiguous()
+    sent = image_message(tensor).pixel_values
+    received = np.frombuffer(sent.values, "<f4").reshape(3, 2, 4)
+    assert np.array_equal(received, tensor.float().numpy())
+
+
+def test_a_batch_is_several_images_where_several_are_taken() -> None:
+    torch = pytest.importorskip("torch")
+    batch = np.arange(72, dtype=np.float32).reshape(2, 3, 3, 4)
+    images = list(each_image([FILE, batch, torch.tensor(batch), batch[0], np.zeros((0, 3, 4, 4))]))
+    assert images[0] == FILE
+    assert [image_message(each) for each in images[1:]] == [
+        image_message(each) for each in (*batch, *batch, batch[0])
+    ]
+    assert [image_message(each) for each in each_image(cast(Any, batch))] == [
+        image_message(each) for each in batch
+    ]
+
+
+def test_a_batch_is_no_single_image() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 3, 5, 4\) is several images: caption_many takes"):
+        image_message(np.zeros((1, 3, 5, 4), np.float32))
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (3, 5), (1, 1, 3, 5, 4), (3, 0, 4)])
 def test_floats_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\(3, height, width\)"):
         image_message(np.zeros(shape, np.float32))

@@ -36,10 +36,12 @@ def test_exports_exactly_the_public_names() -> None:
         "FinishReason",
         "GenerationOptions",
         "ImageInput",
+        "ImageToTextPipeline",
         "ModelInfo",
         "Models",
         "OptionLimits",
         "Outcome",
+        "pipeline",
         "tls_credentials",
     }
     assert all(hasattr(captionserve, name) for name in captionserve.__all__)

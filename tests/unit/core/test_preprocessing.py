@@ -6,21 +6,25 @@ import io
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from captionserve_server.core.errors import (
     CaptionServeError,
     ImageCorruptError,
     ImageTooManyPixelsError,
+    InvalidPixelValuesError,
     UnsupportedImageFormatError,
 )
 from captionserve_server.core.image_files import MAX_PIXELS
 from captionserve_server.core.preprocessing import (
     PreprocessorConfig,
+    pixels_of_values,
     preprocess,
     read_preprocessor_config,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 CONFIG = PreprocessorConfig()
@@ -106,3 +110,55 @@ def test_messages_show_no_exception_text() -> None:
 def test_processors_that_are_not_supported_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"not supported|height and width"):
         read_preprocessor_config(settings)
+
+
+# The narrowest deviations that checkpoints in use have, and the widest.
+IMAGENET = PreprocessorConfig(
+    height=16, width=16, image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225)
+)
+HALVES = PreprocessorConfig(height=16, width=16)
+# Every value that a sample of a channel may have.
+ALL_PIXELS = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (3, 1, 1))
+
+
+def values_of(pixels: NDArray[np.uint8], config: PreprocessorConfig) -> NDArray[np.float32]:
+    """What the image processor makes of whole pixels [3, height, width]."""
+    mean, std = (np.reshape(each, (3, 1, 1)) for each in (config.image_mean, config.image_std))
+    values: NDArray[np.float32] = ((pixels * config.rescale_factor - mean) / std).astype(np.float32)
+    return values
+
+
+def bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rounded to the nearest number of which float32 has the lower 16 bits zero."""
+    return ((values.view(np.uint32) + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("config", [IMAGENET, HALVES], ids=["imagenet", "halves"])
+def test_pixels_are_found_again_in_any_precision(config: PreprocessorConfig) -> None:
+    values = values_of(ALL_PIXELS, config)
+    half = values.astype(np.float16).astype(np.float32)
+    for given_values in (values, half, bfloat16(values)):
+        np.testing.assert_array_equal(pixels_of_values(given_values, config), ALL_PIXELS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
+    values = values_of(ALL_PIXELS, HALVES)
+    values[1, 2, 3] = value
+    with pytest.raises(InvalidPixelValuesError, match="must be finite"):
+        pixels_of_values(values, HALVES)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 15), (3, 32, 32), (1, 16, 16)])
+def test_values_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidPixelValuesError, match=r"must have the shape \(3, 16, 16\)"):
+        pixels_of_values(np.zeros(shape, np.float32), HALVES)
+
+
+def test_values_that_no_pixel_has_are_refused() -> None:
+    values = values_of(ALL_PIXELS, HALVES)
+    # Beyond white; between two pixels; one that bfloat16 can hold, and no processor's.
+    wrong = [values + 0.1, values + 0.5 / 127.5, np.full_like(values, 0.25)]
+    for each in wrong:
+        with pytest.raises(InvalidPixelValuesError, match="not what the checkpoint's"):
+            pixels_of_values(each, HALVES)

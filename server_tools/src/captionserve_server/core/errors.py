@@ -6,6 +6,7 @@
     │   ├── ImageCorruptError
     │   ├── UnsupportedImageFormatError
     │   ├── ImageTooManyPixelsError
+    │   ├── InvalidPixelValuesError
     │   └── InvalidOptionsError     carries one violation per field
     ├── UnauthenticatedError        the caller is not known
     ├── ModelNotFoundError          that version is not served
@@ -89,6 +90,12 @@ class ImageTooManyPixelsError(InvalidRequestError):
     """The image's header announces more pixels than are accepted."""
 
     reason = "IMAGE_TOO_MANY_PIXELS"
+
+
+class InvalidPixelValuesError(InvalidRequestError):
+    """Preprocessed pixel values are not what the checkpoint's image processor makes."""
+
+    reason = "INVALID_PIXEL_VALUES"
 
 
 class InvalidOptionsError(InvalidRequestError):

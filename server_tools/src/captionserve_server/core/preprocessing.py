@@ -22,7 +22,7 @@ from captionserve_server.core.decode_budget import Reserve, without_limit
 from captionserve_server.core.errors import (
     ImageCorruptError,
     ImageTooManyPixelsError,
-    InvalidRequestError,
+    InvalidPixelValuesError,
 )
 from captionserve_server.core.image_files import (
     MAX_PIXELS,
@@ -47,6 +47,9 @@ _TILE_BYTES_PER_PIXEL = 32
 _UINT16_TO_UINT8 = 255.0 / 65535.0
 # How far float32 may lie from the whole pixel that it stands for; half precision does, too.
 _NEAR_A_PIXEL = 0.1
+# What rounding to bfloat16 changes of a value, as a share of it, and the bits that it makes zero.
+_BFLOAT16_SHARE = 2.0**-8
+_BITS_BELOW_BFLOAT16 = 0xFFFF
 
 Pixels = NDArray[np.uint8]
 _Opened = TypeVar("_Opened", bound=Image.Image)
@@ -406,7 +409,8 @@ def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) ->
     """The encoder's pixels of an image that the checkpoint's own image processor has prepared.
 
     The processor computes (pixel * rescale_factor - image_mean) / image_std, for whole pixels of 0
-    to 255; this finds them again, exactly.
+    to 255; this finds them again, exactly. It also does where its values were rounded to half
+    precision.
 
     Args:
         values: float32 [3, height, width].
@@ -416,28 +420,36 @@ def pixels_of_values(values: NDArray[np.float32], config: PreprocessorConfig) ->
         uint8 [3, height, width].
 
     Raises:
-        InvalidRequestError: if the size is another than the processor's, or the values are none
-            that it makes.
+        InvalidPixelValuesError: if the size is another than the processor's, or the values are
+            none that it makes.
     """
     if values.ndim != 3 or values.shape[0] != 3 or values.shape[1:] != config.output_size():
-        raise InvalidRequestError(
+        raise InvalidPixelValuesError(
             f"pixel values must have the shape {(3, *(config.output_size() or ()))}, "
             f"have {values.shape}"
         )
-    pixels = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise InvalidPixelValuesError("the pixel values must be finite, have infinity or NaN")
+    pixels, rounded = values.astype(np.float64), np.abs(values) * _share_rounded_off(values)
     if config.do_normalize:
         std, mean = np.array(config.image_std), np.array(config.image_mean)
         pixels = pixels * std[:, None, None] + mean[:, None, None]
+        rounded = rounded * std[:, None, None]
     if config.do_rescale:
-        pixels = pixels / config.rescale_factor
+        pixels, rounded = pixels / config.rescale_factor, rounded / config.rescale_factor
     whole = np.rint(pixels)
-    # NaN is near to nothing and within no range.
-    near = (np.abs(pixels - whole) <= _NEAR_A_PIXEL) & (whole >= 0) & (whole <= 255)
+    near = (np.abs(pixels - whole) <= _NEAR_A_PIXEL + rounded) & (whole >= 0) & (whole <= 255)
     if not near.all():
-        raise InvalidRequestError(
+        raise InvalidPixelValuesError(
             "the pixel values are not what the checkpoint's image processor makes of an image"
         )
     return whole.astype(np.uint8)
+
+
+def _share_rounded_off(values: NDArray[np.float32]) -> float:
+    """What rounding may have changed of values that bfloat16 can hold: nearly half a pixel."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return 0.0 if (bits & _BITS_BELOW_BFLOAT16).any() else _BFLOAT16_SHARE
 
 
 def to_pixels(image: Image.Image, config: PreprocessorConfig) -> Pixels:

@@ -12,9 +12,9 @@ from typing import Any
 from captionserve.v1 import caption_pb2
 
 from captionserve_server.core.errors import (
-    ImageCorruptError,
     ImageMissingError,
     InvalidOptionsError,
+    InvalidPixelValuesError,
     InvalidRequestError,
 )
 from captionserve_server.core.image_files import MAX_PIXELS
@@ -94,7 +94,9 @@ def _image(image: caption_pb2.Image) -> InputTensor:
         pixels = image.pixel_values
         height, width = pixels.height, pixels.width
         if min(height, width) < 1 or len(pixels.values) != 3 * height * width * _FLOAT32_BYTES:
-            raise ImageCorruptError("the pixel values are not 3 x height x width float32 numbers")
+            raise InvalidPixelValuesError(
+                "the pixel values are not 3 x height x width float32 numbers"
+            )
         return InputTensor(wire.PIXEL_VALUES, (3, height, width), pixels.values)
     raise ImageMissingError("the request holds no image")
 

@@ -28,6 +28,7 @@ CODES: Mapping[type[errors.CaptionServeError], grpc.StatusCode] = {
     errors.ImageCorruptError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.UnsupportedImageFormatError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ImageTooManyPixelsError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.InvalidPixelValuesError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidOptionsError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
@@ -44,6 +45,7 @@ _IMAGE_ERRORS = (
     errors.ImageCorruptError,
     errors.UnsupportedImageFormatError,
     errors.ImageTooManyPixelsError,
+    errors.InvalidPixelValuesError,
 )
 
 

@@ -1,11 +1,12 @@
 """Captioning in one process, without a server: the edge mode.
 
-Needs onnxruntime, numpy, Pillow and tokenizers only.
+Needs onnxruntime, numpy, Pillow and tokenizers only; `pipeline` needs the client as well.
 """
 
 from captionserve_server.core.options import NamedOptions
 from captionserve_server.core.results import FinishedCaption
 from captionserve_server.local.captioner import LocalCaptioner, LocalResult
+from captionserve_server.local.image_to_text import pipeline
 from captionserve_server.local.images import ImageInput
 from captionserve_server.local.model_folder import ModelFolderError
 
@@ -16,4 +17,5 @@ __all__ = [
     "LocalResult",
     "ModelFolderError",
     "NamedOptions",
+    "pipeline",
 ]

@@ -33,7 +33,7 @@ from captionserve_server.core.options import NamedOptions
 from captionserve_server.core.results import FinishedCaption, Finisher
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import Float32Array, UInt8Array
-from captionserve_server.local.images import ImageInput, image_pixels
+from captionserve_server.local.images import ImageInput, each_image, image_pixels
 from captionserve_server.local.model_folder import load_model
 from captionserve_server.runtime import graph_tensors
 from captionserve_server.runtime.graph_step_model import GraphStepModel
@@ -147,8 +147,9 @@ class LocalCaptioner:
         """Caption one image.
 
         Args:
-            image: a path, an encoded image, a binary file object, a PIL image or a uint8 RGB array
-                of shape (height, width, 3).
+            image: a path, an encoded image, a binary file object, a PIL image, a uint8 RGB array of
+                shape (height, width, 3), or a float array or torch tensor of shape
+                (3, height, width) as the checkpoint's own image processor makes it.
             options: a dataclass with the decoding options' names, such as the client's
                 GenerationOptions; None, also of a single option, is the checkpoint's default.
             **named: decoding options by name; these come before those of `options`.
@@ -171,7 +172,8 @@ class LocalCaptioner:
         """Caption several images together.
 
         Args:
-            images: as `caption` takes them; each is read and prepared when its turn comes.
+            images: as `caption` takes them, or a float array of shape (images, 3, height, width),
+                which is so many of them; each is read and prepared when its turn comes.
             options: as for `caption`, the same for all images.
             **named: likewise.
 
@@ -351,7 +353,7 @@ class _Ahead:
         self._let_go()
 
     def _run(self) -> None:
-        images = iter(self._images)
+        images = each_image(self._images)
         while self._has_room():
             try:
                 image = next(images)

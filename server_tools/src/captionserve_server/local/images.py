@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,18 @@ class BinaryReader(Protocol):
         """Everything up to the end."""
 
 
+class FloatArray(Protocol):
+    """A 3 x height x width array of floats: a numpy array or a torch tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """3, height, width; several images have their number before that."""
+
+    @property
+    def dtype(self) -> object:
+        """The element type."""
+
+
 ImageInput = (
     str
     | os.PathLike[str]
@@ -43,10 +56,11 @@ ImageInput = (
     | BinaryReader
     | Image.Image
     | NDArray[np.uint8]
-    | NDArray[np.float32]
+    | FloatArray
 )
 """A path, an encoded image, a binary file object, a PIL image, a uint8 HxWx3 RGB array, or a float
-array or tensor [3,H,W] as the checkpoint's own image processor makes it."""
+array or tensor [3,H,W] as the checkpoint's own image processor makes it; where several images are
+taken, also [B,3,H,W] of them."""
 
 # Shorter texts may as well be names of files.
 _LEAST_BASE64 = 200
@@ -76,7 +90,7 @@ def image_pixels(
         TypeError: if the image is none of the kinds that are taken.
         ValueError: if an array has neither form, or a PIL image has no pixels or a mode without a
             fixed range.
-        InvalidRequestError: if a float array is not what the image processor makes.
+        InvalidPixelValuesError: if a float array is not what the image processor makes.
         OSError: if a file cannot be read, such as FileNotFoundError; it says so where the path is
             a URL, a data URI or base64 text.
         ImageCorruptError: empty, truncated or damaged bytes.
@@ -96,20 +110,36 @@ def image_pixels(
     return preprocess(_encoded(image), config, reserve)
 
 
+def each_image(images: Iterable[ImageInput]) -> Iterator[ImageInput]:
+    """The images one by one, where an array of pixel values may hold several of them."""
+    for image in images:
+        if _is_floats(image) and len(cast(FloatArray, image).shape) == 4:
+            yield from cast("Iterable[ImageInput]", image)
+        else:
+            yield image
+
+
 def _is_floats(image: object) -> bool:
     """Whether this is an array or a tensor of floats; PyTorch itself need not be there."""
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f":  # Of any byte order.
+        return True
     return hasattr(image, "shape") and "float" in str(getattr(image, "dtype", ""))
 
 
 def _values(image: Any) -> NDArray[np.float32]:
     shape = tuple(image.shape)
+    if len(shape) == 4:
+        raise ValueError(
+            f"a float array of shape {shape} is several images: caption_all and caption_each take "
+            "it, and one image is of shape (3, height, width)"
+        )
     if len(shape) != 3 or shape[0] != 3 or 0 in shape:
         raise ValueError(
             f"a float array must be pixel values of shape (3, height, width), is of shape {shape}"
         )
     if str(image.dtype).startswith("torch."):
-        # A tensor that lies on a GPU, or that gradients flow through, is no array yet.
-        image = image.detach().cpu()
+        # A tensor that lies on a GPU, that gradients flow through, or of bfloat16 is no array yet.
+        image = image.detach().cpu().float()
     return np.asarray(image, dtype=np.float32)
 
 
