@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints profile bench perf images images-full-size lock-images pin-base release-check sbom clean
+.PHONY: setup demo test test-wheels lint lint-deploy format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints soak-tenth profile bench perf images images-full-size lock-images pin-base release-check sbom clean
 
 setup: $(VENV)/installed
 
@@ -34,14 +34,26 @@ lint: setup  ## Style, types and the API definition.
 	$(BIN)/python proto/lint.py
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate_pages.py --check
+	$(BIN)/python docker/observability/generate.py --check
+
+TOOLS := $(VENV)/tools
+
+$(TOOLS)/installed: docker/tools.txt | setup
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --requirement docker/tools.txt
+	touch $@
+
+lint-deploy: $(TOOLS)/installed  ## Images, compose and manifests; placeholders for digests are refused with RELEASE=1.
+	LINT_DEPLOY=1 $(BIN)/python -m pytest tests/deploy --ignore-glob "*/test_images*" $(if $(RELEASE),--release)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-generate: setup  ## Regenerate the gRPC code from proto/, and the table of options.
+generate: setup  ## Regenerate the gRPC code from proto/, tables in docs/, and the alerts for Kubernetes.
 	$(BIN)/python proto/generate.py
 	$(BIN)/python docs/generate_pages.py
+	$(BIN)/python docker/observability/generate.py
 
 evaluate: setup  ## Accuracy of the demo checkpoint on held-out scenes, through the whole stack.
 	$(BIN)/captionserve evaluate --checkpoint demo/checkpoint
@@ -68,7 +80,7 @@ soak-many: setup  ## 10,000 images, some of them broken, while Triton is killed 
 		--log-cli-level INFO
 
 soak-overload: setup  ## Ten times as many calls as can be answered; another's with REPOSITORY=folder.
-	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 60 \
+	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 24 \
 		$(if $(REPOSITORY),--soak-repository $(REPOSITORY)) --log-cli-level INFO
 
 soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bounded time and memory.
@@ -78,6 +90,11 @@ soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bound
 soak-checkpoints: setup  ## 200 checkpoint folders of random settings and damage: as generate(), or refused.
 	$(BIN)/python -m pytest tests/congruence/test_checkpoints.py --soak-checkpoints 200 \
 		--log-cli-level INFO
+
+soak-tenth: setup  ## A tenth of the soaks, as CI runs them.
+	$(BIN)/python -m pytest tests/faults/test_soak.py tests/faults/test_heals_under_load.py \
+		tests/faults/test_many_soak.py tests/faults/test_image_soak.py tests/congruence/test_checkpoints.py \
+		--soak-requests 200 --soak-faults 60 --soak-many 1000 --soak-images 500 --soak-checkpoints 20
 
 # Random weights of the real model's shapes: their speed is the same. They end no caption by themselves.
 FULL_SIZE := build/bench/full-size

@@ -57,7 +57,7 @@ class CertificateFiles:
     def __init__(self, folder: Path) -> None:
         self.authority = issued("authority")
         self.certificate, self.key = folder / "server.pem", folder / "server.key"
-        self.ca = folder / "ca.pem"
+        self.ca, self.client_ca = folder / "ca.pem", folder / "client-ca.pem"
         self.tokens = folder / "tokens"
         self.ca.write_bytes(certificate_pem(self.authority))
         self.write(issued("server", self.authority))

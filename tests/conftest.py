@@ -45,7 +45,7 @@ class QuantisedRepositories(Protocol):
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the `make soak` targets ask for more."""
     parser.addoption(
-        "--soak-requests", type=int, default=300, help="requests of tests/faults/test_soak.py"
+        "--soak-requests", type=int, default=100, help="requests of tests/faults/test_soak.py"
     )
     parser.addoption(
         "--soak-options",
@@ -54,12 +54,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="one of so many combinations of options is asked of a service with random weights",
     )
     parser.addoption(
-        "--soak-images", type=int, default=500, help="files of tests/faults/test_image_soak.py"
+        "--soak-images", type=int, default=100, help="files of tests/faults/test_image_soak.py"
     )
     parser.addoption(
         "--soak-faults",
         type=float,
-        default=60.0,
+        default=20.0,
         help="seconds of tests/faults/test_heals_under_load.py",
     )
     parser.addoption(
@@ -69,7 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--soak-overload",
         type=float,
         default=0.0,
-        help="seconds that tests/faults/test_overload.py asks for ten times what can be answered",
+        help="seconds of each phase in which tests/faults/test_overload.py asks for too much",
     )
     parser.addoption(
         "--soak-repository",
@@ -79,7 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-checkpoints",
         type=int,
-        default=20,
+        default=8,
         help="folders of tests/congruence/test_checkpoints.py",
     )
     parser.addoption(
@@ -89,6 +89,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full-size-repository",
         type=Path,
         help="model repository that it serves in a container of 2 GiB",
+    )
+    parser.addoption(
+        "--release",
+        action="store_true",
+        help="tests/deploy refuses images whose digest is a placeholder",
     )
 
 

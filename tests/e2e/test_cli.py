@@ -16,7 +16,7 @@ import pytest
 from captionserve_server.gateway.tokens import create_token
 from captionserve_server.serving.ready import ReadyReport
 
-from tests.certificates import CertificateFiles
+from tests.certificates import CertificateFiles, certificate_pem, issued, key_pem
 from tests.conftest import DEMO, DEMO_FOLDER
 from tests.faults.served import serving
 
@@ -106,24 +106,42 @@ def _without_numbers(answer: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "captions": captions}
 
 
-def test_over_tls_with_a_token(model_repository: Callable[[str], Path], tmp_path: Path) -> None:
+def test_over_tls_with_a_certificate_and_a_token(
+    model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
     files = CertificateFiles(tmp_path)
     token = create_token(files.tokens, "alice")
-    token_file = tmp_path / "token"
-    token_file.write_text(token + "\n")
-    arguments = ("--tls-certificate", str(files.certificate), "--tls-key", str(files.key))
+    pair = issued("a client", files.authority)
+    given = {
+        "--token-file": (token + "\n").encode(),
+        "--tls-certificate": certificate_pem(pair),
+        "--tls-key": key_pem(pair),
+    }
+    for flag, content in given.items():
+        (tmp_path / flag).write_bytes(content)
+
+    def as_known(*but: str) -> list[str]:
+        known = [(flag, str(tmp_path / flag)) for flag in given if flag not in but]
+        return [word for pair in (("--tls-ca", str(files.ca)), *known) for word in pair]
+
     with serving(
-        model_repository(DEMO), tmp_path, *arguments, "--tokens", str(files.tokens)
+        *(model_repository(DEMO), tmp_path, "--tls-certificate", str(files.certificate)),
+        *("--tls-key", str(files.key), "--tls-client-ca", str(files.ca)),
+        *("--tokens", str(files.tokens)),
     ) as served:
-        call = ("caption", *IMAGES, "--target", served.report["grpc"], "--num-beams", "4")
-        known = ("--tls-ca", str(files.ca), "--token-file", str(token_file))
-        process = run(*call, *known)
+        target = ("--target", served.report["grpc"])
+        call = ("caption", *IMAGES, *target, "--num-beams", "4", "--timeout", "5")
+        process = run(*call, *as_known())
         assert process.returncode == 0, process.stderr
         for name, caption in CAPTIONS.items():
             assert f"{name}: {caption} (" in process.stdout
-        process = run(*call, *known[:2])
+        process = run(*call, *as_known("--token-file"))
         assert process.returncode == 5
         assert process.stderr.count("UNAUTHENTICATED") == len(IMAGES)
+        assert run(*call, *as_known("--tls-certificate", "--tls-key")).returncode == 5
+        assert run(*call, *as_known("--tls-key")).returncode == 2
+        process = run("evaluate", *target, *as_known(), "--scenes", "2", "--json")
+        assert process.returncode == 0, process.stderr
         said = served.end()
     assert "identity=alice" in said
     assert token not in said
@@ -168,12 +186,14 @@ def test_export_reports_json_and_adds_versions(
     shutil.copytree(model_repository("two_ends"), repository)
     process = run(
         *("export", str(checkpoint_folder("two_ends")), "--output", str(repository)),
-        *("--version", "2", "--json"),
+        *("--version", "2", "--precision", "int8", "--json"),
     )
     assert process.returncode == 0, process.stderr
     report = json.loads(process.stdout)
     assert report["version"] == 2
-    assert report["verification"]["logprobs"] < 1e-4
+    assert report["precision"] == "int8"
+    assert 1e-4 < report["verification"]["logprobs"] < 1.0
+    assert report["agreement"]["images"] > 0
     assert sorted(path.name for path in (repository / "captioner").iterdir()) == [
         "1",
         "2",

@@ -6,7 +6,6 @@ import itertools
 import math
 import queue
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +26,12 @@ from captionserve_server.serving.launch import launched_service
 from captionserve_server.serving.ready import ReadyReport
 from captionserve_server.triton import wire
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
 
 from tests.conftest import DEMO
 from tests.pictures import pictures, png
 from tests.reference import picture, reference
+from tests.scraped import total
 
 WAIT_SECONDS = 60.0
 LONG = GenerationOptions(num_beams=8, max_length=38, min_length=38)
@@ -45,16 +44,7 @@ def demo(service: Callable[[str], ReadyReport]) -> ReadyReport:
 
 def metric(service: ReadyReport, name: str, **labels: str) -> float:
     """The sum of a metric of Triton over all samples with the labels."""
-    with urllib.request.urlopen(f"http://{service.triton_metrics}/metrics") as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-        return math.fsum(
-            sample.value
-            for family in families
-            for sample in family.samples
-            # The parser adds _total to a counter's name.
-            if sample.name.removesuffix("_total") == name
-            and labels.items() <= sample.labels.items()
-        )
+    return total(service.triton_metrics, name, **labels)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -29,6 +29,7 @@ IN_FLIGHT = 64
 TIMEOUT_SECONDS = 120.0
 # Its graphs are tested with more of the grid, in one process; see congruence/test_engine.py.
 EVERY_OF_TORCHSCRIPT = 3
+EVERY_OF_DEMO = 2
 
 Request = tuple[Image.Image, DecodingOptions]
 GridRequests = Callable[[str], list[Request]]
@@ -39,8 +40,8 @@ OneByOne = Callable[[str], list[CaptionResult]]
 def grid_requests(request: pytest.FixtureRequest) -> GridRequests:
     """Checkpoint name to what is asked of it: options of the grid, with images in turns.
 
-    Of the demo it is four of five, more than 300. Random weights get as many from `make
-    soak-options`, else a part: test_engine.py asks more of them in one process.
+    `make soak-options` asks four of five, more than 300. Else it is half of them of the demo, and a
+    smaller part of random weights: test_engine.py asks more of them in one process.
     """
     every = request.config.getoption("--soak-options")
 
@@ -51,7 +52,7 @@ def grid_requests(request: pytest.FixtureRequest) -> GridRequests:
             for number, options in enumerate(OPTION_GRID)
             if number % 5
         ]
-        return asked if name == DEMO else asked[::every]
+        return asked[:: min(every, EVERY_OF_DEMO) if name == DEMO else every]
 
     return requests
 

@@ -236,6 +236,21 @@ def test_an_older_export_is_refused_by_name_with_what_to_do(tmp_path: Path) -> N
     assert "older export (it holds decoder_step): export the checkpoint again" in process.stderr
 
 
+def test_an_export_that_said_less_is_refused_before_anything_is_started(
+    model_repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(model_repository(NAME), repository)
+    path = repository / "decoder" / "1" / "bundle.json"
+    bundle = json.loads(path.read_text())
+    del bundle["rules"]
+    path.write_text(json.dumps(bundle))
+    process = served_to_the_end(repository)
+    assert process.returncode == 4
+    assert "version 1 of this model repository was written by an older export" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
 def test_a_missing_tritonserver_is_an_error_in_words(
     model_repository: Callable[[str], Path], tmp_path: Path
 ) -> None:

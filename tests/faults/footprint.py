@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from captionserve_server.serving.ready import ReadyReport
-from prometheus_client.parser import text_string_to_metric_families
+
+from tests.scraped import total
 
 SETTLE_SECONDS = 60.0
 # What allocators keep back; a leak of one image's states per ten requests is far more over 2,000.
@@ -61,10 +61,7 @@ def shared_files(processes: list[psutil.Process]) -> set[Path]:
 
 
 def slots_used(service: ReadyReport) -> int:
-    with urllib.request.urlopen(f"http://{service.triton_metrics}/metrics") as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-        samples = [sample for family in families for sample in family.samples]
-    return int(sum(s.value for s in samples if s.name == "captionserve_slots_used"))
+    return int(total(service.triton_metrics, "captionserve_slots_used"))
 
 
 def leaks(before: Footprint, after: Footprint) -> list[str]:

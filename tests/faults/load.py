@@ -1,21 +1,11 @@
-"""Callers that cost little themselves: their requests are bytes already, their answers stay bytes.
-
-    closed   so many calls in flight, each answer makes room for the next: what the service can do
-    open     so many calls a second, whatever becomes of them: what is asked of it
-
-`apart` runs either in a process of its own, so that the test's own work does not slow it.
-"""
+"""Callers that cost little: their requests are bytes already, their answers stay bytes."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import multiprocessing
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,40 +114,3 @@ async def caller(asked: Asked) -> AsyncIterator[Caller]:
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
     async with grpc.aio.insecure_channel(asked.target, options=options) as channel:
         yield Caller(channel, asked)
-
-
-async def closed(asked: Asked, at_once: int, seconds: float) -> Outcomes:
-    """So many calls in flight for a time."""
-    end = time.monotonic() + seconds
-
-    async def one_after_the_other(each: Caller) -> None:
-        while time.monotonic() < end:
-            await asyncio.sleep(await each.once())
-
-    async with caller(asked) as each:
-        await asyncio.gather(*(one_after_the_other(each) for _ in range(at_once)))
-    return each.outcomes
-
-
-async def open_(asked: Asked, rate: float, seconds: float) -> Outcomes:
-    """So many new calls a second for a time; until all of them have ended."""
-    begin = time.monotonic()
-    calls = []
-    async with caller(asked) as each:
-        for number in range(int(rate * seconds)):
-            await asyncio.sleep(max(0.0, begin + number / rate - time.monotonic()))
-            calls.append(asyncio.create_task(each.once()))
-        await asyncio.gather(*calls)
-    return each.outcomes
-
-
-def _run(kind: str, arguments: tuple[Any, ...]) -> Outcomes:
-    return asyncio.run({"closed": closed, "open": open_}[kind](*arguments))
-
-
-@contextmanager
-def apart(kind: str, *arguments: Any) -> Iterator[Future[Outcomes]]:
-    """`closed` or `open_` in a process of its own."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        yield pool.submit(_run, kind, arguments)

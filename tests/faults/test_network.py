@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import queue
 import socket
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -18,12 +17,12 @@ from captionserve import CaptionClient, CaptionError, _transport
 from captionserve.v1 import caption_pb2_grpc
 from captionserve_server.serving.ready import ReadyReport
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.faults.proxy import DOWN, UP, Proxy, proxy_to
 from tests.faults.served import WAIT_SECONDS, Served, wait_until
 from tests.pictures import png
 from tests.reference import picture
+from tests.scraped import total
 
 # gRPC's own, which come and go.
 FILES_SLACK = 6
@@ -37,14 +36,6 @@ def running(impatient: Served) -> ReadyReport:
     return ReadyReport(**impatient.report)
 
 
-def in_flight(running: ReadyReport) -> float:
-    """Calls that the gateway has not ended."""
-    with urllib.request.urlopen(f"http://{running.metrics}/metrics", timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-        samples = [each for family in families for each in family.samples]
-    return sum(each.value for each in samples if each.name == "captionserve_requests_in_flight")
-
-
 @contextmanager
 def everything_is_given_back(running: ReadyReport) -> Iterator[None]:
     """After the block no call is in flight or work, and no more files are open than before."""
@@ -54,7 +45,7 @@ def everything_is_given_back(running: ReadyReport) -> Iterator[None]:
     with CaptionClient(running.grpc) as client:
         wait_until(lambda: (load := client.models()).working == load.waiting == 0)
         assert client.caption(picture(1), bypass_cache=True).text
-    wait_until(lambda: in_flight(running) == 0)
+    wait_until(lambda: total(running.metrics, "captionserve_requests_in_flight") == 0)
     wait_until(lambda: gateway.num_fds() <= files + FILES_SLACK)
 
 
@@ -148,9 +139,9 @@ def test_calls_of_a_client_that_has_vanished_end(running: ReadyReport, proxy: Pr
         items: queue.Queue[Any] = queue.Queue()
         call = stub.CaptionMany(iter(items.get, None))
         assert next(call).window.items > 0
-        assert in_flight(running) == 1
+        assert total(running.metrics, "captionserve_requests_in_flight") == 1
         proxy.swallow()
-        wait_until(lambda: in_flight(running) == 0)
+        wait_until(lambda: total(running.metrics, "captionserve_requests_in_flight") == 0)
         items.put(None)
 
 

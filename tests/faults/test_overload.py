@@ -1,16 +1,21 @@
 """Far more calls than can be answered: the rest is refused, and nobody takes another's share.
 
-The long form is `make soak-overload`: ten times as many calls as can be answered, for a minute.
+The long form is `make soak-overload`: ten times as many calls as can be answered, in turns with as
+many as can be.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import statistics
+import struct
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,6 +32,7 @@ from tests.faults.load import Asked, Outcomes
 from tests.faults.served import wait_until
 from tests.pictures import png
 from tests.reference import picture
+from tests.scraped import samples, total
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +112,10 @@ def test_one_greedy_caller_takes_no_more_than_its_share(
 
 AT_ONCE = 16
 TIMES_CAPACITY = 10
+CONNECTIONS = 4
+ROUNDS = 5
+# Of a phase's time, until as much is in work as may be.
+FILLING_SHARE = 0.4
 MEMORY_SLACK_MIB = 64.0
 SOAK_OPTIONS = {"num_beams": 4, "min_length": 16, "max_length": 16}
 # As many tokens of as many beams as there may be: for a caption of the demo's that takes no longer
@@ -114,46 +124,112 @@ DEMO_SOAK_OPTIONS = {"num_beams": 16, "min_length": 32, "max_length": 32}
 
 
 def test_at_ten_times_the_capacity_as_much_is_done_as_at_its_peak(
-    model_repository: Callable[[str], Path], request: pytest.FixtureRequest
+    model_repository: Callable[[str], Path], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     seconds: float = request.config.getoption("--soak-overload")
     if not seconds:
         pytest.skip("--soak-overload SECONDS measures for so long; make soak-overload does")
+    # Callers in Python cost nearly what refusing them costs, on the cores that are measured.
+    if shutil.which("h2load") is None:
+        pytest.skip("h2load of nghttp2-client is not installed")
     given = request.config.getoption("--soak-repository")
     repository, options = (
         (given, SOAK_OPTIONS) if given else (model_repository(DEMO), DEMO_SOAK_OPTIONS)
     )
     with launched_service(repository) as service:
-        asked = Asked(service.grpc, load.request_of(bench_images(1)[0], **options))
-        with load.apart("closed", asked, AT_ONCE, seconds) as at_peak:
-            peak = goodput(at_peak.result())
-        with load.apart("open", asked, TIMES_CAPACITY * peak, seconds) as overload:
-            memory = list(memory_meanwhile(service.pids["gateway"], overload))
-            outcomes = overload.result()
-    half = len(memory) // 2
+        crowd = Crowd(service, load.request_of(bench_images(1)[0], **options), tmp_path)
+        # In turns: a machine that others share may do half as much a minute later.
+        rounds = []
+        for _ in range(ROUNDS):
+            peak = crowd.ask(seconds, at_once=AT_ONCE)
+            rounds.append((peak, crowd.ask(seconds, rate=TIMES_CAPACITY * peak.answered)))
+    overloads = [overload for _, overload in rounds]
+    ratio = statistics.median(overload.answered / peak.answered for peak, overload in rounds)
+    # Nine of ten are refused.
+    refusal = statistics.median(each for overload in overloads for each in overload.call_seconds)
     measured = {
-        "peak images/s": peak,
-        "goodput images/s": goodput(outcomes),
-        "codes": dict(outcomes.codes),
-        "median refusal s": statistics.median(outcomes.refused_after),
-        "most MiB, first half": max(memory[:half]),
-        "most MiB, second half": max(memory[half:]),
+        "peak images/s": [round(peak.answered, 2) for peak, _ in rounds],
+        "goodput images/s": [round(overload.answered, 2) for overload in overloads],
+        "refused calls/s": [round(overload.refused, 1) for overload in overloads],
+        "median of goodput / peak": ratio,
+        "median refusal s": refusal,
+        "most MiB": [overload.memory_mib for overload in overloads],
     }
     _log.info("%s", measured)
-    assert goodput(outcomes) >= 0.9 * peak, measured
-    assert statistics.median(outcomes.refused_after) < 0.05, measured
-    assert max(memory[half:]) < max(memory[:half]) + MEMORY_SLACK_MIB, measured
-    assert outcomes.unsaid == []
+    assert all(overload.refused > 5 * overload.answered for overload in overloads), measured
+    assert ratio >= 0.9, measured
+    assert refusal < 0.05, measured
+    assert overloads[-1].memory_mib < overloads[0].memory_mib + MEMORY_SLACK_MIB, measured
 
 
-def goodput(outcomes: Outcomes) -> float:
-    """Answers a second, from the first one on; the last fifth, when no more are asked, left out."""
-    answered = outcomes.answered[: len(outcomes.answered) * 4 // 5]
-    return (len(answered) - 1) / (answered[-1] - answered[0])
+@dataclass
+class Phase:
+    """What came of a load, from when it was full until nothing more was asked.
+
+    Attributes:
+        answered: captions a second.
+        refused: calls a second.
+        call_seconds: how long each call took.
+        memory_mib: the most that the service took.
+    """
+
+    answered: float
+    refused: float
+    call_seconds: list[float]
+    memory_mib: float
 
 
-def memory_meanwhile(pid: int, running: Future[Outcomes]) -> Iterator[float]:
-    """The service's memory in MiB, now and then."""
-    while not running.done():
-        yield family_memory_mib(pid)
-        time.sleep(1.0)
+class Crowd:
+    """Callers by h2load."""
+
+    def __init__(self, service: ReadyReport, request: bytes, folder: Path) -> None:
+        self._service = service
+        self._log = folder / "calls"
+        message = folder / "message"
+        message.write_bytes(b"\0" + struct.pack(">I", len(request)) + request)
+        headers = {
+            "content-type": "application/grpc",
+            "te": "trailers",
+            "grpc-timeout": "30S",
+            "captionserve-request-bytes": str(len(request)),
+        }
+        self._command = [
+            *("h2load", f"http://{service.grpc}{load.METHOD}", "--data", str(message)),
+            *(word for name, value in headers.items() for word in ("-H", f"{name}: {value}")),
+            *("--clients", str(CONNECTIONS), "--log-file", str(self._log)),
+        ]
+
+    def ask(self, seconds: float, *, at_once: int = 0, rate: float = 0.0) -> Phase:
+        """So many calls at once, or so many new ones a second whatever becomes of them."""
+        paced = (
+            ("--max-concurrent-streams", str(at_once // CONNECTIONS))
+            if at_once
+            else ("--max-concurrent-streams", "1000", "--rps", str(round(rate / CONNECTIONS)))
+        )
+        self._log.unlink(missing_ok=True)
+        command = [*self._command, *paced, "--duration", str(int(seconds))]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as callers:
+            time.sleep(FILLING_SHARE * seconds)
+            begin, before = time.monotonic(), self._counted()
+            memory = []
+            while time.monotonic() < begin + (1 - FILLING_SHARE) * seconds - 1:
+                memory.append(family_memory_mib(self._service.pids["gateway"]))
+                time.sleep(1.0)
+            took, after = time.monotonic() - begin, self._counted()
+            assert callers.wait(60) == 0
+        wait_until(lambda: not total(self._service.metrics, "captionserve_working"))
+        return Phase(
+            answered=(after["OK"] - before["OK"]) / took,
+            refused=(after["RESOURCE_EXHAUSTED"] - before["RESOURCE_EXHAUSTED"]) / took,
+            call_seconds=[
+                int(line.split()[2]) / 1e6 for line in self._log.read_text().splitlines()
+            ],
+            memory_mib=max(memory),
+        )
+
+    def _counted(self) -> Counter[str]:
+        """Calls that have ended, by their codes."""
+        counted: Counter[str] = Counter()
+        for sample in samples(self._service.metrics, "captionserve_requests_total"):
+            counted[sample.labels["code"]] += int(sample.value)
+        return counted

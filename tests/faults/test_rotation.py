@@ -16,7 +16,7 @@ import grpc
 import pytest
 from captionserve_server.gateway.tokens import create_token, revoke_tokens
 
-from tests.certificates import CertificateFiles, certificate_pem, issued, key_pem
+from tests.certificates import CertificateFiles, Pair, certificate_pem, issued, key_pem
 from tests.faults import load
 from tests.faults.served import Served, assert_ended_well, serving, wait_until
 from tests.pictures import png
@@ -35,13 +35,14 @@ class Callers:
     served: Served
     files: CertificateFiles
     token: str
+    certificate: Pair
     codes: Counter[str] = field(default_factory=Counter)
     ended: threading.Event = field(default_factory=threading.Event)
     _request: bytes = field(default_factory=lambda: load.request_of(png(picture(1))))
 
-    def call(self, token: str) -> grpc.StatusCode:
-        """How a call with a token ends."""
-        target, credentials = self.served.report["grpc"], self.files.credentials()
+    def call(self, token: str, certificate: Pair) -> grpc.StatusCode:
+        """How a call with a token and a client's certificate ends."""
+        target, credentials = self.served.report["grpc"], self.files.credentials(certificate)
         options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
         with grpc.secure_channel(target, credentials, options) as channel:
             call: Any = channel.unary_unary(load.METHOD)
@@ -59,7 +60,7 @@ class Callers:
 
         def again_and_again() -> None:
             while not self.ended.is_set():
-                self.codes[self.call(self.token).name] += 1
+                self.codes[self.call(self.token, self.certificate).name] += 1
 
         threads = [threading.Thread(target=again_and_again) for _ in range(CALLERS)]
         for thread in threads:
@@ -86,17 +87,20 @@ def test_certificates_and_tokens_are_replaced_under_load(
     model_repository: Callable[[str], Path], tmp_path: Path
 ) -> None:
     files = CertificateFiles(tmp_path)
-    token = create_token(files.tokens, "alice")
+    token, authority = create_token(files.tokens, "alice"), issued("authority of clients")
+    files.client_ca.write_bytes(certificate_pem(authority))
     arguments = (
         *("--tls-certificate", str(files.certificate), "--tls-key", str(files.key)),
+        *("--tls-client-ca", str(files.client_ca)),
         *("--tokens", str(files.tokens)),
     )
     with serving(model_repository(NAME), tmp_path, *arguments) as served:
-        callers = Callers(served, files, token)
+        callers = Callers(served, files, token, issued("alice", authority))
         with callers.calling():
             callers.go_on()
             replace_certificate(callers)
             replace_token(callers)
+            replace_authority_of_clients(callers, authority)
             replace_by_signal(callers)
         assert set(callers.codes) == {"OK"}, callers.codes
         assert_ended_well(served)
@@ -120,11 +124,24 @@ def replace_token(callers: Callers) -> None:
     """A new token, that callers take from when it is known; then the old one is refused."""
     old, tokens = callers.token, callers.files.tokens
     new = create_token(tokens, "alice")
-    wait_until(lambda: callers.call(new) is grpc.StatusCode.OK)
+    wait_until(lambda: callers.call(new, callers.certificate) is grpc.StatusCode.OK)
     callers.token = new
     callers.go_on()
     assert revoke_tokens(tokens, "alice", keep_newest=True) == 1
-    wait_until(lambda: callers.call(old) is grpc.StatusCode.UNAUTHENTICATED)
+    wait_until(lambda: callers.call(old, callers.certificate) is grpc.StatusCode.UNAUTHENTICATED)
+    callers.go_on()
+
+
+def replace_authority_of_clients(callers: Callers, old: Pair) -> None:
+    """Both vouch while callers change; then whom the old one vouches for is turned away."""
+    path, new = callers.files.client_ca, issued("new authority of clients")
+    before, after = callers.certificate, issued("alice", new)
+    path.write_bytes(certificate_pem(old) + certificate_pem(new))
+    wait_until(lambda: callers.call(callers.token, after) is grpc.StatusCode.OK)
+    callers.certificate = after
+    callers.go_on()
+    path.write_bytes(certificate_pem(new))
+    wait_until(lambda: callers.call(callers.token, before) is grpc.StatusCode.UNAVAILABLE)
     callers.go_on()
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from captionserve_server.evaluation.agreement import caption_agreement
 from captionserve_server.export.checkpoint import load_checkpoint
-from captionserve_server.export.onnx_export import export_encoder, export_step
 from captionserve_server.export.precision import Precision
 from captionserve_server.export.quantise import quantise_encoder, quantise_step
 from captionserve_server.export.repository import UnsupportedFormatError, export_checkpoint
@@ -23,7 +22,10 @@ from captionserve_server.runtime.graph_format import GraphFormat
 from captionserve_server.runtime.onnx_graph import OnnxGraph
 
 from tests.checkpoints import RANDOM_CHECKPOINTS
+from tests.conftest import DEMO, QuantisedRepositories, Repositories
 
+ENCODER = Path(files.VISION_ENCODER, "1", files.ENCODER_GRAPH_FILE)
+STEP = Path(files.DECODER, "1", files.STEP_GRAPH_FILE)
 LOWER = (Precision.INT8, Precision.INT4)
 # Of the demo's held-out scenes, half of them in an unseen style.
 IMAGES = 60
@@ -31,30 +33,12 @@ IMAGES = 60
 MOST_ERROR = {Precision.INT8: 0.1, Precision.INT4: 0.5}
 
 
-@pytest.fixture(scope="session")
-def fp32_graphs(
-    checkpoint_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """A folder with a random checkpoint's encoder and step graph."""
-    made: dict[str, Path] = {}
-
-    def graphs(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(f"fp32-{name}")
-            checkpoint = load_checkpoint(str(checkpoint_folder(name)))
-            export_encoder(checkpoint, made[name] / files.ENCODER_GRAPH_FILE)
-            export_step(checkpoint, made[name] / files.STEP_GRAPH_FILE)
-        return made[name]
-
-    return graphs
-
-
 @pytest.mark.parametrize("precision", LOWER)
 @pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
 def test_weights_are_kept_once_and_in_few_bits(
-    fp32_graphs: Callable[[str], Path], tmp_path: Path, name: str, precision: Precision
+    model_repository: Repositories, tmp_path: Path, name: str, precision: Precision
 ) -> None:
-    source, target = fp32_graphs(name) / files.STEP_GRAPH_FILE, tmp_path / "step.onnx"
+    source, target = model_repository(name) / STEP, tmp_path / "step.onnx"
     quantise_step(source, target, precision)
 
     shape = RANDOM_CHECKPOINTS[name].shape
@@ -71,13 +55,13 @@ def test_weights_are_kept_once_and_in_few_bits(
 @pytest.mark.parametrize("precision", LOWER)
 @pytest.mark.parametrize("name", RANDOM_CHECKPOINTS)
 def test_a_quantised_step_gives_nearly_the_same(
-    fp32_graphs: Callable[[str], Path],
+    model_repository: Repositories,
     checkpoint_folder: Callable[[str], Path],
     tmp_path: Path,
     name: str,
     precision: Precision,
 ) -> None:
-    source, target = fp32_graphs(name) / files.STEP_GRAPH_FILE, tmp_path / "step.onnx"
+    source, target = model_repository(name) / STEP, tmp_path / "step.onnx"
     quantise_step(source, target, precision)
     geometry = load_checkpoint(str(checkpoint_folder(name))).bundle.geometry
     *head, cross, remembered = step_example(
@@ -111,10 +95,10 @@ def test_a_quantised_step_gives_nearly_the_same(
     ],
 )
 def test_no_product_of_the_encoder_keeps_fp32_weights(
-    fp32_graphs: Callable[[str], Path], tmp_path: Path, precision: Precision, operators: set[str]
+    model_repository: Repositories, tmp_path: Path, precision: Precision, operators: set[str]
 ) -> None:
     target = tmp_path / "model.onnx"
-    quantise_encoder(fp32_graphs("deit") / files.ENCODER_GRAPH_FILE, target, precision)
+    quantise_encoder(model_repository("deit") / ENCODER, target, precision)
     (loop,) = onnx.load(str(target)).graph.node
     graph = next(entry.g for entry in loop.attribute if entry.name == "body")
     weights = {initializer.name for initializer in graph.initializer}
@@ -137,15 +121,10 @@ def test_torchscript_is_written_in_fp32_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("precision", "least"), [(Precision.INT8, 0.97), (Precision.INT4, 0.9)])
 def test_captions_of_the_demo_agree_with_fp32(
-    model_repository: Callable[[str], Path],
-    checkpoint_folder: Callable[[str], Path],
-    tmp_path: Path,
-    precision: Precision,
-    least: float,
+    in_precision: QuantisedRepositories, precision: Precision, least: float
 ) -> None:
-    quantised = tmp_path / "repository"
-    export_checkpoint(str(checkpoint_folder("demo")), quantised, precision=precision)
-    agreement = caption_agreement(model_repository("demo"), quantised, IMAGES)
+    fp32, quantised = in_precision(DEMO, Precision.FP32), in_precision(DEMO, precision)
+    agreement = caption_agreement(fp32, quantised, IMAGES)
     assert agreement.images == IMAGES
     assert agreement.same_captions >= least
     assert agreement.cider_d >= least * agreement.cider_d_of_fp32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from captionserve.v1 import caption_pb2
 from captionserve_server.core.errors import (
     DeadlineExceededError,
     ModelFaultError,
+    OverloadedError,
 )
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.gateway.cache import (
@@ -246,6 +248,28 @@ def test_when_the_last_caller_has_gone_the_work_ends_and_the_next_begins_anew() 
     assert asyncio.run(run()) == (False, 2)
 
 
+def test_who_may_not_begin_work_may_join_it() -> None:
+    def refuse() -> None:
+        raise OverloadedError("too many requests are waiting")
+
+    async def run() -> None:
+        shared: SharedWork[int] = SharedWork()
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def compute() -> int:
+            return await done
+
+        first = asyncio.create_task(shared.run("a", compute, 60.0, admit=lambda: None))
+        await settle()
+        second = asyncio.create_task(shared.run("a", compute, 60.0, admit=refuse))
+        with pytest.raises(OverloadedError):
+            await shared.run("b", compute, 60.0, admit=refuse)
+        done.set_result(7)
+        assert (await first, await second) == ((7, False), (7, True))
+
+    asyncio.run(run())
+
+
 async def settle() -> None:
     """Let everything happen that can happen now."""
     for _ in range(10):
@@ -294,7 +318,9 @@ async def interleave(operations: Operations) -> None:
             if not callers:
                 beginner_waits[key] = True
             callers.append(
-                asyncio.create_task(shared.run(key, lambda key=key: compute(key), 60.0))  # type: ignore[misc]
+                asyncio.create_task(
+                    shared.run(key, partial(compute, key), 60.0, admit=lambda: None)
+                )
             )
         elif callers and operation == "leave":
             index = number // 2 % len(callers)
@@ -336,10 +362,10 @@ def test_a_callers_own_time_does_not_end_the_work_of_the_others() -> None:
         async def compute() -> int:
             return int(await done)
 
-        patient = asyncio.create_task(shared.run("key", compute, 60.0))
+        patient = asyncio.create_task(shared.run("key", compute, 60.0, admit=lambda: None))
         await settle()
         with pytest.raises(DeadlineExceededError):
-            await shared.run("key", compute, 0.0)
+            await shared.run("key", compute, 0.0, admit=lambda: None)
         done.set_result(7)
         return await patient
 

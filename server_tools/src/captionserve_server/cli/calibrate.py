@@ -11,8 +11,9 @@ import typer
 from captionserve import GenerationOptions
 from rich.table import Table
 
-from captionserve_server.cli.captioning import caption_all, service_at
+from captionserve_server.cli.captioning import asked_service, caption_all
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
+from captionserve_server.cli.service_options import ServiceOptions, with_service_options
 from captionserve_server.evaluation.calibration import (
     CalibrationReport,
     CannotCalibrateError,
@@ -24,10 +25,10 @@ from captionserve_server.evaluation.calibration import calibrate as fit_and_meas
 from captionserve_server.evaluation.held_out import Split, held_out_scenes
 
 
+@with_service_options(None)
 def calibrate(
-    target: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a running service; else one is started.")
-    ] = None,
+    *,
+    service: ServiceOptions,
     checkpoint: Annotated[
         Path, typer.Option(help="Checkpoint to serve when no target is given.")
     ] = Path("demo/checkpoint"),
@@ -45,9 +46,9 @@ def calibrate(
 ) -> None:
     """Fit the confidence in a caption to held-out demo scenes and measure it on others."""
     options = GenerationOptions(num_beams=num_beams)
-    with service_at(target, checkpoint) as address:
-        fitting = _judged_captions(address, scenes, seed, options)
-        measuring = _judged_captions(address, scenes, seed + 1, options)
+    with asked_service(service, checkpoint) as asked:
+        fitting = _judged_captions(asked, scenes, seed, options)
+        measuring = _judged_captions(asked, scenes, seed + 1, options)
     try:
         report = fit_and_measure([one for some in fitting.values() for one in some], measuring)
     except CannotCalibrateError as error:
@@ -62,22 +63,22 @@ def calibrate(
 
 
 def _judged_captions(
-    target: str, count: int, seed: int, options: GenerationOptions
+    service: ServiceOptions, count: int, seed: int, options: GenerationOptions
 ) -> dict[str, list[JudgedCaption]]:
     """Each split's captions: one split is nearly always right, the other one mostly wrong."""
     splits: tuple[Split, ...] = get_args(Split)
-    return {split: _judged_split(target, split, count, seed, options) for split in splits}
+    return {split: _judged_split(service, split, count, seed, options) for split in splits}
 
 
 def _judged_split(
-    target: str, split: Split, count: int, seed: int, options: GenerationOptions
+    service: ServiceOptions, split: Split, count: int, seed: int, options: GenerationOptions
 ) -> list[JudgedCaption]:
     # Imported here: the metrics' library is wanted by the commands that judge captions alone.
     from captionserve_server.evaluation.metrics import is_exact
 
     scenes = list(held_out_scenes(split, count, seed))
     images = [scene.image for scene in scenes]
-    results = caption_all(target, images, options, label=f"{split}, seed {seed}")
+    results = caption_all(service, images, options, label=f"{split}, seed {seed}")
     return [
         JudgedCaption(result.captions[0].token_logprobs, is_exact(result.text, scene.caption))
         for scene, result in zip(scenes, results, strict=True)

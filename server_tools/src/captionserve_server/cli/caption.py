@@ -15,12 +15,16 @@ from captionserve import (
     CaptionError,
     CaptionResult,
     GenerationOptions,
-    tls_credentials,
 )
 from rich.progress import track
 
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
 from captionserve_server.cli.decoding_options import with_decoding_options
+from captionserve_server.cli.service_options import (
+    DEFAULT_TARGET,
+    ServiceOptions,
+    with_service_options,
+)
 
 Answer = dict[str, object]
 """What is printed of one image, as JSON values."""
@@ -28,30 +32,20 @@ Outcome = CaptionResult | Exception
 """What became of one image."""
 
 # Options that say something to a service, or about one.
-_SERVICE_ONLY = ("target", "tls_ca", "token_file", "timeout", "bypass_cache", "stream")
+_SERVICE_ONLY = (
+    *(field.name for field in dataclasses.fields(ServiceOptions)),
+    *("timeout", "bypass_cache", "stream"),
+)
 
 
 @with_decoding_options
+@with_service_options(DEFAULT_TARGET)
 def caption(
     context: typer.Context,
     images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
     *,
     options: GenerationOptions,
-    target: Annotated[
-        str, typer.Option(help="HOST:PORT of the service.", envvar="CAPTIONSERVE_TARGET")
-    ] = "127.0.0.1:9000",
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(
-            help="Certificates that vouch for the service, PEM; TLS is spoken.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the token that says who calls.", exists=True, dir_okay=False),
-    ] = None,
+    service: ServiceOptions,
     local: Annotated[
         Path | None,
         typer.Option(help="Model repository to caption with here, instead of a service."),
@@ -74,7 +68,7 @@ def caption(
             _refuse_what_needs_a_service(context)
             answers = _answers(images, _local_outcomes(images, options, local))
         else:
-            client = stack.enter_context(_client(target, timeout, tls_ca, token_file))
+            client = stack.enter_context(service.client(timeout))
             if stream:
                 answers = (_stream(client, image, options) for image in images)
             else:
@@ -131,18 +125,6 @@ def _local_outcomes(
     from captionserve_server.cli.local_outcomes import local_outcomes
 
     return local_outcomes(images, options, folder)
-
-
-def _client(
-    target: str, timeout: float, tls_ca: Path | None, token_file: Path | None
-) -> CaptionClient:
-    """A client as the flags say; the token is in a file, for others can read a process's flags."""
-    return CaptionClient(
-        target,
-        timeout=timeout,
-        credentials=None if tls_ca is None else tls_credentials(tls_ca),
-        token=None if token_file is None else token_file.read_text().strip(),
-    )
 
 
 def _served_outcomes(

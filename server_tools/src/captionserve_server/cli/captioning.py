@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from captionserve import CaptionClient, CaptionResult, GenerationOptions
+from captionserve import CaptionResult, GenerationOptions
 from PIL import Image
 from rich.progress import track
 
 from captionserve_server.cli.console import messages
 from captionserve_server.cli.served import served_with_progress
+from captionserve_server.cli.service_options import ServiceOptions
 
 # Enough that encoding and decoding batches stay full.
 _IN_FLIGHT = 16
@@ -20,21 +21,24 @@ _TIMEOUT_SECONDS = 120.0
 
 
 @contextmanager
-def service_at(target: str | None, checkpoint: Path) -> Iterator[str]:
-    """HOST:PORT of the service at `target`, or of one that serves the checkpoint until the end."""
-    if target is not None:
-        yield target
+def asked_service(service: ServiceOptions, checkpoint: Path) -> Iterator[ServiceOptions]:
+    """The service as it was given, or one that serves the checkpoint until the end."""
+    if service.target is not None:
+        yield service
         return
-    with served_with_progress(str(checkpoint)) as service:
-        yield service.grpc
+    with served_with_progress(str(checkpoint)) as started:
+        yield ServiceOptions(started.grpc)
 
 
 def caption_all(
-    target: str, images: Sequence[Image.Image], options: GenerationOptions, label: str
+    service: ServiceOptions,
+    images: Sequence[Image.Image],
+    options: GenerationOptions,
+    label: str,
 ) -> list[CaptionResult]:
     """Caption images, with a progress bar of that label."""
     with (
-        CaptionClient(target, timeout=_TIMEOUT_SECONDS) as client,
+        service.client(_TIMEOUT_SECONDS) as client,
         ThreadPoolExecutor(_IN_FLIGHT) as pool,
     ):
         results = pool.map(lambda image: client.caption(image, options), images)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from captionserve import GenerationOptions
 
+from captionserve_server.cli.parameters import with_parameters
 from captionserve_server.core.options import OPTIONS
 
 _EARLY_STOPPING: Mapping[str, bool | str] = {"true": True, "false": False, "never": "never"}
@@ -21,19 +21,8 @@ def with_decoding_options(command: Callable[..., None]) -> Callable[..., None]:
     Args:
         command: a typer command with a parameter `options` of type GenerationOptions.
     """
-    signature = inspect.signature(command, eval_str=True)
-    own = [each for each in signature.parameters.values() if each.name != "options"]
-    parameters = [*own, *(_parameter(name) for name in OPTIONS)]
-
-    @functools.wraps(command)
-    def collected(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in OPTIONS}
-        command(**arguments, options=_options(given))
-
-    described: Any = collected
-    described.__signature__ = signature.replace(parameters=parameters)
-    described.__annotations__ = {each.name: each.annotation for each in parameters}
-    return collected
+    parameters = [_parameter(name) for name in OPTIONS]
+    return with_parameters(command, "options", parameters, _options)
 
 
 def _parameter(name: str) -> inspect.Parameter:
@@ -70,7 +59,7 @@ def _sendable(parameter: typer.CallbackParam, value: Any) -> Any:
     return value
 
 
-def _options(given: Mapping[str, Any]) -> GenerationOptions:
+def _options(**given: Any) -> GenerationOptions:
     # An option that may be repeated is an empty list where it was not given.
     values = {name: None if value == [] else value for name, value in given.items()}
     text = values["early_stopping"]

@@ -10,18 +10,19 @@ import typer
 from captionserve import GenerationOptions
 from rich.table import Table
 
-from captionserve_server.cli.captioning import caption_all, service_at
+from captionserve_server.cli.captioning import asked_service, caption_all
 from captionserve_server.cli.console import output, print_json
+from captionserve_server.cli.service_options import ServiceOptions, with_service_options
 from captionserve_server.evaluation.held_out import Split, held_out_scenes
 
 if TYPE_CHECKING:
     from captionserve_server.evaluation.metrics import EvaluationReport
 
 
+@with_service_options(None)
 def evaluate(
-    target: Annotated[
-        str | None, typer.Option(help="HOST:PORT of a running service; else one is started.")
-    ] = None,
+    *,
+    service: ServiceOptions,
     checkpoint: Annotated[
         Path, typer.Option(help="Checkpoint to serve when no target is given.")
     ] = Path("demo/checkpoint"),
@@ -33,8 +34,8 @@ def evaluate(
     """Caption held-out demo scenes through the whole stack and score the captions."""
     options = GenerationOptions(num_beams=num_beams)
     splits: tuple[Split, ...] = get_args(Split)
-    with service_at(target, checkpoint) as address:
-        reports = {split: _report(address, split, scenes, seed, options) for split in splits}
+    with asked_service(service, checkpoint) as asked:
+        reports = {split: _report(asked, split, scenes, seed, options) for split in splits}
     if as_json:
         print_json({split: dataclasses.asdict(report) for split, report in reports.items()})
     else:
@@ -42,14 +43,14 @@ def evaluate(
 
 
 def _report(
-    target: str, split: Split, count: int, seed: int, options: GenerationOptions
+    service: ServiceOptions, split: Split, count: int, seed: int, options: GenerationOptions
 ) -> EvaluationReport:
     # Imported here: the metrics' library is wanted by the commands that judge captions alone.
     from captionserve_server.evaluation.metrics import score_captions
 
     scenes = list(held_out_scenes(split, count, seed))
     images = [scene.image for scene in scenes]
-    results = caption_all(target, images, options, label=split)
+    results = caption_all(service, images, options, label=split)
     return score_captions(scenes, [result.text for result in results])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from captionserve_server.cli.parameters import with_parameters
 from captionserve_server.settings import VARIABLE_PREFIX, Settings
 
 
@@ -19,19 +19,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     Args:
         command: a typer command with a parameter `settings` of type Settings.
     """
-    signature = inspect.signature(command, eval_str=True)
-    own = [each for each in signature.parameters.values() if each.name != "settings"]
-    parameters = [*own, *map(_parameter, Settings.model_fields)]
-
-    @functools.wraps(command)
-    def collected(**arguments: Any) -> None:
-        given = {name: arguments.pop(name) for name in Settings.model_fields}
-        command(**arguments, settings=_settings(given))
-
-    described: Any = collected
-    described.__signature__ = signature.replace(parameters=parameters)
-    described.__annotations__ = {each.name: each.annotation for each in parameters}
-    return collected
+    return with_parameters(
+        command, "settings", [_parameter(name) for name in Settings.model_fields], _settings
+    )
 
 
 def flag(name: str) -> str:
@@ -62,7 +52,7 @@ def _parameter(name: str) -> inspect.Parameter:
     )
 
 
-def _settings(given: dict[str, Any]) -> Settings:
+def _settings(**given: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:

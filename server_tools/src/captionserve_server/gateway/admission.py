@@ -124,6 +124,22 @@ class Turns:
         self._answer_seconds = 0.0
         self._deviation_seconds = 0.0
 
+    def check(self, identity: str, *, bulk: bool, deadline: float) -> None:
+        """Refuse at once, and cheaply, who would be refused a turn.
+
+        Args:
+            identity: who wants it.
+            bulk: whether it may wait behind all that is interactive.
+            deadline: when the answer must be there, by the event loop's clock.
+
+        Raises:
+            OverloadedError: if those before it will have taken the time.
+        """
+        if self._is_free:
+            return
+        needed = self._needed_seconds(self._ahead(identity, bulk) + 1, _DOOR_DEVIATIONS)
+        _refuse_late(deadline - asyncio.get_running_loop().time(), needed)
+
     @asynccontextmanager
     async def turn(self, identity: str, *, bulk: bool, deadline: float) -> AsyncIterator[None]:
         """Wait for a turn, and have it while the block runs.
@@ -138,13 +154,12 @@ class Turns:
             DeadlineExceededError: if the deadline passed meanwhile.
         """
         clock = asyncio.get_running_loop().time
-        if self.working < self.at_once and not self.waiting:
+        if self._is_free:
             # Nothing is reckoned: what is known may be of a time when there was more to do.
             needed = 0.0
             self._begin(identity)
         else:
-            needed = self._needed_seconds(self._ahead(identity, bulk) + 1, _DOOR_DEVIATIONS)
-            _refuse_late(deadline - clock(), needed)
+            self.check(identity, bulk=bulk, deadline=deadline)
             await self._wait(identity, bulk, deadline)
             needed = self._needed_seconds(0, _TURN_DEVIATIONS)
         begin = clock()
@@ -159,6 +174,11 @@ class Turns:
             raise
         finally:
             self._end(identity)
+
+    @property
+    def _is_free(self) -> bool:
+        """Whether a newcomer has its turn at once."""
+        return self.working < self.at_once and not self.waiting
 
     def _ahead(self, identity: str, bulk: bool) -> int:
         """How many have their turns before a newcomer, at most."""

@@ -118,7 +118,12 @@ class SharedWork(Generic[Result]):
         self._in_flight: dict[Hashable, _Work[Result]] = {}
 
     async def run(
-        self, key: Hashable, compute: Callable[[], Awaitable[Result]], seconds: float
+        self,
+        key: Hashable,
+        compute: Callable[[], Awaitable[Result]],
+        seconds: float,
+        *,
+        admit: Callable[[], None],
     ) -> tuple[Result, bool]:
         """The result of the work that `key` names.
 
@@ -126,13 +131,15 @@ class SharedWork(Generic[Result]):
             key: work of the same key is done once; an object() of its own shares with nobody.
             compute: does the work; bounds its own time.
             seconds: how long this caller waits.
+            admit: asked before work is begun, and raises what refuses it; a task would cost more
+                than a refusal may.
 
         Returns:
             The result, and whether the work had been begun by another.
 
         Raises:
             DeadlineExceededError: if the caller's time passes first.
-            CaptionServeError: what `compute` raised.
+            CaptionServeError: what `compute` or `admit` raised.
         """
         clock = asyncio.get_running_loop().time
         end = clock() + seconds
@@ -140,6 +147,7 @@ class SharedWork(Generic[Result]):
             work = self._in_flight.get(key)
             joined = work is not None
             if work is None:
+                admit()
                 work = self._begin(key, compute)
             await self._wait(key, work, end - clock())
             try:

@@ -8,6 +8,7 @@ import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from captionserve.v1 import caption_pb2
@@ -28,6 +29,7 @@ from captionserve_server.gateway.conversion import (
     caption_part,
     caption_response,
     decoder_message,
+    effective_options,
     limits_message,
     model_message,
 )
@@ -193,16 +195,17 @@ class CaptionService:
         call = prioritised(call, request)
         message = decoder_message(request)
         description = self._described(request.model_version)
-        options = description.defaults.with_given(message.given)
+        options = effective_options(description.defaults, request.options)
         image = await image_digest(message.image)
         version, key = description.version, None
         if options.reproducible:
             scope = call.identity if self._settings.cache_scope == "identity" else ""
             key = answer_key(image, options, version, scope)
         work = _Work(message, image, call, call.deadline, version, key)
+        admit = partial(self.turns.check, call.identity, bulk=call.bulk, deadline=call.deadline)
         if key is None or request.bypass_cache:
             computed, _ = await self._captions.run(
-                object(), lambda: self._caption(work), call.seconds_left
+                object(), lambda: self._caption(work), call.seconds_left, admit=admit
             )
             self._tell(computed.stages)
             return computed.response
@@ -215,7 +218,7 @@ class CaptionService:
         cap = asyncio.get_running_loop().time() + self._settings.deadline_cap_seconds
         shared = dataclasses.replace(work, until=cap)
         computed, joined = await self._captions.run(
-            key, lambda: self._caption(shared), call.seconds_left
+            key, lambda: self._caption(shared), call.seconds_left, admit=admit
         )
         self._tell(computed.stages)
         if not joined:
@@ -233,7 +236,7 @@ class CaptionService:
         call = prioritised(call, request.request)
         message = decoder_message(request.request)
         description = self._described(request.request.model_version)
-        description.defaults.with_given(message.given)
+        effective_options(description.defaults, request.request.options)
         inputs = message.inputs(stream=True)
         image = await image_digest(message.image)
         async with AsyncExitStack() as stack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from captionserve_server.core.errors import (
     InvalidRequestError,
 )
 from captionserve_server.core.image_files import MAX_PIXELS
-from captionserve_server.core.options import OPTIONS
+from captionserve_server.core.options import OPTIONS, DecodingOptions
 from captionserve_server.gateway.decoder_client import Description
 from captionserve_server.gateway.kserve import InputTensor, Outputs, encode_strings
 from captionserve_server.settings import Settings
@@ -35,6 +36,8 @@ FINISH_REASONS: Mapping[str, caption_pb2.FinishReason.ValueType] = {
 }
 
 _FLOAT32_BYTES = 4
+# Longer options, such as lists of words, are checked anew each time, so that memory is bounded.
+_REMEMBERED_BYTES = 1024
 
 
 @dataclass
@@ -108,6 +111,27 @@ def _given_options(options: caption_pb2.GenerationOptions) -> dict[str, Any]:
             value = list(value.values)
         given[field.name] = value
     return given
+
+
+def effective_options(
+    defaults: DecodingOptions, options: caption_pb2.GenerationOptions
+) -> DecodingOptions:
+    """A checkpoint's defaults with a caller's options in their places.
+
+    Raises:
+        InvalidOptionsError: if they cannot be obeyed.
+    """
+    raw = options.SerializeToString()
+    if len(raw) > _REMEMBERED_BYTES:
+        return defaults.with_given(_given_options(options))
+    return _remembered_options(defaults, raw)
+
+
+# Callers ask with the same options again and again; checking them all takes as long as gRPC's part.
+@functools.lru_cache(maxsize=1024)
+def _remembered_options(defaults: DecodingOptions, options: bytes) -> DecodingOptions:
+    given = _given_options(caption_pb2.GenerationOptions.FromString(options))
+    return defaults.with_given(given)
 
 
 def caption_part(outputs: Outputs) -> caption_pb2.CaptionPart:

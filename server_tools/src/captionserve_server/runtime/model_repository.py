@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.errors import InvalidOptionsError
+
 DECODER = "decoder"
 VISION_ENCODER = "vision_encoder"
 CAPTIONER = "captioner"
@@ -47,9 +50,18 @@ def what_is_missing(folder: Path) -> str:
             f"{' and '.join(older)}): export the checkpoint again, into a new folder"
         )
     missing = [name for name in MODELS if not (folder / name / "config.pbtxt").is_file()]
-    if not missing:
-        return ""
-    return (
-        f"this is no model repository (it lacks {', '.join(missing)}): "
-        "a folder that `captionserve export` wrote is wanted"
-    )
+    if missing:
+        return (
+            f"this is no model repository (it lacks {', '.join(missing)}): "
+            "a folder that `captionserve export` wrote is wanted"
+        )
+    for version in versions_of(folder):
+        bundle = folder / DECODER / str(version) / BUNDLE_FILE
+        try:
+            Bundle.from_json(bundle.read_text())
+        except (OSError, LookupError, ValueError, TypeError, InvalidOptionsError):
+            return (
+                f"version {version} of this model repository was written by an older export, or is "
+                f"damaged ({BUNDLE_FILE} cannot be read): export the checkpoint again"
+            )
+    return ""

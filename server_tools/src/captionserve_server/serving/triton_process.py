@@ -31,6 +31,8 @@ _POLL_SECONDS = 0.05
 # ended by then, but Triton may keep a request that was cancelled, and waits for it in vain.
 _EXIT_SECONDS = 10
 _GOODBYE_SECONDS = 5
+END_SECONDS = _EXIT_SECONDS + _GOODBYE_SECONDS
+"""How long a Triton takes to end, at most; what a container gets for its end follows from it."""
 # Has malloc ask for transparent huge pages, and give a picture's memory back, which Pillow takes in
 # blocks of 16 MiB: glibc's own threshold rises to what was freed, and each thread then keeps the
 # largest picture it ever had. Other C libraries ignore it, and older ones the first.
@@ -136,7 +138,7 @@ class TritonProcess:
             self._process.terminate()
             # A Triton that has lost a model would wait for it in vain.
             waiting = asyncio.create_task(hurry.wait())
-            deadline = asyncio.get_running_loop().time() + _EXIT_SECONDS + _GOODBYE_SECONDS
+            deadline = asyncio.get_running_loop().time() + END_SECONDS
             while (
                 self._process.poll() is None
                 and not waiting.done()
