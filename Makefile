@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints soak-tenth profile bench perf clean
+.PHONY: setup demo test test-wheels lint format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-rollout soak-images soak-checkpoints soak-tenth profile bench perf clean
 
 setup: $(VENV)/installed
 
@@ -70,6 +70,10 @@ soak-many: setup  ## 10,000 images, some of them broken, while Triton is killed 
 soak-overload: setup  ## Ten times as many calls as can be answered; another's with REPOSITORY=folder.
 	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 24 \
 		$(if $(REPOSITORY),--soak-repository $(REPOSITORY)) --log-cli-level INFO
+
+soak-rollout: setup  ## Twenty times two replicas are replaced, one is killed, certificates are rotated: no call fails.
+	$(BIN)/python -m pytest tests/faults/test_rollout.py --soak-rollout 20 \
+		--log-cli-level INFO
 
 soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bounded time and memory.
 	$(BIN)/python -m pytest tests/faults/test_image_soak.py --soak-images 5000 \
