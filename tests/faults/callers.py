@@ -38,7 +38,8 @@ MANY, WINDOW = 6, 3
 # Half a second between calls: what is to be seen is what becomes of each, and to start another
 # replica beside them takes the machine as well.
 PAUSE_SECONDS = 0.5
-# Less than a service that starts needs, and more than a call that is made again.
+# Whatever happens meanwhile a call is answered in this time, which is half of what gRPC would let
+# pass before it looks a name up again.
 TIMEOUT_SECONDS = 15.0
 # What a stream ends with whose replica is killed; the latter is what Envoy makes of it.
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}

@@ -218,6 +218,7 @@ def _cluster(name: str, endpoints: Path, tls: Tls) -> dict[str, Any]:
         "name": _CLUSTER,
         "type": "EDS",
         "eds_cluster_config": {"eds_config": {"path_config_source": {"path": str(endpoints)}}},
+        # In turns, whatever is in flight: with few callers LEAST_REQUEST balances as chance has it.
         "lb_policy": "ROUND_ROBIN",
         # Who is not among the endpoints any more gets no call, however well it is.
         "ignore_health_on_host_removal": True,

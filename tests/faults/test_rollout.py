@@ -93,13 +93,20 @@ class Rollout:
         """
         deployment, ending = self.deployment, []
         for old in list(deployment.ready):
-            deployment.include(deployment.start())
+            starting = self.pool.submit(deployment.start)
+            self.await_balance()
+            deployment.include(starting.result())
             # Terminating. preStop lasts until everybody has been told.
             deployment.exclude(old)
             ending.append(self.pool.submit(deployment.end, old))
         for each in ending:
             each.result()
         self.callers.go_on(1)
+
+    def end_all(self) -> None:
+        """Both at once, which nobody calls any more."""
+        for each in [self.pool.submit(self.deployment.end, one) for one in self.deployment.ready]:
+            each.result()
 
     def kill_one(self) -> None:
         """A container that is killed, is found to be away, and starts anew where it was."""
@@ -204,14 +211,12 @@ def callers_of(way: Way, credentials: grpc.ChannelCredentials) -> Callers:
 def test_no_call_fails(rollout: Rollout, request: pytest.FixtureRequest) -> None:
     callers, deployment = rollout.callers, rollout.deployment
     with callers.calling(rollout.ways):
-        rollout.await_balance()
         for _ in range(request.config.getoption("--soak-rollout")):
             rollout.replace_all()
             rollout.kill_one()
             rollout.rotate_certificate()
             rollout.await_balance()
-    for replica in deployment.ready:
-        deployment.end(replica)
+    rollout.end_all()
     _log.info(
         "%d captions, %d failed, %d streams torn by %d kills; balance %s; seconds %s; slowest %s",
         *(callers.answered.total(), len(callers.failed), len(callers.torn), rollout.kills),
