@@ -7,10 +7,10 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import grpc
 from captionserve import (
@@ -23,6 +23,8 @@ from captionserve import (
 
 from tests.faults.served import wait_until
 
+Client = Literal["blocking", "asyncio"]
+
 Kind = Literal["one", "words", "many"]
 """What is called: a caption, a stream of its words, many over one call."""
 
@@ -33,11 +35,11 @@ OPTIONS: dict[Kind, GenerationOptions] = {
     "many": GenerationOptions(num_beams=2),
 }
 # Images of one caption_many, and how many of them it has sent at a time.
-MANY, WINDOW = 6, 3
+MANY, WINDOW = 4, 2
 
-# Half a second between calls: what is to be seen is what becomes of each, and to start another
-# replica beside them takes the machine as well.
-PAUSE_SECONDS = 0.5
+# Between the calls of each caller: what becomes of them is to be seen, and another replica is to
+# start beside them on the same machine.
+PAUSE_SECONDS = 0.4
 # Whatever happens meanwhile a call is answered in this time, which is half of what gRPC would let
 # pass before it looks a name up again.
 TIMEOUT_SECONDS = 15.0
@@ -45,66 +47,70 @@ TIMEOUT_SECONDS = 15.0
 _LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
 
 
-@dataclass(frozen=True)
-class Way:
-    """How callers reach a service.
+class Who(NamedTuple):
+    """A caller: with which client it calls, which way, and what."""
 
-    Attributes:
-        name: of the way.
-        target: as gRPC names it.
-        token: of all callers that go this way.
-    """
+    client: Client
+    way: str
+    kind: Kind
 
-    name: str
-    target: str
-    token: str
+    @property
+    def name(self) -> str:
+        return "-".join(self)
+
+
+def all_kinds(way: str) -> list[Who]:
+    """Callers of both clients who go a way."""
+    return [Who(client, way, kind) for client in get_args(Client) for kind in OPTIONS]
 
 
 @dataclass
 class Callers:
-    """One caller of each client, way and kind, with connections of its own.
+    """Who calls; each has a client, and connections, of its own.
 
     Attributes:
-        images: what is asked about.
+        tokens: of each of them.
+        targets: whom they call, by way.
+        credentials: of all of them.
+        images: what they ask about.
         right: the answers, by kind.
-        credentials: for all clients.
+        pause_seconds: between calls.
         answered: right answers, by caller; each image of many is one.
-        slowest: seconds of the longest call, by caller.
+        slowest: seconds of the longest call, likewise.
         failed: calls that failed or were answered wrongly, in words.
         killing: whether somebody is being killed.
         torn: streams that were lost meanwhile behind a word that they had given, likewise: no
             client makes them again.
     """
 
-    images: Sequence[bytes] = field(repr=False)
-    right: dict[Kind, list[str]]
+    tokens: Mapping[Who, str]
+    targets: Mapping[str, str]
     credentials: grpc.ChannelCredentials
-    answered: Counter[str] = field(default_factory=Counter)
-    slowest: dict[str, float] = field(default_factory=dict)
+    images: Sequence[bytes] = field(repr=False)
+    right: Mapping[Kind, list[str]]
+    pause_seconds: float = PAUSE_SECONDS
+    answered: Counter[Who] = field(default_factory=Counter)
+    slowest: dict[Who, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     killing: bool = False
     torn: list[str] = field(default_factory=list)
     _ended: threading.Event = field(default_factory=threading.Event)
     # How many calls of each caller have ended.
-    _calls: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def streaming(self) -> int:
-        """How many of them ask for streams of words."""
-        return sum(name.endswith("words") for name in self._calls)
+    _calls: Counter[Who] = field(default_factory=Counter)
 
     @contextmanager
-    def calling(self, ways: Sequence[Way]) -> Iterator[None]:
+    def calling(self) -> Iterator[None]:
         """Call while the block runs."""
         threads = [
-            threading.Thread(target=self._block, args=each)
-            for each in itertools.product(ways, OPTIONS)
+            threading.Thread(target=self._block, args=(who,))
+            for who in self.tokens
+            if who.client == "blocking"
         ]
-        threads.append(threading.Thread(target=lambda: asyncio.run(self._await(ways))))
+        threads.append(threading.Thread(target=lambda: asyncio.run(self._await_all())))
         for thread in threads:
             thread.start()
         try:
-            wait_until(lambda: len(self._calls) == 2 * len(ways) * len(OPTIONS))
+            wait_until(lambda: self._calls.keys() == self.tokens.keys())
             yield
         finally:
             self._ended.set()
@@ -113,16 +119,15 @@ class Callers:
 
     def go_on(self, calls: int) -> None:
         """Wait until each caller has ended so many more."""
-        enough = {name: ended + calls for name, ended in self._calls.items()}
-        wait_until(lambda: all(self._calls[name] >= then for name, then in enough.items()))
+        enough = {who: ended + calls for who, ended in self._calls.items()}
+        wait_until(lambda: all(self._calls[who] >= then for who, then in enough.items()))
 
-    def _block(self, way: Way, kind: Kind) -> None:
-        """Call with the blocking client."""
-        options = OPTIONS[kind]
-        with CaptionClient(way.target, **self._arguments(way)) as client:
+    def _block(self, who: Who) -> None:
+        kind, options = who.kind, OPTIONS[who.kind]
+        with CaptionClient(self.targets[who.way], **self._arguments(who)) as client:
             for numbers in self._turns(kind):
                 images = [self.images[number] for number in numbers]
-                with self._judged("blocking", way, kind, numbers) as said:
+                with self._judged(who, numbers) as said:
                     if kind == "one":
                         said.append(client.caption(images[0], options, bypass_cache=True).text)
                     elif kind == "words":
@@ -133,19 +138,18 @@ class Callers:
                             images, options, window=WINDOW, bypass_cache=True
                         ):
                             said.append(text_of(outcome))
-                self._ended.wait(PAUSE_SECONDS)
+                self._ended.wait(self.pause_seconds)
 
-    async def _await(self, ways: Sequence[Way]) -> None:
-        """Call with the asyncio client."""
-        callers = itertools.product(ways, OPTIONS)
-        await asyncio.gather(*(self._await_one(*each) for each in callers))
+    async def _await_all(self) -> None:
+        callers = [who for who in self.tokens if who.client == "asyncio"]
+        await asyncio.gather(*map(self._await, callers))
 
-    async def _await_one(self, way: Way, kind: Kind) -> None:
-        options = OPTIONS[kind]
-        async with AsyncCaptionClient(way.target, **self._arguments(way)) as client:
+    async def _await(self, who: Who) -> None:
+        kind, options = who.kind, OPTIONS[who.kind]
+        async with AsyncCaptionClient(self.targets[who.way], **self._arguments(who)) as client:
             for numbers in self._turns(kind):
                 images = [self.images[number] for number in numbers]
-                with self._judged("asyncio", way, kind, numbers) as said:
+                with self._judged(who, numbers) as said:
                     if kind == "one":
                         result = await client.caption(images[0], options, bypass_cache=True)
                         said.append(result.text)
@@ -157,13 +161,13 @@ class Callers:
                             images, options, window=WINDOW, bypass_cache=True
                         ):
                             said.append(text_of(outcome))
-                await asyncio.sleep(PAUSE_SECONDS)
+                await asyncio.sleep(self.pause_seconds)
 
-    def _arguments(self, way: Way) -> dict[str, Any]:
+    def _arguments(self, who: Who) -> dict[str, Any]:
         return {
             "timeout": TIMEOUT_SECONDS,
             "credentials": self.credentials,
-            "token": way.token,
+            "token": self.tokens[who],
         }
 
     def _turns(self, kind: Kind) -> Iterator[list[int]]:
@@ -173,27 +177,25 @@ class Callers:
             yield list(itertools.islice(numbers, MANY if kind == "many" else 1))
 
     @contextmanager
-    def _judged(
-        self, client: str, way: Way, kind: Kind, numbers: Sequence[int]
-    ) -> Iterator[list[str]]:
+    def _judged(self, who: Who, numbers: Sequence[int]) -> Iterator[list[str]]:
         """A call; the block puts what it is told into the list."""
         said: list[str] = []
-        name, begin = f"{client}, {way.name}, {kind}", time.monotonic()
+        streaming, begin = who.kind == "words", time.monotonic()
         try:
             yield said
-            told = ["".join(said)] if kind == "words" else said
-            expected = [self.right[kind][number] for number in numbers]
+            told = ["".join(said)] if streaming else said
+            expected = [self.right[who.kind][number] for number in numbers]
             if told == expected:
-                self.answered[name] += len(told)
+                self.answered[who] += len(told)
             else:
-                self.failed.append(f"{name}: {told} instead of {expected}")
+                self.failed.append(f"{who.name}: {told} instead of {expected}")
         except Exception as error:  # Whatever it is, the caller goes on.
             lost = self.killing and isinstance(error, CaptionError) and error.code in _LOST
-            found = self.torn if lost and kind == "words" and said else self.failed
-            found.append(f"{name}: {error!r} after {time.monotonic() - begin:.1f} s")
+            found = self.torn if lost and streaming and said else self.failed
+            found.append(f"{who.name}: {error!r} after {time.monotonic() - begin:.1f} s")
         took = round(time.monotonic() - begin, 1)
-        self.slowest[name] = max(took, self.slowest.get(name, 0.0))
-        self._calls[name] += 1
+        self.slowest[who] = max(took, self.slowest.get(who, 0.0))
+        self._calls[who] += 1
 
 
 def text_of(outcome: Outcome) -> str:

