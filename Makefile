@@ -87,6 +87,10 @@ soak-overload: setup  ## Ten times as many calls as can be answered; another's w
 	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 24 \
 		$(if $(REPOSITORY),--soak-repository $(REPOSITORY)) --log-cli-level INFO
 
+soak-rollout: setup  ## Twenty times two replicas are replaced, one is killed, certificates are rotated: no call fails.
+	$(BIN)/python -m pytest tests/faults/test_rollout.py --soak-rollout 20 \
+		--log-cli-level INFO
+
 soak-images: setup  ## 5,000 damaged image files: captioned or refused, in bounded time and memory.
 	$(BIN)/python -m pytest tests/faults/test_image_soak.py --soak-images 5000 \
 		--log-cli-level INFO

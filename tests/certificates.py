@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ DAY = datetime.timedelta(days=1)
 Pair = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
 
 
-def issued(name: str, by: Pair | None = None, *, days: int = 1) -> Pair:
-    """A certificate of a name, for 127.0.0.1; without an issuer it is an authority of its own."""
+def issued(
+    name: str, by: Pair | None = None, *, days: int = 1, host_names: Sequence[str] = ()
+) -> Pair:
+    """A certificate of a name, for 127.0.0.1 and hosts; without an issuer it is an authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -32,7 +35,12 @@ def issued(name: str, by: Pair | None = None, *, days: int = 1) -> Pair:
         .not_valid_after(now + days * DAY)
         .add_extension(x509.BasicConstraints(ca=by is None, path_length=None), critical=True)
         .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            x509.SubjectAlternativeName(
+                [
+                    x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+                    *map(x509.DNSName, host_names),
+                ]
+            ),
             critical=False,
         )
     )

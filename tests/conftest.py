@@ -80,6 +80,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="model repository of --soak-overload; the demo's if none",
     )
     parser.addoption(
+        "--soak-rollout", type=int, default=1, help="rounds of tests/faults/test_rollout.py"
+    )
+    parser.addoption(
         "--soak-checkpoints",
         type=int,
         default=8,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -23,6 +23,16 @@ def wait_until(condition: Callable[[], object], seconds: float = WAIT_SECONDS) -
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(0.02)
+
+
+class Ports(NamedTuple):
+    """Where a service listens, on whatever host; 0 is any."""
+
+    grpc: int
+    health: int
+
+
+ANY = Ports(0, 0)
 
 
 @dataclass
@@ -56,21 +66,25 @@ class Served:
         return self.log.read_text(errors="replace")
 
 
-def assert_ended_well(served: Served) -> None:
-    """End the service; it has done nothing that it did not mean to."""
+def assert_ended_well(served: Served) -> str:
+    """End the service; it has done nothing that it did not mean to. What it has written."""
     said = served.end()
     assert served.process.returncode == 0, said[-4000:]
     assert "Traceback" not in said, said[said.index("Traceback") - 1000 :][:4000]
+    return said
 
 
 @contextmanager
-def serving(repository: Path, folder: Path, *arguments: str) -> Iterator[Served]:
+def serving(
+    repository: Path, folder: Path, *arguments: str, host: str = "127.0.0.1", ports: Ports = ANY
+) -> Iterator[Served]:
     """Serve, until it is ready or has ended by itself."""
     ready_file, log = folder / "ready.json", folder / "service.log"
     command = [
         *(sys.executable, "-m", "captionserve_server.cli.main", "serve"),
-        *("--model-repository", str(repository), "--listen", "127.0.0.1:0"),
-        *("--ready-file", str(ready_file), "--health-listen", "127.0.0.1:0", *arguments),
+        *("--model-repository", str(repository), "--listen", f"{host}:{ports.grpc}"),
+        *("--ready-file", str(ready_file), "--health-listen", f"{host}:{ports.health}"),
+        *arguments,
     ]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)

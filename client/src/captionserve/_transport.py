@@ -24,7 +24,8 @@ DEFAULT_TIMEOUT_SECONDS = 30.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 # A stream's request is a message around it, of at most 8 bytes more.
 _MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - 8
-# A server that restarts is found again within this time; gRPC's own limit is two minutes.
+# A server that restarts is found again within this time, and so is who has taken its place behind a
+# name; gRPC's own limits are two minutes and half a minute, in which all replicas may have changed.
 _FIRST_RECONNECT_MILLISECONDS = 200
 _MAX_RECONNECT_MILLISECONDS = 2_000
 # A connection that nobody answers on is given up after both together; the server allows a ping
@@ -204,6 +205,7 @@ def channel_options() -> list[tuple[str, int | str]]:
         ("grpc.enable_retries", 0),
         ("grpc.initial_reconnect_backoff_ms", _FIRST_RECONNECT_MILLISECONDS),
         ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MILLISECONDS),
+        ("grpc.dns_min_time_between_resolutions_ms", _MAX_RECONNECT_MILLISECONDS),
         ("grpc.keepalive_time_ms", _KEEPALIVE_MILLISECONDS),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MILLISECONDS),
         ("grpc.client_idle_timeout_ms", _IDLE_MILLISECONDS),

@@ -193,18 +193,18 @@ class RecordingServicer(caption_pb2_grpc.CaptionServiceServicer):
 
 
 @contextmanager
-def caption_server() -> Iterator[tuple[str, RecordingServicer]]:
-    """Serve on a free port; gives host:port and the servicer."""
+def caption_server(listen: str = "127.0.0.1:0") -> Iterator[tuple[str, RecordingServicer]]:
+    """Serve, on a free port if none is given; gives host:port and the servicer."""
     servicer = RecordingServicer()
     server = grpc.server(
         futures.ThreadPoolExecutor(2),
         options=[("grpc.max_receive_message_length", -1), ("grpc.so_reuseport", 0)],
     )
     caption_pb2_grpc.add_CaptionServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(listen)
     server.start()
     try:
-        yield f"127.0.0.1:{port}", servicer
+        yield f"{listen.rpartition(':')[0]}:{port}", servicer
     finally:
         server.stop(None).wait()
 
