@@ -214,7 +214,7 @@ def test_evaluate_scores_a_running_service(service: Callable[[str], ReadyReport]
     assert 0 < trained["cider_d"] <= 10
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/clients.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/clients.md", "docs/pipeline.md"])
 def test_the_snippets_run(
     page: str,
     service: Callable[[str], ReadyReport],

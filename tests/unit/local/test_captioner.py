@@ -98,6 +98,24 @@ with LocalCaptioner({str(model_repository(NAME))!r}, threads=1) as captioner:
     assert process.stdout.strip() == str(expected)
 
 
+def test_a_pipeline_without_the_client_says_what_is_missing(
+    model_repository: Callable[[str], Path],
+) -> None:
+    code = f"""
+import sys
+sys.modules["captionserve"] = None
+from captionserve_server.local import pipeline
+try:
+    pipeline("image-to-text", model={str(model_repository(NAME))!r})
+except ImportError as error:
+    print(error)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "pip install captionserve" in process.stdout
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named(name: str, repository: Path) -> None:
     (repository / name).unlink()

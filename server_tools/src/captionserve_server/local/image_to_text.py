@@ -44,8 +44,10 @@ def pipeline(
         TypeError: if there is no such keyword.
         ModelFolderError: if something in the folder is missing or damaged.
     """
-    from captionserve._pipeline import ImageToTextPipeline, check_task
-
+    try:
+        from captionserve._pipeline import ImageToTextPipeline, check_task
+    except ImportError as error:
+        raise ImportError("a pipeline needs the client too: pip install captionserve") from error
     check_task(task, model, "a folder that `captionserve export` wrote")
     captioner = LocalCaptioner(cast(str, model), threads=threads)
     return ImageToTextPipeline(_InProcess(captioner), **keywords)
