@@ -26,6 +26,7 @@ ALLOWED = {
     "tracing": set(),
     "gateway": {"captionserve", "settings", "tracing", "triton"},
     "serving": {"gateway", "export", "runtime", "settings", "tracing", "triton"},
+    "bulk": {"captionserve", "gateway", "local"},
     "demo": set(),
     "evaluation": {"demo", "local"},
     "bench": {
@@ -43,6 +44,7 @@ ALLOWED = {
         "runtime",
         "gateway",
         "serving",
+        "bulk",
         "settings",
         "tracing",
         "export",

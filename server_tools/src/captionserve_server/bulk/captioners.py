@@ -76,7 +76,7 @@ class Local:
     ) -> Generator[Outcome, None, None]:
         """By the engine, as many at once as it has slots."""
         # ONNX Runtime takes a while to import, and a service does not need it.
-        from captionserve_server.local.outcomes import local_outcomes
+        from captionserve_server.bulk.local_outcomes import local_outcomes
 
         for index, found in enumerate(local_outcomes(self._captioner, images, options)):
             if isinstance(found, CaptionResult):

@@ -161,7 +161,7 @@ def _local_captioner(folder: Path) -> LocalCaptioner:
 def _local_outcomes(
     stack: ExitStack, images: Sequence[Path], options: GenerationOptions, folder: Path
 ) -> Iterator[Outcome]:
-    from captionserve_server.local.outcomes import local_outcomes
+    from captionserve_server.bulk.local_outcomes import local_outcomes
 
     outcomes = local_outcomes(stack.enter_context(_local_captioner(folder)), images, options)
     return _until_refused(outcomes, len(images))
