@@ -6,7 +6,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: setup demo test test-wheels lint lint-deploy format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints soak-tenth profile bench perf load clean
+.PHONY: setup demo test test-wheels lint lint-deploy format generate evaluate calibrate train-demo soak soak-options soak-faults soak-many soak-overload soak-images soak-checkpoints soak-tenth profile bench perf load load-scaling clean
 
 setup: $(VENV)/installed
 
@@ -119,24 +119,41 @@ bench: setup $(FULL_SIZE)  ## Speed beside other ways to run the same model: ful
 perf: setup  ## NVIDIA's perf_analyzer against the captioner; more options with PERF="...".
 	$(BIN)/python -m captionserve_server.bench.perf_analyzer $(PERF)
 
-DEMO_MODELS := build/load/demo
-
-$(DEMO_MODELS): | setup
+# The models of the load tests.
+build/load/demo: | setup
 	rm -rf $@.draft
 	$(BIN)/captionserve export demo/checkpoint --output $@.draft
 	mv $@.draft $@
 
-LOAD := docs/measurements/load/demo
+build/load/full-int8: | setup $(FULL_SIZE)
+	rm -rf $@.draft
+	$(BIN)/captionserve export $(FULL_SIZE) --output $@.draft --precision int8
+	mv $@.draft $@
+
+LOADS := docs/measurements/load
 
 # Open-loop load on the demo checkpoint, or with REPOSITORY=folder on another; options with LOAD_OPTIONS="...".
 ifdef REPOSITORY
 load: setup
 	$(BIN)/captionserve load --repository $(REPOSITORY) $(LOAD_OPTIONS)
 else
-load: setup $(DEMO_MODELS)  ## Which rate of calls a service holds, and what becomes of more.
-	$(BIN)/captionserve load --repository $(DEMO_MODELS) --json $(LOAD).json --chart $(LOAD).png \
+load: setup build/load/demo  ## Which rate of calls a service holds, and what becomes of more.
+	$(BIN)/captionserve load --repository build/load/demo --json $(LOADS)/demo.json --chart $(LOADS)/demo.png \
 		$(LOAD_OPTIONS)
 endif
+
+# Each model on all cores, one replica of one core, and two of them; the demo's with answers from memory as well.
+LOAD_DEMO := --repository build/load/demo
+LOAD_FULL := --repository build/load/full-int8 --tokens 16 --seconds 60 --deadline 20 --p99-seconds 5
+LOAD_TESTS := demo demo-1x1 demo-2x1 demo-cached-half demo-cached full-int8 full-int8-1x1 full-int8-2x1
+
+load-scaling: $(LOAD_TESTS:%=load-test-%)  ## Every load test of docs/scaling.md; an hour, on a machine that others leave alone.
+
+load-test-%: setup build/load/demo build/load/full-int8
+	$(BIN)/captionserve load $(if $(filter full%,$*),$(LOAD_FULL),$(LOAD_DEMO)) $(LOAD_OPTIONS) \
+		$(if $(filter %-1x1,$*),--cores-each 1) $(if $(filter %-2x1,$*),--replicas 2 --cores-each 1) \
+		$(if $(filter %-cached,$*),--cached-share 1) $(if $(filter %-half,$*),--cached-share 0.5) \
+		--json $(LOADS)/$*.json $(if $(filter demo full-int8,$*),--chart $(LOADS)/$*.png)
 
 clean:
 	rm -rf $(VENV) build
