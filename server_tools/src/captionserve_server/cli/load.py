@@ -72,6 +72,14 @@ def load(
         int | None,
         typer.Option(help="Tokens of every caption. By default they end by themselves.", min=1),
     ] = None,
+    most_other_cores: Annotated[
+        float | None,
+        typer.Option(
+            help="On a machine that others use as well: wait until they take no more cores than "
+            "this, and measure a rate again during which they took more.",
+            min=0,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the times at which calls come.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File to write every value to.")
@@ -89,8 +97,10 @@ def load(
 
     if bool(service.target) == (repository is not None):
         raise typer.BadParameter("one of the two is wanted", param_hint="--target, --repository")
-    if repository is None and (replicas != 1 or cores_each is not None):
-        hint = "--replicas, --cores-each"
+    if repository is None and (
+        replicas != 1 or cores_each is not None or most_other_cores is not None
+    ):
+        hint = "--replicas, --cores-each, --most-other-cores"
         raise typer.BadParameter("these are for --repository alone", param_hint=hint)
     if p99_seconds >= deadline:
         raise typer.BadParameter("must be less than --deadline", param_hint="--p99-seconds")
@@ -114,6 +124,7 @@ def load(
         images=images,
         options=options,
         seed=seed,
+        most_other_cores=most_other_cores,
     )
     asked = None
     if service.target:

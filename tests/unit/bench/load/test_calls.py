@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -131,6 +133,35 @@ def test_a_call_that_is_not_answered_ends_with_its_deadline() -> None:
         found = offered(target, deadline=0.5)
         ended.set()
     assert {call.code for call in found.calls} == {"DEADLINE_EXCEEDED"}
+
+
+class _InterruptedError(Exception):
+    pass
+
+
+def test_who_is_interrupted_does_not_wait_for_the_load() -> None:
+    def interrupt(number: int, frame: object) -> None:
+        raise _InterruptedError
+
+    def answer(
+        request: caption_pb2.CaptionRequest, context: grpc.ServicerContext
+    ) -> caption_pb2.CaptionResponse:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return good_response()
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with caption_server() as (target, servicer):
+            servicer.answer = answer
+            service = Service(target)
+            with (
+                pytest.raises(_InterruptedError),
+                generator(service, IMAGES, {}, connections=1, deadline=20.0) as offer,
+            ):
+                offer([Arrival(0.0, 0, repeated=False), Arrival(3600.0, 0, repeated=False)])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert multiprocessing.active_children() == []
 
 
 def test_addresses_behind_one_target_are_asked_in_turn() -> None:

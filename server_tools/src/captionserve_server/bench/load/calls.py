@@ -136,6 +136,7 @@ def generator(
         }
         for image in images
     ]
+    others = multiprocessing.active_children()
     # Not forked: gRPC has threads in this process by now.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
@@ -145,7 +146,13 @@ def generator(
             due = [each.due for each in arrivals]
             return pool.submit(_run, service, requests, due, connections, deadline).result()
 
-        yield offer
+        try:
+            yield offer
+        except BaseException:
+            # Whoever is interrupted does not wait until the load has come to its end.
+            for child in set(multiprocessing.active_children()).difference(others):
+                child.terminate()
+            raise
 
 
 def _run(

@@ -38,6 +38,7 @@ class Plan:
     images: int
     options: dict[str, int]
     seed: int
+    most_other_cores: float | None = None
 
     @property
     def lead_in_seconds(self) -> float:
@@ -111,6 +112,7 @@ class Report:
             "images": plan.images,
             "options": plan.options,
             "seed": plan.seed,
+            "most_other_cores": plan.most_other_cores,
             "bounds": asdict(plan.bounds),
             "machine": self.machine,
             "model": self.model,
