@@ -42,7 +42,7 @@ AGE_SECONDS = 4
 # Calls of the replica that answers fewer, over those of the other one.
 BALANCED = 0.8
 # How many calls of each caller show it, and how often they do until all callers know both.
-CALLS, SETTLING = 12, 4
+CALLS, SETTLING = 8, 5
 BY_NAME, BY_ENVOY = "by-name", "by-envoy"
 
 
@@ -113,9 +113,9 @@ class Rollout:
         self.kills += 1
         # As fast as they can, so that some are in work and some on their way.
         callers.killing, callers.pause_seconds = True, 0.0
-        callers.go_on(2)
+        callers.go_on(1)
         victim.kill()
-        callers.go_on(2)
+        callers.go_on(1)
         callers.killing, callers.pause_seconds = False, PAUSE_SECONDS
         deployment.exclude(victim)
         return self.pool.submit(deployment.start, victim.host).result
