@@ -18,13 +18,11 @@ class Name:
 
     Attributes:
         name: the name.
-        asked: how often its addresses were asked for.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._hosts: Collection[str] = ()
-        self.asked = 0
         self._port = 0
 
     def target(self, port: int) -> str:
@@ -63,6 +61,5 @@ class Name:
         (question,) = message.question
         # Of another type, such as AAAA, it has none.
         if question.rdtype == dns.rdatatype.A:
-            self.asked += 1
             answer.answer.append(dns.rrset.from_text_list(question.name, 0, "IN", "A", self._hosts))
         return answer.to_wire()

@@ -1,8 +1,4 @@
-"""Replicas of a service as Kubernetes runs them: each at an address of its own, all at one port.
-
-They share a Secret with their certificate and tokens, and who is ready is found by a name and by
-Envoy.
-"""
+"""Replicas of a service as Kubernetes runs them: each at an address of its own, all at one port."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +97,9 @@ class Replica:
         process = psutil.Process(self.served.process.pid)
         family = [process, *process.children(recursive=True)]
         for each in family:
-            each.kill()
+            # Some end by themselves with their parent.
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
         self.served.process.wait()
         psutil.wait_procs(family)
 
@@ -111,6 +109,7 @@ class Deployment:
 
     Attributes:
         ready: who is to be found, the oldest first.
+        ports: of each of them.
         seconds: how long each step took, by its name.
     """
 
@@ -135,7 +134,7 @@ class Deployment:
         self._arguments = arguments
         self._told: list[Callable[[Collection[str]], None]] = []
         # 127.0.0.1 is for all that is not a replica.
-        self._hosts = (f"127.0.0.{number}" for number in itertools.count(2))
+        self._numbers = itertools.count(2)
 
     @property
     def hosts(self) -> list[str]:
@@ -156,7 +155,7 @@ class Deployment:
         # Callers may still know the address of one that was killed, and ask it before it is ready.
         codes = {"OK"} if host is None else {"OK", "UNAVAILABLE"}
         with self._timed("start"):
-            host = host or next(self._hosts)
+            host = host or f"127.0.0.{next(self._numbers)}"
             folder = self._folder / f"{host}-{len(list(self._folder.glob(f'{host}-*')))}"
             folder.mkdir(parents=True)
             service = serving(
