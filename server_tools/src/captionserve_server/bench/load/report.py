@@ -54,7 +54,8 @@ class Row:
         figures: of its calls.
         generator_cores: processor time of the generator, in cores.
         service_cores: likewise of the services that were started for it; else None.
-        other_cores: likewise of all else on the machine, which was not to be had then.
+        other_cores: likewise of all else on the machine, which was not to be had then; a little
+            below 0 where that was nothing, for these are differences of coarse counts.
         memory_mib: what each of the services took afterwards, as if it were alone.
     """
 
