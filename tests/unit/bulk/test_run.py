@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from captionserve import Caption, CaptionError, CaptionResult, FinishReason, GenerationOptions
-from captionserve import Outcome as ClientOutcome
+from captionserve import CaptionError, GenerationOptions
 from captionserve_server.bulk.captioners import DifferentModelsError, common_model
 from captionserve_server.bulk.journal import DifferentRunError, Journal
 from captionserve_server.bulk.rows import Row
@@ -19,53 +16,9 @@ from captionserve_server.bulk.sources import Item
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.bulk.fake_captioner import FakeCaptioner, StoppedError
+
 OPTIONS = GenerationOptions()
-
-
-class StoppedError(Exception):
-    """What ends a run in these tests."""
-
-
-@dataclasses.dataclass
-class FakeCaptioner:
-    """Captions bytes with themselves; `bad` ones fail, and `most` of them end it."""
-
-    most: int = 10**9
-    version: int = 1
-    seen: list[bytes] = dataclasses.field(default_factory=list)
-
-    def model(self) -> dict[str, object]:
-        return {"version": self.version, "defaults": {}}
-
-    def outcomes(
-        self, images: Iterable[bytes], options: GenerationOptions
-    ) -> Generator[ClientOutcome, None, None]:
-        # Two at a time, the second first, as a service may answer.
-        numbered = enumerate(images)
-        while pair := list(itertools.islice(numbered, 2)):
-            for index, image in reversed(pair):
-                if len(self.seen) == self.most:
-                    raise StoppedError
-                self.seen.append(image)
-                if image.startswith(b"bad"):
-                    yield ClientOutcome(index, None, OSError(5, "unreadable"))
-                else:
-                    yield ClientOutcome(index, result(image.decode()), None)
-
-
-def result(text: str) -> CaptionResult:
-    caption = Caption(
-        text=text,
-        score=-1.0,
-        token_ids=(),
-        token_logprobs=(),
-        token_texts=(),
-        finish_reason=FinishReason.EOS,
-        confidence=0.5,
-        degenerate=False,
-        attention=None,
-    )
-    return CaptionResult((caption,), 1, cached=False)
 
 
 def item(name: str, content: bytes | None = None) -> Item:
@@ -80,16 +33,18 @@ def item(name: str, content: bytes | None = None) -> Item:
 def run(
     journal: Journal, wanted: Iterable[Item], *captioners: FakeCaptioner, retry: bool = False
 ) -> Progress:
+    progress = Progress()
     running = Run(
         journal,
         captioners,
         OPTIONS,
         "f" * 16,
+        progress=progress,
         kept=lambda item, row: None,
         told=lambda progress: None,
     )
-    running.caption(still_to_do(wanted, journal, running.progress, retry_failed=retry))
-    return running.progress
+    running.caption(still_to_do(wanted, journal, progress, retry_failed=retry))
+    return progress
 
 
 def test_each_item_has_its_row(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from captionserve import CaptionClient, CaptionResult, GenerationOptions, Outcom
 if TYPE_CHECKING:
     from captionserve_server.local import LocalCaptioner
 
-
 Outcomes = Generator[Outcome, None, None]
 
 
@@ -29,9 +28,7 @@ class Captioner(Protocol):
             CaptionError: if nobody answers.
         """
 
-    def outcomes(
-        self, images: Iterable[bytes], options: GenerationOptions
-    ) -> Generator[Outcome, None, None]:
+    def outcomes(self, images: Iterable[bytes], options: GenerationOptions) -> Outcomes:
         """What becomes of each image, as soon as it is known; pulls images as there is room.
 
         Raises:
@@ -53,9 +50,7 @@ class Service:
         del described["is_default"]
         return described
 
-    def outcomes(
-        self, images: Iterable[bytes], options: GenerationOptions
-    ) -> Generator[Outcome, None, None]:
+    def outcomes(self, images: Iterable[bytes], options: GenerationOptions) -> Outcomes:
         """By CaptionMany, with the window that the service wants."""
         return self._client.caption_many(images, options, ordered=False)
 
@@ -71,9 +66,7 @@ class Local:
         """The version that was loaded."""
         return self._captioner.model()
 
-    def outcomes(
-        self, images: Iterable[bytes], options: GenerationOptions
-    ) -> Generator[Outcome, None, None]:
+    def outcomes(self, images: Iterable[bytes], options: GenerationOptions) -> Outcomes:
         """By the engine, as many at once as it has slots."""
         # ONNX Runtime takes a while to import, and a service does not need it.
         from captionserve_server.bulk.local_outcomes import local_outcomes

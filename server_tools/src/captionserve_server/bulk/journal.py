@@ -75,17 +75,16 @@ class Journal:
                     "INSERT OR IGNORE INTO about VALUES (?, ?)", (what, json.dumps(values))
                 )
         differing = []
-        for what, values in about.items():
-            then = json.loads(before[what]) if what in before else {}
-            now = json.loads(json.dumps(values))  # As JSON has it: tuples are lists.
-            if what in before:
-                differing += [
-                    f"{what}.{name} was {then.get(name)}, is {now.get(name)}"
-                    for name in sorted(then.keys() | now.keys())
-                    if then.get(name) != now.get(name)
-                ]
+        for what in about.keys() & before.keys():
+            # As JSON has it: tuples are lists.
+            then, now = json.loads(before[what]), json.loads(json.dumps(about[what]))
+            differing += [
+                f"{what}.{name} was {then.get(name)}, is {now.get(name)}"
+                for name in then.keys() | now.keys()
+                if then.get(name) != now.get(name)
+            ]
         if differing:
-            raise DifferentRunError("; ".join(differing))
+            raise DifferentRunError("; ".join(sorted(differing)))
 
     def is_done(self, key: str, *, retry_failed: bool) -> bool:
         """Whether nothing is to be done for an item."""

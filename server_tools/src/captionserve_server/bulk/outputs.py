@@ -60,7 +60,8 @@ def write_sidecar(image: Path, row: Row) -> None:
 @contextmanager
 def _in_place(path: Path) -> Iterator[Path]:
     """A file that takes the place of another one once it is whole and on disk."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Always the same name: what a killed run leaves there, the next one writes over.
+    aside = path.with_name(f".{path.name}.partial")
     try:
         yield aside
         with aside.open("rb") as file:

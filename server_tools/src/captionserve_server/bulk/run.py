@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from captionserve import GenerationOptions, Outcome
 
@@ -38,6 +39,9 @@ _AHEAD = 32
 # Read and not kept yet, duplicates that wait for their caption among them.
 _MOST_UNKEPT = 512
 _END_SECONDS = 30.0
+
+# What is known of an item from its file, and the file's bytes.
+_Reading: TypeAlias = "Future[tuple[Row, bytes]]"
 
 
 @dataclass
@@ -59,15 +63,6 @@ class Progress:
     failed: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass
-class _Read:
-    """An item whose file has been read."""
-
-    item: Item
-    row: Row
-    encoded: bytes
-
-
 def options_fingerprint(options: Mapping[str, object], model: Mapping[str, object]) -> str:
     """The same for the same options and the same defaults of the model; 16 hexadecimal digits."""
     text = json.dumps([options, model["defaults"]], sort_keys=True)
@@ -84,6 +79,7 @@ class Run:
         options: GenerationOptions,
         fingerprint: str,
         *,
+        progress: Progress,
         kept: Callable[[Item, Row], None],
         told: Callable[[Progress], None],
     ) -> None:
@@ -94,6 +90,7 @@ class Run:
             captioners: share the work.
             options: of all captions.
             fingerprint: of the options.
+            progress: kept up to date.
             kept: called with each item and its row before it is kept.
             told: called now and then.
         """
@@ -103,7 +100,7 @@ class Run:
         self._fingerprint = fingerprint
         self._kept = kept
         self._told = told
-        self.progress = Progress()
+        self._progress = progress
         self._lock = threading.Lock()
         # By digest, items that wait for the caption of one that is under way.
         self._under_way: dict[str, list[Item]] = {}
@@ -172,27 +169,27 @@ class Run:
             with self._lock:
                 # Not before it is kept: who comes now finds it in the journal.
                 waiting = self._under_way.pop(row.sha256 or "", [])
-                self.progress.duplicates += len(waiting)
+                self._progress.duplicates += len(waiting)
             following += [
                 (each, dataclasses.replace(row, id=each.id, source=each.source)) for each in waiting
             ]
             if row.error_reason is not None:
-                self.progress.failed[row.error_reason] += 1
+                self._progress.failed[row.error_reason] += 1
             else:
-                self.progress.captioned += 1
-        self._told(self.progress)
+                self._progress.captioned += 1
+        self._told(self._progress)
         return following
 
     def _work(self, captioner: Captioner, shared: _Shared) -> None:
         """Have one captioner caption what it pulls."""
-        pulled: dict[int, _Read] = {}
+        pulled: dict[int, tuple[Item, Row]] = {}
         try:
             with ThreadPoolExecutor(_READERS) as readers:
                 images = self._images(self._ahead(shared, readers), pulled)
                 with closing(captioner.outcomes(images, self._options)) as outcomes:
                     for outcome in outcomes:
-                        read = pulled.pop(outcome.index)
-                        self._finished.put((read.item, _row_of(read.row, outcome)))
+                        item, row = pulled.pop(outcome.index)
+                        self._finished.put((item, _row_of(row, outcome)))
                         if self._ended.is_set():
                             break
             self._finished.put(None)
@@ -201,9 +198,9 @@ class Run:
 
     def _ahead(
         self, shared: _Shared, readers: ThreadPoolExecutor
-    ) -> Iterator[tuple[Item, Future[_Read]]]:
+    ) -> Iterator[tuple[Item, _Reading]]:
         """Items and their files, read some ahead, in the order in which they were taken."""
-        reading: collections.deque[tuple[Item, Future[_Read]]] = collections.deque()
+        reading: collections.deque[tuple[Item, _Reading]] = collections.deque()
         while not self._ended.is_set():
             # Only who has nothing to give waits for room.
             while len(reading) < _AHEAD and self._room.acquire(timeout=0 if reading else 0.1):
@@ -218,17 +215,19 @@ class Run:
                 return
 
     def _images(
-        self, reads: Iterable[tuple[Item, Future[_Read]]], pulled: dict[int, _Read]
+        self,
+        reads: Iterable[tuple[Item, _Reading]],
+        pulled: dict[int, tuple[Item, Row]],
     ) -> Iterator[bytes]:
         """The files that are to be captioned; what needs no caption is finished here."""
         index = 0
         for item, future in reads:
             try:
-                read = future.result()
+                row, encoded = future.result()
             except OSError as error:
                 self._finished.put((item, self._row(item).with_error(error)))
                 continue
-            digest = read.row.sha256 or ""
+            digest = row.sha256 or ""
             with self._lock:
                 waiting = self._under_way.get(digest)
                 if waiting is not None:
@@ -238,36 +237,25 @@ class Run:
                 if same is None:
                     self._under_way[digest] = []
                 else:
-                    self.progress.duplicates += 1
+                    self._progress.duplicates += 1
             if same is not None:
                 row = dataclasses.replace(same, id=item.id, source=item.source)
                 self._finished.put((item, row))
                 continue
-            pulled[index] = read
+            pulled[index] = item, row
             index += 1
-            yield read.encoded
+            yield encoded
 
-    def _read(self, item: Item) -> _Read:
+    def _row(self, item: Item) -> Row:
+        return Row(item.id, item.source, options_fingerprint=self._fingerprint)
+
+    def _read(self, item: Item) -> tuple[Row, bytes]:
+        """What is known of an item from its file, and the file's bytes."""
         encoded = item.read()
-        width, height = _size(encoded)
         digest = hashlib.sha256(encoded).hexdigest()
-        return _Read(item, self._row(item, digest, width, height), encoded)
-
-    def _row(
-        self,
-        item: Item,
-        sha256: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-    ) -> Row:
-        return Row(
-            item.id,
-            item.source,
-            sha256,
-            width,
-            height,
-            options_fingerprint=self._fingerprint,
-        )
+        width, height = _size(encoded)
+        row = self._row(item)
+        return dataclasses.replace(row, sha256=digest, width=width, height=height), encoded
 
 
 class _Shared:

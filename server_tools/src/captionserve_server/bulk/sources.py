@@ -14,6 +14,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ _LIST_SUFFIXES = (".txt", ".lst")
 _DATASET_FILES = ("dataset_dict.json", "dataset_info.json", "state.json")
 # Of a table with images in it so many rows are in memory at once.
 _ROWS_AT_ONCE = 64
+# More take a while to be counted, for a bar that hardly moves.
+_MOST_COUNTED = 10**6
 
 
 class SourceError(ValueError):
@@ -74,6 +77,22 @@ def check(sources: Sequence[str]) -> None:
             raise SourceError(f"{source}: there is no such file or folder")
         if Path(source).suffix == ".parquet" or _is_dataset(Path(source)):
             _pyarrow(source)
+
+
+def count(sources: Sequence[str]) -> int | None:
+    """How many items there are; None where images would have to be read for that."""
+    if not all(map(_is_quick, sources)):
+        return None
+    counted = sum(1 for _ in islice(items(sources), _MOST_COUNTED + 1))
+    return counted if counted <= _MOST_COUNTED else None
+
+
+def _is_quick(source: str) -> bool:
+    """Whether a source names its images without having them in itself, and may be read twice."""
+    path = Path(source)
+    if path.is_dir():
+        return not _is_dataset(path)
+    return path.is_file() and path.suffix.lower() not in {".tar", ".parquet"}
 
 
 def _items_of(source: str) -> Iterator[Item]:

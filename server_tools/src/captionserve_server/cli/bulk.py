@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import itertools
 import json
 import sqlite3
 import sys
@@ -16,10 +15,10 @@ from typing import Annotated, Any
 
 import typer
 from captionserve import GenerationOptions
+from rich import progress as bars
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -30,9 +29,8 @@ from captionserve_server.bulk.captioners import Captioner, DifferentModelsError,
 from captionserve_server.bulk.journal import DifferentRunError, Journal
 from captionserve_server.bulk.outputs import OutputError, sidecar_of, write_sidecar, writer_for
 from captionserve_server.bulk.rows import Row
-from captionserve_server.bulk.run import Progress as Done
-from captionserve_server.bulk.run import Run, options_fingerprint, still_to_do
-from captionserve_server.bulk.sources import Item, SourceError, check, items
+from captionserve_server.bulk.run import Progress, Run, options_fingerprint, still_to_do
+from captionserve_server.bulk.sources import Item, SourceError, check, count, items
 from captionserve_server.cli.console import ExitCode, messages
 from captionserve_server.cli.parameters import with_parameters
 
@@ -61,10 +59,20 @@ class BulkOptions:
     limit: int | None
     dry_run: bool
 
-    @property
-    def journal(self) -> Path | None:
-        """Where the journal lies, where there is an output to go on with."""
-        return None if self.output is None else Journal.of(self.output)
+    def is_there(self, item: Item) -> bool:
+        """Whether an item's caption is all there, where no journal knows."""
+        return self.output is None and self._has_sidecar(item)
+
+    def keep(self, item: Item, row: Row) -> None:
+        """Write an item's sidecar, if there is to be one."""
+        if self.sidecar and item.path is not None and not (row.failed or self._has_sidecar(item)):
+            write_sidecar(item.path, row)
+
+    def _has_sidecar(self, item: Item) -> bool:
+        """Whether there is a sidecar that stays."""
+        if item.path is None or self.overwrite or not self.sidecar:
+            return False
+        return sidecar_of(item.path).exists()
 
 
 def with_bulk_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -124,88 +132,73 @@ def caption_many(
         as_json: whether events are printed as JSON lines, instead of a progress bar.
     """
     tell = _tell_script if as_json else _tell_person
+    given = {name: value for name, value in vars(options).items() if value is not None}
     with _said_in_a_sentence():
         check(sources)
         write = None if wanted.output is None else writer_for(wanted.output)
-        if wanted.restart and wanted.journal is not None and not wanted.dry_run:
-            Journal.remove(wanted.journal)
-        begun = wanted.journal is not None and wanted.journal.exists()
-        if wanted.output is not None and wanted.output.exists() and not begun:
-            raise OutputError(
-                f"{wanted.output.name} is there, but nothing that says how it was made: "
-                "name another output, or say --restart to replace it"
-            )
-        given = {name: value for name, value in vars(options).items() if value is not None}
-        with Journal(None if wanted.dry_run and not begun else wanted.journal) as journal:
-            model = common_model(captioners)
+        model, progress = common_model(captioners), Progress()
+        with _opened(wanted) as journal:
             journal.hold_to({"model": model, "options": given})
-            done = Done()
             todo = still_to_do(
                 items(sources),
                 journal,
-                done,
+                progress,
                 retry_failed=wanted.retry_failed,
                 only_missing=wanted.only_missing,
-                is_there=_has_sidecar if wanted.sidecar and not wanted.overwrite else _never,
+                is_there=wanted.is_there,
                 limit=wanted.limit,
             )
             if wanted.dry_run:
-                count = sum(1 for _ in todo)
-                tell("dry_run", seen=done.seen, done=done.done_before, to_do=count)
+                to_do = sum(1 for _ in todo)
+                tell("dry_run", seen=progress.seen, done=progress.done_before, to_do=to_do)
                 return ExitCode.OK
-            with _shown(_count(sources), as_json=as_json) as told:
-                run = Run(
+            with _shown(count(sources), as_json=as_json) as told:
+                fingerprint = options_fingerprint(given, model)
+                Run(
                     journal,
                     captioners,
                     options,
-                    options_fingerprint(given, model),
-                    kept=_write_sidecar if wanted.sidecar else _keep_nothing,
+                    fingerprint,
+                    progress=progress,
+                    kept=wanted.keep,
                     told=told,
-                )
-                run.progress = done
-                run.caption(todo)
+                ).caption(todo)
             if write is not None:
                 write(journal.rows())
             failures = journal.failures()
-            tell(
-                "done",
-                captioned=done.captioned,
-                duplicates=done.duplicates,
-                done_before=done.done_before,
-                failed=dict(failures),
-            )
+    tell(
+        "done",
+        captioned=progress.captioned,
+        duplicates=progress.duplicates,
+        done_before=progress.done_before,
+        failed=dict(failures),
+    )
     return ExitCode.SOME_FAILED if failures else ExitCode.OK
 
 
-def _never(item: Item) -> bool:
-    return False
+def _opened(wanted: BulkOptions) -> Journal:
+    """The journal to go on with.
 
-
-def _has_sidecar(item: Item) -> bool:
-    return item.path is not None and sidecar_of(item.path).exists()
-
-
-def _keep_nothing(item: Item, row: Row) -> None:
-    """The journal keeps it."""
-
-
-def _write_sidecar(item: Item, row: Row) -> None:
-    if item.path is not None and not row.failed:
-        write_sidecar(item.path, row)
-
-
-def _count(sources: Sequence[str]) -> int | None:
-    """How many items there are, where counting them is quick: files and folders."""
-    quick = all(Path(source).is_dir() or Path(source).suffix != ".tar" for source in sources)
-    if "-" in sources or not quick:
-        return None
-    most = 10**6
-    counted = sum(1 for _ in itertools.islice(items(sources), most))
-    return counted if counted < most else None
+    Raises:
+        OutputError: if there is an output that it says nothing of.
+    """
+    if wanted.output is None:
+        return Journal(None)
+    path = Journal.of(wanted.output)
+    if wanted.restart:
+        if wanted.dry_run:
+            return Journal(None)
+        Journal.remove(path)
+    elif wanted.output.exists() and not path.exists():
+        raise OutputError(
+            f"{wanted.output.name} is there, but nothing that says how it was made: "
+            "name another output, or say --restart to replace it"
+        )
+    return Journal(None if wanted.dry_run and not path.exists() else path)
 
 
 @contextmanager
-def _shown(total: int | None, *, as_json: bool) -> Iterator[Callable[[Done], None]]:
+def _shown(total: int | None, *, as_json: bool) -> Iterator[Callable[[Progress], None]]:
     """Show how far the run has come: a bar for a person, lines for a script."""
     if as_json:
         yield lambda done: _tell_script(
@@ -225,16 +218,16 @@ def _shown(total: int | None, *, as_json: bool) -> Iterator[Callable[[Done], Non
         TimeRemainingColumn(),
         TextColumn("{task.fields[failed]}"),
     )
-    with Progress(*columns, console=messages, transient=True) as progress:
-        task = progress.add_task("", total=total, rate="", failed="")
+    with bars.Progress(*columns, console=messages, transient=True) as bar:
+        task = bar.add_task("", total=total, rate="", failed="")
 
-        def show(done: Done) -> None:
+        def show(done: Progress) -> None:
             failed = sum(done.failed.values())
             completed = done.done_before + done.captioned + failed
-            elapsed = progress.tasks[task].elapsed or 0.0
+            elapsed = bar.tasks[task].elapsed or 0.0
             rate = (done.captioned + failed) / elapsed if elapsed else 0.0
             reasons = ", ".join(f"{count} {name}" for name, count in done.failed.most_common(3))
-            progress.update(task, completed=completed, rate=f"{rate:.1f} images/s", failed=reasons)
+            bar.update(task, completed=completed, rate=f"{rate:.1f} images/s", failed=reasons)
 
         yield show
 

@@ -1,0 +1,103 @@
+"""`captionserve caption` for many, with a captioner that is told what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from captionserve import GenerationOptions
+from captionserve_server.bulk.journal import Journal
+from captionserve_server.bulk.sources import count
+from captionserve_server.cli.bulk import BulkOptions, caption_many
+from captionserve_server.cli.console import ExitCode
+
+from tests.unit.bulk.fake_captioner import FakeCaptioner, StoppedError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a", "b"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{name}.png").write_text(name)
+    return tmp_path / "images"
+
+
+def wanted(output: Path | None, **more: bool) -> BulkOptions:
+    flags = ("sidecar", "overwrite", "only_missing", "retry_failed", "restart", "dry_run")
+    return BulkOptions(output=output, limit=None, **{flag: more.get(flag, False) for flag in flags})
+
+
+def run(folder: Path, options: BulkOptions, captioner: FakeCaptioner | None = None) -> ExitCode:
+    captioners = [captioner or FakeCaptioner()]
+    return caption_many([str(folder)], captioners, GenerationOptions(), options, as_json=True)
+
+
+def captions(output: Path) -> list[str]:
+    return [json.loads(line)["caption"] for line in output.read_text().splitlines()]
+
+
+def test_an_output_of_unknown_making_is_replaced_only_when_asked_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text("somebody's\n")
+    with pytest.raises(typer.BadParameter, match="--restart"):
+        run(folder, wanted(output))
+    assert output.read_text() == "somebody's\n"
+    run(folder, wanted(output, restart=True, dry_run=True))
+    assert output.read_text() == "somebody's\n"
+    assert run(folder, wanted(output, restart=True)) is ExitCode.OK
+    assert captions(output) == ["a", "b"]
+
+
+def test_to_begin_anew_forgets_what_was_done(folder: Path, tmp_path: Path) -> None:
+    output, again = tmp_path / "out.jsonl", FakeCaptioner()
+    run(folder, wanted(output))
+    run(folder, wanted(output), again)
+    assert again.seen == []
+    run(folder, wanted(output, restart=True), again)
+    assert sorted(again.seen) == [b"a", b"b"]
+
+
+def test_a_sidecar_without_its_row_does_not_hide_the_image(folder: Path, tmp_path: Path) -> None:
+    # As after a death between the two.
+    (folder / "a.txt").write_text("a\n")
+    (folder / ".b.txt.partial").write_text("cut o")
+    output = tmp_path / "out.jsonl"
+    assert run(folder, wanted(output, sidecar=True)) is ExitCode.OK
+    assert captions(output) == ["a", "b"]
+    assert (folder / "b.txt").read_text() == "b\n"
+    assert list(folder.glob(".*")) == []
+
+
+def test_sidecars_alone_are_left_or_written_anew(folder: Path) -> None:
+    (folder / "a.txt").write_text("mine\n")
+    captioner = FakeCaptioner()
+    run(folder, wanted(None, sidecar=True), captioner)
+    assert captioner.seen == [b"b"]
+    assert (folder / "a.txt").read_text() == "mine\n"
+    run(folder, wanted(None, sidecar=True, overwrite=True))
+    assert (folder / "a.txt").read_text() == "a\n"
+
+
+def test_a_captioner_that_fails_leaves_what_is_done(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(StoppedError):
+        run(folder, wanted(output), FakeCaptioner(most=1))
+    assert not output.exists()
+    assert Journal.of(output).exists()
+    rest = FakeCaptioner()
+    run(folder, wanted(output), rest)
+    assert len(rest.seen) == 1
+    assert captions(output) == ["a", "b"]
+
+
+def test_what_has_images_in_it_is_not_read_to_be_counted(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(b"")
+    (tmp_path / "table.parquet").write_bytes(b"")
+    assert count([str(folder), str(folder / "a.png")]) == 3
+    for source in ("shard.tar", "table.parquet", "*.tar"):
+        assert count([str(folder), str(tmp_path / source)]) is None
+    assert count(["-"]) is None
