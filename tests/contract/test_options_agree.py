@@ -63,6 +63,8 @@ VALUES: dict[str, Any] = {
     "suppress_tokens": [0, 7],
     "output_attentions": True,
     "allow_partial": True,
+    "output_beams": True,
+    "output_stages": True,
 }
 
 

@@ -56,6 +56,8 @@ class GenerationOptions:
         suppress_tokens: token ids that are not generated.
         output_attentions: return where in the image each token looked.
         allow_partial: when the deadline comes first, return the best so far instead of failing.
+        output_beams: return what the search considered at each step.
+        output_stages: return how long each stage took.
     """
 
     num_beams: int | None = None
@@ -82,6 +84,8 @@ class GenerationOptions:
     suppress_tokens: Sequence[int] | None = None
     output_attentions: bool | None = None
     allow_partial: bool | None = None
+    output_beams: bool | None = None
+    output_stages: bool | None = None
 
 
 _BITS = {FieldDescriptor.TYPE_INT32: 32, FieldDescriptor.TYPE_INT64: 64}

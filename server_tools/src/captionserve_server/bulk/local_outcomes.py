@@ -9,14 +9,21 @@ from pathlib import Path
 import numpy as np
 from captionserve import (
     Attention,
+    BeamFate,
+    BeamHistory,
+    BeamPath,
     Caption,
     CaptionError,
     CaptionResult,
+    Continuation,
     FinishReason,
     GenerationOptions,
+    LikelyToken,
+    Stage,
 )
 from numpy.typing import NDArray
 
+from captionserve_server.core.beams import BeamHistory as LocalBeamHistory
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.status import CODES, field_violations
 from captionserve_server.local import FinishedCaption, LocalCaptioner, LocalResult
@@ -48,7 +55,27 @@ def _as_called(error: CaptionServeError) -> CaptionError:
 
 def _result(result: LocalResult) -> CaptionResult:
     captions = tuple(_caption(found) for found in result.captions)
-    return CaptionResult(captions, result.model_version, cached=False)
+    beams = None if result.beams is None else _beams(result.beams)
+    stages = tuple(Stage(each.name, each.milliseconds) for each in result.stages)
+    return CaptionResult(captions, result.model_version, cached=False, beams=beams, stages=stages)
+
+
+def _beams(told: LocalBeamHistory) -> BeamHistory:
+    return BeamHistory(
+        tuple(
+            tuple(Continuation(**{**vars(each), "fate": BeamFate(each.fate)}) for each in step)
+            for step in told.steps
+        ),
+        tuple(
+            BeamPath(
+                path.continuations,
+                tuple(
+                    tuple(LikelyToken(**vars(each)) for each in tokens) for tokens in path.likeliest
+                ),
+            )
+            for path in told.paths
+        ),
+    )
 
 
 def _caption(found: FinishedCaption) -> Caption:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from captionserve_server.core.history import CaptionHistory
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.words import NO_WORDS, TokenRuns, WordTokens
 
@@ -92,6 +93,7 @@ class DecodedCaption:
         finish_reason: "eos", "length", or "deadline" for the best so far.
         attention: float32 [tokens, image tokens], mean over layers and heads of the cross-attention
             that chose each token; None when not asked for.
+        history: how it came about; None when not asked for.
     """
 
     token_ids: tuple[int, ...]
@@ -99,3 +101,4 @@ class DecodedCaption:
     score: float
     finish_reason: FinishReason
     attention: NDArray[np.float32] | None = None
+    history: CaptionHistory | None = None

@@ -303,6 +303,10 @@ class DecodingOptions:
         "When the deadline comes first, return the best so far instead of failing.",
         flag="--allow-partial",
     )
+    output_beams: bool = _option(
+        False, bool, "Return what the search considered at each step.", flag="--beams"
+    )
+    output_stages: bool = _option(False, bool, "Return how long each stage took.", flag="--stages")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be decoded, all fields at once."""
@@ -437,6 +441,8 @@ class NamedOptions(TypedDict, total=False):
     suppress_tokens: Sequence[int] | None
     output_attentions: bool | None
     allow_partial: bool | None
+    output_beams: bool | None
+    output_stages: bool | None
 
 
 def parse_options(text: str | bytes) -> dict[str, object]:

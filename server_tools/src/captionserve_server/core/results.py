@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from captionserve_server.core.beams import BeamHistory, beam_history
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption, FinishReason
 from captionserve_server.core.confidence import is_degenerate
@@ -77,6 +79,10 @@ class Finisher:
             degenerate=is_degenerate([self._decode(prefix), *parts], finished=ended),
             attention=self._over_patches(caption.attention),
         )
+
+    def beams(self, captions: Sequence[DecodedCaption]) -> BeamHistory | None:
+        """What is told of the search that made captions of one image; None where unwanted."""
+        return beam_history(captions, self._decode)
 
     def _over_patches(self, attention: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
         """[tokens, image tokens] to [tokens, grid rows, grid columns]."""

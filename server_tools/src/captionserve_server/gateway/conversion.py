@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from captionserve.v1 import caption_pb2
 
+from captionserve_server.core.engine.timeline import Stage
 from captionserve_server.core.errors import (
     ImageMissingError,
     InvalidOptionsError,
@@ -33,6 +34,12 @@ FINISH_REASONS: Mapping[str, caption_pb2.FinishReason.ValueType] = {
     "eos": caption_pb2.FINISH_REASON_EOS,
     "length": caption_pb2.FINISH_REASON_LENGTH,
     "deadline": caption_pb2.FINISH_REASON_DEADLINE,
+}
+
+BEAM_FATES: Mapping[str, caption_pb2.BeamFate.ValueType] = {
+    "kept": caption_pb2.BEAM_FATE_KEPT,
+    "dropped": caption_pb2.BEAM_FATE_DROPPED,
+    "finished": caption_pb2.BEAM_FATE_FINISHED,
 }
 
 _FLOAT32_BYTES = 4
@@ -188,7 +195,25 @@ def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.Captio
             end = begin + len(caption.token_ids) * rows * cols
             caption.attention.rows, caption.attention.cols = rows, cols
             caption.attention.values.extend(values[begin:end])
+    if wire.BEAMS.name in outputs:
+        _add_beams(response.beams, json.loads(outputs[wire.BEAMS.name].values[0]))
     return response
+
+
+def _add_beams(beams: caption_pb2.BeamHistory, told: Mapping[str, Any]) -> None:
+    """Fill in what `beams_text` of wire.py wrote."""
+    for step in told["steps"]:
+        beams.steps.add(**{**step, "fates": [BEAM_FATES[fate] for fate in step["fates"]]})
+    for path in told["paths"]:
+        message = beams.paths.add(continuations=path["continuations"])
+        for tokens in path["likeliest"]:
+            message.likeliest.add(**tokens)
+
+
+def add_stages(response: caption_pb2.CaptionResponse, stages: Iterable[Stage]) -> None:
+    """Tell how long each stage took."""
+    for stage in stages:
+        response.stages.add(name=stage.name, milliseconds=stage.milliseconds)
 
 
 # One value for each caption.

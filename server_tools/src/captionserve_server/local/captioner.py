@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from captionserve_server.core.beams import BeamHistory
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.decode_budget import (
     BYTES_PER_MEGABYTE,
@@ -27,6 +28,7 @@ from captionserve_server.core.decode_budget import (
 from captionserve_server.core.engine.engine_thread import EngineThread
 from captionserve_server.core.engine.scheduler import Outcome as EngineOutcome
 from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
+from captionserve_server.core.engine.timeline import Stage, Timeline
 from captionserve_server.core.engine.worker import Worker
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.core.options import NamedOptions
@@ -62,10 +64,14 @@ class LocalResult:
     Attributes:
         captions: at least one, best first.
         model_version: the version of the model that made them.
+        beams: what the search considered; None unless output_beams was set.
+        stages: how long each stage took, in their order; empty unless output_stages was set.
     """
 
     captions: tuple[FinishedCaption, ...]
     model_version: int
+    beams: BeamHistory | None = None
+    stages: tuple[Stage, ...] = ()
 
     @property
     def text(self) -> str:
@@ -243,7 +249,8 @@ class LocalCaptioner:
         begun = _Begun()
         try:
             pixels = image_pixels(image, self._model.preprocessor, self._budget.reserved)
-            self._engine.submit(pixels, plan, begun)
+            begun.timeline.passed("preprocess")
+            self._engine.submit(pixels, plan, begun, begun.timeline)
         except (CaptionServeError, OSError) as error:
             begun.captions.set_exception(error)
         return begun
@@ -255,7 +262,9 @@ class LocalCaptioner:
         finally:
             begun.has_gone = True
         finished = tuple(self._finisher.finished(caption, plan) for caption in captions)
-        return LocalResult(finished, self.model_version)
+        beams = self._finisher.beams(captions)
+        stages = begun.timeline.stages if plan.options.output_stages else ()
+        return LocalResult(finished, self.model_version, beams, tuple(stages))
 
     def _outcomes(self, images: Iterable[ImageInput], plan: CaptionPlan) -> Iterator[Outcome]:
         ahead = _Ahead(images, lambda image: self._begin(image, plan), self._images_ahead)
@@ -280,17 +289,20 @@ class _Begun:
         captions: what will come of it.
         has_gone: whether nobody waits any more, so that the engine lets go of it.
         deadline: never.
+        timeline: how long its stages took, until the captions are there.
     """
 
     captions: Future[list[DecodedCaption]] = field(default_factory=Future)
     has_gone: bool = False
     deadline: float = math.inf
+    timeline: Timeline = field(default_factory=Timeline)
 
     def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
         """Nobody listens before the end."""
 
     def end(self, outcome: EngineOutcome) -> None:
         """Hand the captions over, or why there are none."""
+        self.timeline.passed("steps")
         if isinstance(outcome, CaptionServeError):
             self.captions.set_exception(outcome)
         else:

@@ -90,6 +90,9 @@ class Answering:
                 else:
                     finished = [self._finisher.finished(each, plan) for each in outcome]
                     tensors = caption_tensors(finished)
+                    beams = self._finisher.beams(outcome)
+                    if beams is not None:
+                        tensors[wire.BEAMS] = text_array(wire.beams_text(beams))
                     timeline.passed("answer")
                     last = response({**tensors, wire.TIMES: np.array(timeline.numbers, np.float64)})
             except Exception as error:  # A caption that cannot be told is its own caller's loss.
