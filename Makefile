@@ -16,7 +16,7 @@ $(VENV)/installed: client/pyproject.toml server_tools/pyproject.toml constraints
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt \
 		--editable './client[images]' \
-		--editable './server_tools[service,embedded,export,evaluation,bulk,bench,dev]'
+		--editable './server_tools[service,embedded,export,evaluation,bulk,bench,playground,dev]'
 	touch $@
 
 demo: setup  ## Caption the bundled images through the whole stack.

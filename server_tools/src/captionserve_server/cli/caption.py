@@ -25,6 +25,7 @@ from captionserve_server.cli.decoding_options import with_decoding_options
 from captionserve_server.cli.service_options import (
     DEFAULT_TARGET,
     ServiceOptions,
+    refuse_what_needs_a_service,
     with_service_options,
 )
 
@@ -36,11 +37,8 @@ Answer = dict[str, object]
 Outcome = CaptionResult | Exception
 """What became of one image."""
 
-# Options that say something to a service, or about one.
-_SERVICE_ONLY = (
-    *(field.name for field in dataclasses.fields(ServiceOptions)),
-    *("timeout", "bypass_cache", "stream"),
-)
+# Options of this command that say something to a service.
+_SERVICE_ONLY = ("timeout", "bypass_cache", "stream")
 
 
 @with_decoding_options
@@ -78,7 +76,7 @@ def caption(
     if stream and as_json:
         raise typer.BadParameter("cannot be combined with --json", param_hint="--stream")
     if local is not None:
-        _refuse_what_needs_a_service(context)
+        refuse_what_needs_a_service(context, _SERVICE_ONLY)
     if bulk is not None:
         if stream or bypass_cache:
             raise typer.BadParameter("--stream and --bypass-cache are for single images")
@@ -105,15 +103,6 @@ def caption(
         print_json(collected)
     if any("error" in answer for answer in collected):
         raise typer.Exit(ExitCode.CALL_FAILED)
-
-
-def _refuse_what_needs_a_service(context: typer.Context) -> None:
-    for name in _SERVICE_ONLY:
-        source = context.get_parameter_source(name)
-        # A target in the environment is for other calls.
-        if source is not None and source.name == "COMMANDLINE":
-            flag = "--" + name.replace("_", "-")
-            raise typer.BadParameter("cannot be combined with --local", param_hint=flag)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from captionserve import CaptionClient, tls_credentials
+from captionserve import AsyncCaptionClient, CaptionClient, tls_credentials
 
 from captionserve_server.cli.parameters import with_parameters
 
@@ -66,6 +66,13 @@ class ServiceOptions:
             for target in self.target
         ]
 
+    def async_client(self, timeout: float) -> AsyncCaptionClient:
+        """The client of the only service for the event loop that runs; likewise."""
+        credentials = tls_credentials(*self.tls) if any(self.tls) else None
+        return AsyncCaptionClient(
+            self.only_target, timeout=timeout, credentials=credentials, token=self.token()
+        )
+
     def client(self, timeout: float) -> CaptionClient:
         """The client of the only service; likewise."""
         return dataclasses.replace(self, target=[self.only_target]).clients(timeout)[0]
@@ -101,6 +108,21 @@ def with_service_options(
         return with_parameters(command, "service", parameters, ServiceOptions)
 
     return decorated
+
+
+def refuse_what_needs_a_service(context: typer.Context, more: Sequence[str] = ()) -> None:
+    """Refuse options that say something to a service, where --local asks none.
+
+    Args:
+        context: of the command.
+        more: the command's own parameters of that kind.
+    """
+    for name in (*(field.name for field in dataclasses.fields(ServiceOptions)), *more):
+        source = context.get_parameter_source(name)
+        # A target in the environment is for other calls.
+        if source is not None and source.name == "COMMANDLINE":
+            flag = "--" + name.replace("_", "-")
+            raise typer.BadParameter("cannot be combined with --local", param_hint=flag)
 
 
 def _file(name: str, help: str) -> inspect.Parameter:
