@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,17 @@ def run(app: ASGIApp, listener: socket.socket, announce: Callable[[], None]) -> 
         ),
         announce,
     )
-    server.run(sockets=[listener])
+
+    # uvicorn takes these signals, and sends them anew once it has ended: to end was the wish.
+    def end(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    before = [(number, signal.signal(number, end)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 class _Server(uvicorn.Server):
