@@ -30,9 +30,9 @@ _ARTICLES = frozenset({"a", "an", "the"})
 _CONJUNCTIONS = frozenset({"and", "but", "nor", "or", "while"})
 _PREPOSITIONS_AND_SUCH = """
     about above across after against along among are around as at back be before behind below
-    beneath beside between by down for from front has have her his in inside into is it its near
-    next of off on onto out outside over past that their this through to toward towards under up
-    upon was were which who with within without
+    beneath beside between by down each for from front has have her his in inside into is it its
+    near next of off on onto out outside over past that their this through to toward towards
+    under up upon was were which who with within without
 """
 # They say nothing alone, and a cut does not leave them as the end.
 _FUNCTION_WORDS = _ARTICLES | _CONJUNCTIONS | frozenset(_PREPOSITIONS_AND_SUCH.split())
@@ -146,9 +146,10 @@ def alt_text_of(
     whole, removed = _without_openings(_folded(caption.text))
     whole = _without_loose_end(whole)
     finished = _without_dangling_words(whole)
+    fitted = _fitted(finished, max_chars)
     unsure = caption.confidence < hedge_below
-    hedge = _HEDGE if unsure and _can_be_hedged(finished, max_chars) else ""
-    fitted = _fitted(finished, max_chars - len(hedge))
+    hedge = _HEDGE if unsure and _can_be_hedged(fitted, max_chars) else ""
+    fitted = _fitted(fitted, max_chars - len(hedge))
     text = _in_usual_case(fitted)
     found = {
         AltTextWarning.TOO_SHORT: len(_telling_words(fitted)) < _LEAST_TELLING_WORDS,

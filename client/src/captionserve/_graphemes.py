@@ -12,11 +12,13 @@ import unicodedata
 # characters: vowels of Thai and Lao, Katakana's voiced marks, skin tones.
 _GO_ON = frozenset("\u0e33\u0eb3\uff9e\uff9f\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
 _GO_ON_CATEGORIES = frozenset({"Mn", "Mc", "Me", "Cf"})
-# Letters that a following one joins; not all of them are format characters.
+# What goes on with what stands behind it.
 _PREPENDED = frozenset(
-    "\u0d4e\u1cf5\u1cf6\U000111c2\U000111c3\U0001193f\U00011941\U00011a3a"
-    "\U00011a84\U00011a85\U00011a86\U00011a87\U00011a88\U00011a89\U00011d46\U00011f02"
+    "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\u1cf5\u1cf6"
+    "\U000110bd\U000110cd\U000111c2\U000111c3\U0001193f\U00011941\U00011a3a\U00011a84\U00011a85"
+    "\U00011a86\U00011a87\U00011a88\U00011a89\U00011d46\U00011f02"
 )
+_ZERO_WIDTH_JOINER = "\u200d"
 _VIRAMA = 9  # The combining class of what joins two consonants.
 _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 _HANGUL_LEADING = (range(0x1100, 0x1160), range(0xA960, 0xA980))
@@ -43,9 +45,11 @@ def beginning(text: str, most: int) -> str:
 def _may_cut(text: str, place: int) -> bool:
     """Whether a text may end before the character at `place`, which is neither 0 nor its end."""
     before, after = text[place - 1], text[place]
-    if after in _GO_ON or unicodedata.category(after) in _GO_ON_CATEGORIES:
+    if after in _GO_ON or (
+        unicodedata.category(after) in _GO_ON_CATEGORIES and after not in _PREPENDED
+    ):
         return False
-    if before in _PREPENDED or unicodedata.category(before) == "Cf":
+    if before in _PREPENDED or before == _ZERO_WIDTH_JOINER:
         return False
     if unicodedata.combining(before) == _VIRAMA:
         return False

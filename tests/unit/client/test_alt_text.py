@@ -108,6 +108,7 @@ def test_a_sentence_begins_with_a_capital_and_keeps_acronyms(caption: str, text:
         ("a dog and -", "A dog", True),
         ("a sign with the letter a", "A sign with the letter a", False),
         ("people looking on", "People looking on", False),
+        ("...", "...", False),
     ],
 )
 def test_the_end_is_tidy(caption: str, text: str, unfinished: bool) -> None:
@@ -139,13 +140,31 @@ def test_a_long_caption_is_cut_where_a_phrase_ends(max_chars: int, text: str) ->
     assert found.truncated is (text != LONG)
 
 
-def test_a_word_that_is_too_long_is_cut_between_graphemes() -> None:
-    family, flag = "👩‍👩‍👧‍👦", "🇩🇪"
-    assert str(alt(family * 3, max_chars=2 * len(family) + 3)) == family * 2
-    assert str(alt(flag * 3, max_chars=3)) == flag
-    assert str(alt("e\u0301" * 5, max_chars=5)) == "E\u0301" + "e\u0301"
+GRAPHEMES = {
+    "mark": "e\u0301\u0323",
+    "family": "👩\u200d👩\u200d👧",
+    "skin tone": "👋🏽",
+    "flag": "🇩🇪",
+    "flag of tags": "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",
+    "keycap": "1\ufe0f\u20e3",
+    "conjunct": "\u0915\u094d\u0937",
+    "jamo": "\u1100\u1161\u11a8",
+    "jamo and syllable": "\u1100\uac00",
+    "Thai vowel": "\u0e01\u0e33",
+    "prepended": "\u0600\u0661",
+}
+
+
+@pytest.mark.parametrize("grapheme", GRAPHEMES.values(), ids=GRAPHEMES)
+def test_a_word_that_is_too_long_is_cut_between_graphemes(grapheme: str) -> None:
+    for more in range(len(grapheme)):
+        assert beginning(grapheme * 3, 2 * len(grapheme) + more) == grapheme * 2
     # No beginning of it is short enough.
-    assert str(alt(family, max_chars=3)) == family[:3]
+    assert beginning(grapheme, 1) == grapheme[:1]
+
+
+def test_a_cut_word_ends_with_no_hyphen() -> None:
+    assert str(alt("skate-boarders", max_chars=6)) == "Skate"
 
 
 def test_little_confidence_is_said_and_can_be_chosen() -> None:
@@ -315,6 +334,7 @@ LENGTHS = st.integers(1, 40) | st.just(125)
 @given(SAID, LENGTHS, TEXTS, TEXTS)
 @example(Said("The Lord Of Rings fan"), 17, "", "")
 @example(Said("dog A"), 40, "", "")
+@example(Said("ONE \u0130 OF IT"), 11, "", "")
 @example(Said("Vitamin A", 0.1), 40, "", "")
 @example(Said("the", 0.1), 40, "", "")
 @example(Said("The Lord", 0.1), 40, "", "")
