@@ -30,7 +30,6 @@ app = typer.Typer(
     name="captionserve",
     help="Export, serve and use image captioners.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(token, name="token")
