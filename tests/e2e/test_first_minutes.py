@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import os
 import re
 import shutil
@@ -264,3 +265,25 @@ def test_completion_is_installed_for_the_shell_of_who_asks(tmp_path: Path) -> No
     assert "captionserve" in (tmp_path / ".bashrc").read_text()
     installed = tmp_path / ".bash_completions" / "captionserve.sh"
     assert "_CAPTIONSERVE_COMPLETE=complete_bash" in installed.read_text()
+
+
+def test_the_doctor_says_that_this_machine_can_serve() -> None:
+    process = run("doctor", "--json")
+    assert process.returncode == 0, process.stdout
+    report = json.loads(process.stdout)
+    assert report["can_serve"] is True
+    names = ["python", "packages", "cores", "processor", "memory", "shared memory", "triton"]
+    assert [finding["name"] for finding in report["findings"]] == names
+    for finding in report["findings"]:
+        assert set(finding) == {"name", "found", "verdict", "advice"}
+
+
+def test_the_doctor_says_what_is_missing_and_what_to_do() -> None:
+    process = run("doctor", "--tritonserver", "/bin/true")
+    assert process.returncode == 1
+    lines = process.stdout.splitlines()
+    at = next(place for place, line in enumerate(lines) if line.startswith("error"))
+    assert re.fullmatch(r"error +triton +not found", lines[at])
+    assert re.fullmatch(r" +-> .* has no Python backend beside it", lines[at + 1])
+    assert lines[-2].startswith("to expect")
+    assert lines[-1] == "captionserve cannot serve here"
