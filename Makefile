@@ -86,7 +86,8 @@ soak-many: setup  ## 10,000 images, some of them broken, while Triton is killed 
 		--log-cli-level INFO
 
 soak-bulk: setup  ## 20,000 images in bulk, killed five times: each has its row once.
-	$(BIN)/python -m pytest tests/faults/test_bulk_soak.py --soak-bulk 20000
+	$(BIN)/python -m pytest tests/faults/test_bulk_soak.py --soak-bulk 20000 \
+		--log-cli-level INFO
 
 soak-overload: setup  ## Ten times as many calls as can be answered; another's with REPOSITORY=folder.
 	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 24 \
@@ -154,7 +155,7 @@ sbom: setup  ## What is in the images, as CycloneDX, in build/sbom.
 	$(BUILD_IMAGES) sbom
 	rm -rf build/sbom
 	container=$$(docker create captionserve-sbom:$(VERSION) none) \
-		&& docker cp $$container:/ build/sbom && docker rm $$container > /dev/null
+		&& docker cp $$container:/sbom build/sbom && docker rm $$container > /dev/null
 
 LOCK_TOOLS := build/lock-tools
 
