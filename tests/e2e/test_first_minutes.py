@@ -258,6 +258,19 @@ def test_a_shell_completes_commands_options_and_their_values(
     assert set(process.stdout.split()) == completions
 
 
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_complete_too(shell: str) -> None:
+    process = run(
+        _CAPTIONSERVE_COMPLETE=f"complete_{shell}",
+        _TYPER_COMPLETE_ARGS="captionserve ca",
+        _TYPER_COMPLETE_FISH_ACTION="get-args",
+    )
+    assert process.returncode == 0, process.stderr
+    assert "calibrate" in process.stdout
+    assert "caption" in process.stdout
+    assert "export" not in process.stdout
+
+
 def test_completion_is_installed_for_the_shell_of_who_asks(tmp_path: Path) -> None:
     (tmp_path / ".bashrc").touch()
     process = run("--install-completion", "bash", HOME=str(tmp_path))
