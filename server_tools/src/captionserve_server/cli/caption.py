@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from captionserve import (
@@ -16,6 +16,7 @@ from captionserve import (
     CaptionResult,
     GenerationOptions,
 )
+from captionserve._alt_text import DEFAULT_MAX_CHARS
 from rich.progress import track
 
 from captionserve_server.bulk.captioners import Captioner, Local, Service
@@ -70,16 +71,29 @@ def caption(
     stream: Annotated[
         bool, typer.Option("--stream", help="Print words as they become certain.")
     ] = False,
+    alt_text: Annotated[
+        bool, typer.Option("--alt-text", help="Give captions as drafts of alt text.")
+    ] = False,
+    alt_text_chars: Annotated[
+        int | None,
+        typer.Option(help=f"Characters of an alt text at most; else {DEFAULT_MAX_CHARS}.", min=1),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Caption image files with a running service, or with a model repository in this process."""
-    if stream and as_json:
-        raise typer.BadParameter("cannot be combined with --json", param_hint="--stream")
+    if stream and (as_json or alt_text):
+        raise typer.BadParameter(
+            "cannot be combined with --json or --alt-text", param_hint="--stream"
+        )
+    if alt_text_chars is not None and not alt_text:
+        raise typer.BadParameter("goes with --alt-text", param_hint="--alt-text-chars")
+    max_chars = (alt_text_chars or DEFAULT_MAX_CHARS) if alt_text else None
     if local is not None:
         refuse_what_needs_a_service(context, _SERVICE_ONLY)
     if bulk is not None:
         if stream or bypass_cache:
             raise typer.BadParameter("--stream and --bypass-cache are for single images")
+        bulk = dataclasses.replace(bulk, alt_text_chars=max_chars)
         with _refusals_as_wrong_usage(), ExitStack() as stack:
             captioners = _captioners(stack, service, local, timeout)
             raise typer.Exit(caption_many(sources, captioners, options, bulk, as_json=as_json))
@@ -87,14 +101,14 @@ def caption(
     collected: list[Answer] = []
     with _refusals_as_wrong_usage(), ExitStack() as stack:
         if local is not None:
-            answers = _answers(images, _local_outcomes(stack, images, options, local))
+            answers = _answers(images, _local_outcomes(stack, images, options, local), max_chars)
         else:
             client = stack.enter_context(service.client(timeout))
             if stream:
                 answers = (_stream(client, image, options) for image in images)
             else:
                 outcomes = _served_outcomes(client, images, options, bypass_cache=bypass_cache)
-                answers = _answers(images, outcomes)
+                answers = _answers(images, outcomes, max_chars)
         for answer in _with_progress(answers, len(images), quiet=stream):
             collected.append(answer)
             if not (as_json or stream):
@@ -120,12 +134,23 @@ def _with_progress(answers: Iterator[Answer], total: int, *, quiet: bool) -> Ite
     return track(answers, "captioning", total, console=messages, transient=True, disable=disable)
 
 
-def _answers(images: Sequence[Path], outcomes: Iterator[Outcome]) -> Iterator[Answer]:
-    """Each image's captions or its error; one bad image must not end the others."""
+def _answers(
+    images: Sequence[Path], outcomes: Iterator[Outcome], alt_text_chars: int | None
+) -> Iterator[Answer]:
+    """Each image's captions or its error; one bad image must not end the others.
+
+    Args:
+        images: the files.
+        outcomes: of each of them.
+        alt_text_chars: how long an alt text may be; None for none.
+    """
     for image, outcome in zip(images, outcomes, strict=True):
         if isinstance(outcome, CaptionResult):
-            captions = captions_as_json(outcome)
-            yield {"image": str(image), "cached": outcome.cached, "captions": captions}
+            answer: Answer = {"image": str(image), "cached": outcome.cached}
+            if alt_text_chars is not None:
+                alt_text = outcome.alt_text(alt_text_chars, file_name=image)
+                answer["alt_text"] = dataclasses.asdict(alt_text)
+            yield {**answer, "captions": captions_as_json(outcome)}
         else:
             yield _problem(image, outcome)
 
@@ -227,6 +252,13 @@ def _print(answer: Answer) -> None:
     if "error" in answer:
         error = cast("dict[str, str]", answer["error"])
         messages.print(f"{answer['image']}: {error['reason']}: {error['message']}", markup=False)
+        return
+    if "alt_text" in answer:
+        alt_text = cast("dict[str, Any]", answer["alt_text"])
+        output.print(f"{answer['image']}: {alt_text['text']}", markup=False)
+        for warning in alt_text["warnings"]:
+            said = warning.replace("_", " ")
+            messages.print(f"{answer['image']}: warning: {said}", markup=False)
         return
     for found in cast("list[dict[str, object]]", answer["captions"]):
         output.print(f"{answer['image']}: {found['text']} ({found['score']:.3f})", markup=False)
