@@ -22,7 +22,7 @@ from captionserve_server.core.preprocessing import (
     preprocess_array,
     preprocess_picture,
 )
-from captionserve_server.local.images import image_pixels
+from captionserve_server.local.images import image_views
 from PIL import Image
 
 CONFIG = PreprocessorConfig()
@@ -191,7 +191,7 @@ def refuse(size: int) -> AbstractContextManager[None]:
 )
 def test_pixels_of_a_caller_are_copied_only_into_what_is_reserved(image: object) -> None:
     with pytest.raises(RuntimeError, match="no room"):
-        image_pixels(image, CONFIG, refuse)  # type: ignore[arg-type]
+        image_views(image, CONFIG, refuse)  # type: ignore[arg-type]
 
 
 def test_an_array_has_the_limit_of_files() -> None:

@@ -74,13 +74,13 @@ class Queue:
         self.going: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    def come(self, name: str, *, bulk: bool = False, deadline: float = FAR) -> None:
+    def come(self, name: str, *, views: int = 1, bulk: bool = False, deadline: float = FAR) -> None:
         """A call whose identity is the name's first letter."""
         self.going[name] = asyncio.Event()
-        self.tasks[name] = asyncio.create_task(self._work(name, bulk, deadline))
+        self.tasks[name] = asyncio.create_task(self._work(name, views, bulk, deadline))
 
-    async def _work(self, name: str, bulk: bool, deadline: float) -> None:
-        async with self.turns.turn(name[0], bulk=bulk, deadline=deadline):
+    async def _work(self, name: str, views: int, bulk: bool, deadline: float) -> None:
+        async with self.turns.turn(name[0], views=views, bulk=bulk, deadline=deadline):
             self.begun.append(name)
             await self.going[name].wait()
 
@@ -155,9 +155,9 @@ def test_a_turn_that_does_not_come_in_time_is_an_error() -> None:
     async def go() -> None:
         turns = Turns(1)
         clock = asyncio.get_running_loop().time
-        async with turns.turn("a", bulk=False, deadline=FAR):
+        async with turns.turn("a", views=1, bulk=False, deadline=FAR):
             with pytest.raises(DeadlineExceededError):
-                async with turns.turn("b", bulk=False, deadline=clock() + 0.05):
+                async with turns.turn("b", views=1, bulk=False, deadline=clock() + 0.05):
                     pass
         assert (turns.working, turns.waiting) == (0, 0)
 
@@ -167,7 +167,7 @@ def test_a_turn_that_does_not_come_in_time_is_an_error() -> None:
 async def answered(turns: Turns, seconds: float, *, times: int = 3) -> None:
     """So many answers that take so long."""
     for _ in range(times):
-        async with turns.turn("a", bulk=False, deadline=FAR):
+        async with turns.turn("a", views=1, bulk=False, deadline=FAR):
             await asyncio.sleep(seconds)
 
 
@@ -176,10 +176,10 @@ def test_who_cannot_be_answered_in_time_is_refused_at_once() -> None:
         turns = Turns(1)
         clock = asyncio.get_running_loop().time
         await answered(turns, 0.05)
-        async with turns.turn("a", bulk=False, deadline=FAR):
+        async with turns.turn("a", views=1, bulk=False, deadline=FAR):
             begin = clock()
             with pytest.raises(OverloadedError):
-                async with turns.turn("b", bulk=False, deadline=begin + 0.06):
+                async with turns.turn("b", views=1, bulk=False, deadline=begin + 0.06):
                     pass
             assert clock() - begin < 0.05
 
@@ -190,7 +190,9 @@ def test_where_nobody_waits_nobody_is_refused_for_what_took_long_once() -> None:
     async def go() -> None:
         turns = Turns(1)
         await answered(turns, 0.1)
-        async with turns.turn("a", bulk=False, deadline=asyncio.get_running_loop().time() + 0.01):
+        async with turns.turn(
+            "a", views=1, bulk=False, deadline=asyncio.get_running_loop().time() + 0.01
+        ):
             pass
 
     asyncio.run(go())
@@ -204,11 +206,11 @@ def test_a_turn_that_comes_too_late_for_an_answer_is_given_to_the_next() -> None
         await answered(turns, 0.05)
 
         async def work(name: str, deadline: float) -> None:
-            async with turns.turn(name, bulk=False, deadline=deadline):
+            async with turns.turn(name, views=1, bulk=False, deadline=deadline):
                 begun.append(name)
                 await asyncio.sleep(0)
 
-        async with turns.turn("a", bulk=False, deadline=FAR):
+        async with turns.turn("a", views=1, bulk=False, deadline=FAR):
             late = asyncio.create_task(work("b", clock() + 0.2))
             next_one = asyncio.create_task(work("c", FAR))
             await asyncio.sleep(0.16)  # Longer than it was reckoned to take.
@@ -226,15 +228,15 @@ def test_what_is_given_up_late_counts_as_taking_long() -> None:
         clock = asyncio.get_running_loop().time
 
         async def give_up() -> None:
-            async with turns.turn("a", bulk=False, deadline=FAR):
+            async with turns.turn("a", views=1, bulk=False, deadline=FAR):
                 await asyncio.sleep(0.02)
                 raise DeadlineExceededError("too late")
 
         await answered(turns, 0.0)
         await asyncio.gather(*(give_up() for _ in range(20)), return_exceptions=True)
-        async with turns.turn("a", bulk=False, deadline=FAR):
+        async with turns.turn("a", views=1, bulk=False, deadline=FAR):
             with pytest.raises(OverloadedError):
-                async with turns.turn("b", bulk=False, deadline=clock() + 0.02):
+                async with turns.turn("b", views=1, bulk=False, deadline=clock() + 0.02):
                     pass
 
     asyncio.run(go())

@@ -172,7 +172,7 @@ def test_pixel_values_of_the_processor_give_the_caption_of_the_file(setup: Setup
     from captionserve_server.core.preprocessing import preprocess
 
     config = setup.model._preprocessor
-    pixels = preprocess(IMAGE, config).astype(np.float32)
+    pixels = preprocess(IMAGE, config).whole.astype(np.float32)
     mean, std = (
         np.array(of, np.float32)[:, None, None] for of in (config.image_mean, config.image_std)
     )
