@@ -55,7 +55,8 @@ def test_nothing_asked_for_is_the_whole_in_the_checkpoints_way() -> None:
 
 
 def test_arrays_are_lists_of_numbers() -> None:
-    asked = Framing.of(np.array([BOX, (1, 2, 3, 4)]), np.array([2, 1]))
+    arrays: Any = np.array([BOX, (1, 2, 3, 4)]), np.array([2, 1])
+    asked = Framing.of(*arrays)
     assert asked == Framing((BOX, (1, 2, 3, 4)), (2, 1))
     assert {type(edge) for box in asked.regions for edge in box} == {int}
 

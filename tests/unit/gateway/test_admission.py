@@ -113,6 +113,63 @@ def test_turns_are_fair_among_callers() -> None:
     assert run(scenario) == ["a1", "b1", "c1", "a2", "a3", "a4"]
 
 
+def test_parts_count_in_what_a_caller_has_in_work() -> None:
+    async def scenario(queue: Queue) -> None:
+        queue.come("a1", views=3)
+        queue.come("b1")
+        await settle()
+        assert queue.turns.working == 4
+        for name in ("a2", "b2"):
+            queue.come(name)
+            await settle()
+        assert queue.turns.waiting == 2
+        # B, whose three are one less than A's, is next twice.
+        await queue.finish("b1")
+        await queue.finish("b2")
+
+    assert run(scenario, at_once=4) == ["a1", "b1", "b2", "a2"]
+
+
+def test_smaller_ones_do_not_pass_a_larger_one_by() -> None:
+    async def scenario(queue: Queue) -> None:
+        for name, views in (("a1", 1), ("b1", 3), ("c1", 4), ("d1", 1)):
+            queue.come(name, views=views)
+            await settle()
+        await queue.finish("a1")
+        assert queue.begun == ["a1", "b1"]
+        await queue.finish("b1")
+        assert queue.begun == ["a1", "b1", "c1"]
+        await queue.finish("c1")
+
+    assert run(scenario, at_once=4) == ["a1", "b1", "c1", "d1"]
+
+
+def test_what_is_larger_than_all_there_is_works_alone() -> None:
+    async def scenario(queue: Queue) -> None:
+        for name, views in (("a1", 1), ("b1", 9), ("c1", 1)):
+            queue.come(name, views=views)
+            await settle()
+        assert (queue.turns.working, queue.turns.waiting) == (1, 10)
+        await queue.finish("a1")
+        assert (queue.turns.working, queue.turns.waiting) == (9, 1)
+        await queue.finish("b1")
+
+    assert run(scenario, at_once=4) == ["a1", "b1", "c1"]
+
+
+def test_who_gives_up_at_the_head_lets_those_behind_it_in() -> None:
+    async def scenario(queue: Queue) -> None:
+        for name, views in (("a1", 3), ("b1", 2), ("c1", 1)):
+            queue.come(name, views=views)
+            await settle()
+        assert queue.begun == ["a1"]
+        queue.tasks["b1"].cancel()
+        await settle()
+        assert queue.begun == ["a1", "c1"]
+
+    assert run(scenario, at_once=4) == ["a1", "c1"]
+
+
 def test_whoever_has_the_least_in_work_is_next() -> None:
     async def scenario(queue: Queue) -> None:
         for name in ("a1", "a2", "a3", "a4", "b1", "b2"):

@@ -30,7 +30,6 @@ from tests.unit.triton.stand_in import InferenceRequest, Logger, outputs_of, req
 many = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 
 ROOM = 2
-OF_PARTS = (wire.REGION_BOXES, wire.REGION_CAPTIONS)
 
 
 class PlainFinisher(Finisher):
@@ -127,7 +126,8 @@ def test_captions_of_any_lengths_can_be_read_from_their_tensors(
     ]
     tensors = caption_tensors(told)
     longest = max(map(len, ids))
-    wanted = set(wire.CAPTIONS) - (set() if grids else {wire.ATTENTIONS}) - set(OF_PARTS)
+    asked_for = {wire.ATTENTIONS} if grids else set()
+    wanted = set(wire.CAPTIONS).difference(wire.WHERE_ASKED_FOR) | asked_for
     assert set(tensors) == wanted
     for row, caption in enumerate(told):
         length = len(caption.token_ids)
@@ -166,10 +166,34 @@ def test_tensors_have_the_types_that_their_specs_say() -> None:
         "TYPE_FP32": np.float32,
         "TYPE_FP64": np.float64,
     }
-    tensors = caption_tensors([finished((1, 2), np.zeros((2, 2, 2), np.float32))])
+    told = [finished((1, 2), np.zeros((2, 2, 2), np.float32))]
+    tensors = caption_tensors(told, [((0, 0, 1, 1), told)])
+    assert set(tensors) == set(wire.CAPTIONS)
     for spec, array in tensors.items():
         assert array.dtype == types[spec.data_type], spec.name
         assert array.ndim == len(spec.dims), spec.name
+
+
+def test_an_image_with_parts_takes_the_room_of_each(setup: Setup) -> None:
+    with pytest.raises(OverloadedError):
+        setup.accept(views=ROOM + 1)
+    request, captioning = setup.accept(views=ROOM)
+    with pytest.raises(OverloadedError):
+        setup.accept()
+    captioning.end(CancelledError("the caller has gone"))
+    assert error_of(request).reason == "CANCELLED"
+    wait_until(lambda: has_room(setup))
+
+
+def test_captions_of_parts_follow_those_of_the_whole(setup: Setup) -> None:
+    request, captioning = setup.accept(views=2)
+    captioning.boxes = [(0, 1, 2, 3), (4, 5, 6, 7), (1, 1, 2, 2)]
+    captioning.end([[decoded(1), decoded(2)], [decoded(3, 4, 5)], [], [decoded(6)]])
+    outputs = outputs_of(answer_of(request))
+    assert outputs["TEXT"].tolist() == [b"b", b"c", b"def", b"g"]
+    assert outputs["TOKEN_IDS"][2].tolist() == [3, 4, 5]
+    assert outputs["REGION_BOXES"].tolist() == [list(box) for box in captioning.boxes]
+    assert outputs["REGION_CAPTIONS"].tolist() == [1, 0, 1]
 
 
 def test_one_more_than_there_is_room_for_is_refused_until_one_is_answered(setup: Setup) -> None:

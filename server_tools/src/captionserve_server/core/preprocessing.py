@@ -12,9 +12,9 @@ it were a file of its own. There are three ways of resizing, all with the checkp
     center_crop   the smallest picture of the same aspect that covers the encoder's size, its longer
                   side rounded down, and the middle of that: what transformers' processors do with
                   size={"shortest_edge": n}, do_center_crop and crop_size=n
-    letterbox     the largest picture of the same aspect that fits into it, its shorter side rounded,
-                  in the middle of the colour that is nearest to what normalising makes 0: what
-                  Pillow's ImageOps.pad does
+    letterbox     the largest picture of the same aspect that fits into it, its shorter side
+                  rounded, in the middle of the colour that is nearest to what normalising makes 0:
+                  what Pillow's ImageOps.pad does
 """
 
 from __future__ import annotations

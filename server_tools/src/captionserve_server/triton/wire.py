@@ -94,14 +94,13 @@ TOKEN_LOGPROBS = TensorSpec("TOKEN_LOGPROBS", "TYPE_FP32", (-1, -1))
 TOKEN_TEXTS = TensorSpec("TOKEN_TEXTS", "TYPE_STRING", (-1, -1))
 """[captions, longest caption], each token's part of the text, padded with empty strings."""
 ATTENTIONS = TensorSpec("ATTENTIONS", "TYPE_FP32", (-1, -1, -1, -1))
-"""[captions, longest caption, grid rows, grid columns], padded with 0; missing where not
-asked for."""
+"""[captions, longest caption, grid rows, grid columns], padded with 0."""
 REGION_BOXES = TensorSpec("REGION_BOXES", "TYPE_INT32", (-1, 4))
 """[parts], where each part of the image is, as in REGIONS, which come first, and then the cells of
-TILES row by row; missing where no parts were asked for."""
+TILES row by row."""
 REGION_CAPTIONS = TensorSpec("REGION_CAPTIONS", "TYPE_INT32", (-1,))
 """[parts], how many captions each part has. In the tensors above, the first captions are those of
-the whole image; those of the parts follow, part by part. Missing like REGION_BOXES."""
+the whole image; those of the parts follow, part by part."""
 
 TIMES = TensorSpec("TIMES", "TYPE_FP64", (1 + len(STAGES),))
 """When the decoder took the request, in seconds since 1970, and how many seconds each of its stages
@@ -123,6 +122,8 @@ CAPTIONS = (
     REGION_BOXES,
     REGION_CAPTIONS,
 )
+WHERE_ASKED_FOR = (ATTENTIONS, REGION_BOXES, REGION_CAPTIONS)
+"""Of those, which are missing where they were not asked for."""
 
 ANSWER = (*CAPTIONS, TIMES)
 """What the last response of a request has."""
