@@ -329,3 +329,50 @@ def test_no_turn_is_lost_whatever_happens(steps: list[tuple[str, bool, str]], at
         assert (queue.turns.working, queue.turns.waiting) == (0, 0)
 
     asyncio.run(go())
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from("abc"),
+            st.integers(1, 6),
+            st.booleans(),
+            st.sampled_from(["come", "come", "go", "leave"]),
+        ),
+        max_size=40,
+    ),
+    at_once=st.integers(1, 5),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_more_views_are_at_work_than_fit_and_none_is_lost(
+    steps: list[tuple[str, int, bool, str]], at_once: int
+) -> None:
+    async def go() -> None:
+        queue = Queue(at_once)
+        sizes: dict[str, int] = {}
+        for number, (identity, views, bulk, what) in enumerate(steps):
+            running = [name for name, task in queue.tasks.items() if not task.done()]
+            if what == "come":
+                sizes[f"{identity}{number}"] = views
+                queue.come(f"{identity}{number}", views=views, bulk=bulk)
+            elif running and what == "go":
+                queue.going[running[0]].set()
+            elif running:
+                queue.tasks[running[-1]].cancel()
+            await settle()
+            live = {name for name, task in queue.tasks.items() if not task.done()}
+            at_work = live & set(queue.begun)
+            assert queue.turns.working == sum(sizes[name] for name in at_work)
+            assert queue.turns.waiting == sum(sizes[name] for name in live - at_work)
+            assert queue.turns.working <= at_once or len(at_work) == 1
+            # Of those who wait at least one does not fit.
+            largest = max((sizes[name] for name in live - at_work), default=None)
+            if largest is not None:
+                assert queue.turns.working + min(largest, at_once) > at_once
+        for event in queue.going.values():
+            event.set()
+        await asyncio.gather(*queue.tasks.values(), return_exceptions=True)
+        assert (queue.turns.working, queue.turns.waiting) == (0, 0)
+        assert not queue.turns._callers
+
+    asyncio.run(go())
