@@ -251,6 +251,13 @@ def test_the_command_line_asks_for_parts(
         assert answer["captions"][0]["text"] == expected.text
         found = [(tuple(each["box"]), each["captions"][0]["text"]) for each in answer["regions"]]
         assert found == [(region.box, region.text) for region in expected.regions]
+    for extra in ((), ("--stream",)):
+        lines = run("caption", str(path), *flags, *extra, *target).stdout.splitlines()
+        assert lines[0].startswith(f"{path}: {expected.text}")
+        assert [line.rsplit(" (", 1)[0] for line in lines[1:]] == [
+            f"{path} [{','.join(map(str, region.box))}]: {region.text}"
+            for region in expected.regions
+        ]
 
 
 @pytest.mark.parametrize(
