@@ -239,6 +239,24 @@ def test_parts_are_captioned_as_files_of_their_pixels_would_be(setup: Setup) -> 
     wait_until(lambda: setup.unanswered == 0 and setup.running == 0)
 
 
+def test_attention_that_fits_into_no_answer_is_refused(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from captionserve_server.triton import decoder
+
+    # Of 4 x 4 patches, 4 bytes each: 2 captions of 12 tokens for the whole and 2 parts.
+    monkeypatch.setattr(decoder, "_MAX_ATTENTION_BYTES", 3 * 2 * 12 * 16 * 4)
+    given = {"num_beams": 2, "num_return_sequences": 2, "max_length": 12, "output_attentions": True}
+    fits = setup.ask(TILES=np.array([1, 2], np.int32), OPTIONS=json.dumps(given))
+    assert outputs_of(answer_of(fits))["ATTENTIONS"].nbytes <= decoder._MAX_ATTENTION_BYTES
+    error = error_of(setup.ask(TILES=np.array([1, 3], np.int32), OPTIONS=json.dumps(given)))
+    assert set(error.field_violations) == {"output_attentions"}
+    without = json.dumps(given | {"output_attentions": False})
+    plain = setup.ask(TILES=np.array([1, 3], np.int32), OPTIONS=without)
+    assert not answer_of(plain).has_error()
+    wait_until(lambda: setup.unanswered == 0)
+
+
 def test_pixel_values_have_no_parts(setup: Setup) -> None:
     request = request_of(
         PIXEL_VALUES=np.zeros((3, 32, 32), np.float32), TILES=np.array([1, 1], np.int32)

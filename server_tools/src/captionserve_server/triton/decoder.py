@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.captions import CaptionPlan
 from captionserve_server.core.decode_budget import DecodeBudget
 from captionserve_server.core.detokenise import TextStream
 from captionserve_server.core.engine.engine_thread import EngineThread
@@ -28,6 +29,7 @@ from captionserve_server.core.engine.worker import WorkerPool
 from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,
+    InvalidOptionsError,
     InvalidRequestError,
     ModelUnavailableError,
 )
@@ -69,6 +71,8 @@ from captionserve_server.triton.pb import (
 # At the end, what is in work may take this long each: a step, an image, an answer. A thread that
 # takes longer is left behind; Triton ends the process in any case.
 _CLOSE_SECONDS = 10.0
+# Of the 64 MiB that a client takes.
+_MAX_ATTENTION_BYTES = 48 << 20
 # When a thread has died, for the last answers to leave.
 _LAST_ANSWERS_SECONDS = 2.0
 
@@ -150,6 +154,7 @@ class TritonPythonModel:
         views = self._views(request, framing, caller)
         given = parse_options(read_bytes(request, wire.OPTIONS) or b"{}")
         plan = self._bundle.plan(given, self._tokenizer.encode)
+        self._refuse_what_no_answer_holds(plan, framing)
         stream = TextStream(self._tokenizer.decode) if read_flag(request, wire.STREAM) else None
         self._answering.enter(framing.views)
         captioning = Captioning(self._answering, caller, plan, framing.views, stream)
@@ -176,6 +181,18 @@ class TritonPythonModel:
         # A copy: Triton takes the memory of its tensors back.
         own = np.array(values)
         return lambda: Views((pixels_of_values(own, self._preprocessor),))
+
+    def _refuse_what_no_answer_holds(self, plan: CaptionPlan, framing: Framing) -> None:
+        """Refuse attention of so many captions and parts that it fits into no message."""
+        options, geometry = plan.options, self._bundle.geometry
+        if not options.output_attentions:
+            return
+        maps = framing.views * options.num_return_sequences * options.max_length
+        size = maps * geometry.grid_rows * geometry.grid_cols * np.dtype(np.float32).itemsize
+        if size > _MAX_ATTENTION_BYTES:
+            most = _MAX_ATTENTION_BYTES >> 20
+            text = f"may take {size >> 20} MiB for all captions and parts, at most {most} fit"
+            raise InvalidOptionsError({"output_attentions": text})
 
     def _prepare(self, prepared: Callable[[], Views], captioning: Captioning) -> None:
         """What an image thread does for a request."""
