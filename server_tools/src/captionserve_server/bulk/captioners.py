@@ -39,10 +39,10 @@ class Captioner(Protocol):
 class Service:
     """A running service."""
 
-    def __init__(self, client: CaptionClient, framing: Framing) -> None:
+    def __init__(self, client: CaptionClient, framing: Framing | None = None) -> None:
         """Ask by this client, whose timeout is that of each image, for what is in the framing."""
         self._client = client
-        self._framing = framing
+        self._framing = framing or Framing()
 
     def model(self) -> dict[str, object]:
         """The version that is asked when none is named."""
@@ -59,10 +59,10 @@ class Service:
 class Local:
     """A model in this process."""
 
-    def __init__(self, captioner: LocalCaptioner, framing: Framing) -> None:
+    def __init__(self, captioner: LocalCaptioner, framing: Framing | None = None) -> None:
         """Caption with this one, as the framing says."""
         self._captioner = captioner
-        self._framing = framing
+        self._framing = framing or Framing()
 
     def model(self) -> dict[str, object]:
         """The version that was loaded."""
