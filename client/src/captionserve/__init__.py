@@ -4,6 +4,7 @@ from captionserve._aio import AsyncCaptionClient
 from captionserve._alt_text import AltText, AltTextWarning
 from captionserve._client import CaptionClient
 from captionserve._errors import CaptionError
+from captionserve._framing import Framing
 from captionserve._images import ImageInput
 from captionserve._many import Outcome
 from captionserve._options import GenerationOptions
@@ -17,6 +18,7 @@ from captionserve._results import (
     CaptionResult,
     CaptionUpdate,
     Continuation,
+    DescribedRegion,
     FinishReason,
     LikelyToken,
     ModelInfo,
@@ -40,7 +42,9 @@ __all__ = [
     "CaptionResult",
     "CaptionUpdate",
     "Continuation",
+    "DescribedRegion",
     "FinishReason",
+    "Framing",
     "GenerationOptions",
     "ImageInput",
     "ImageToTextPipeline",

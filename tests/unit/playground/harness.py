@@ -14,6 +14,7 @@ from captionserve import (
     CaptionResult,
     CaptionUpdate,
     FinishReason,
+    Framing,
     GenerationOptions,
 )
 from captionserve_server.playground.app import Bounds, playground_app
@@ -45,22 +46,22 @@ class Told:
     """A Captioner.
 
     Attributes:
-        asked: the images and options of all calls.
+        asked: what all calls were asked.
         error: what calls fail with after their first word.
         hold: whether calls never end.
         ended: calls that have ended, in whatever way.
     """
 
     def __init__(self) -> None:
-        self.asked: list[tuple[bytes, GenerationOptions]] = []
+        self.asked: list[tuple[bytes, GenerationOptions, Framing]] = []
         self.error: CaptionError | None = None
         self.hold = False
         self.ended = 0
 
     async def captions(
-        self, image: bytes, options: GenerationOptions
+        self, image: bytes, options: GenerationOptions, framing: Framing
     ) -> AsyncIterator[CaptionUpdate]:
-        self.asked.append((image, options))
+        self.asked.append((image, options, framing))
         try:
             yield CaptionUpdate("a", (4,), None)
             if self.hold:

@@ -26,7 +26,9 @@ def test_words_come_as_lines_and_the_result_last() -> None:
     told = Told()
     with page(told) as visitor:
         response = visitor.post(
-            "/api/caption", content=body(b"\n\nbytes\n", options={"num_beams": 2}), headers=HEADERS
+            "/api/caption",
+            content=body(b"\n\nbytes\n", options={"num_beams": 2}, tiles=[1, 2]),
+            headers=HEADERS,
         )
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("application/x-ndjson")
@@ -38,7 +40,7 @@ def test_words_come_as_lines_and_the_result_last() -> None:
     assert last["result"]["captions"][0]["score"] is None
     assert last["seconds"] >= 0
     # The first line alone is what is asked: an image may have any bytes.
-    assert told.asked == [(b"\n\nbytes\n", GenerationOptions(num_beams=2))]
+    assert told.asked == [(b"\n\nbytes\n", GenerationOptions(num_beams=2), {"tiles": [1, 2]})]
 
 
 def test_a_failed_call_is_told_with_reason_and_fields_behind_its_words() -> None:
@@ -190,6 +192,39 @@ def test_the_page_is_light_and_asks_no_other_host() -> None:
         assert "innerHTML" not in text
         if file.suffix == ".html":
             assert not re.search(r"\son\w+=|\sstyle=|<style|<script(?![^>]*\ssrc=)", text)
+
+
+def alt_text(**asked: Any) -> bytes:
+    caption = {"text": "a photo of a dog on a red mat", "confidence": 0.9, "degenerate": False}
+    whole = {"caption": caption, "max_chars": 125, "nearby_text": None, "file_name": "x.jpg"}
+    return json.dumps(whole | asked).encode()
+
+
+def test_an_alt_text_is_the_clients_own() -> None:
+    with page(Told()) as visitor:
+        response = visitor.post("/api/alt-text", content=alt_text(max_chars=9), headers=HEADERS)
+    draft = response.json()
+    assert draft["text"] == "A dog"
+    assert draft["removed"] == ["a photo of"]
+    assert draft["truncated"] is True
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_chars": 0},
+        {"max_chars": "9"},
+        {"caption": None},
+        {"caption": {"text": 3, "confidence": 1, "degenerate": False}},
+        {"caption": {"text": "a dog"}},
+    ],
+    ids=str,
+)
+def test_an_alt_text_without_caption_or_room_is_refused(asked: dict[str, Any]) -> None:
+    with page(Told()) as visitor:
+        response = visitor.post("/api/alt-text", content=alt_text(**asked), headers=HEADERS)
+        assert response.status_code == 400
+        assert visitor.post("/api/alt-text", content=b"[", headers=HEADERS).status_code == 400
 
 
 def test_nothing_is_remembered_of_a_visitor() -> None:

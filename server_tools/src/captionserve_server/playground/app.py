@@ -23,7 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from captionserve import CaptionError, GenerationOptions
+from captionserve import CaptionError, Framing, GenerationOptions
+from captionserve._alt_text import alt_text_of
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -77,6 +78,23 @@ class Refused(Exception):  # noqa: N818  # It is an answer.
             self.error["code"] = "RESOURCE_EXHAUSTED"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What is asked of an image."""
+
+    options: GenerationOptions
+    framing: Framing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What the page knows of a caption, as `alt_text_of` wants it."""
+
+    text: str
+    confidence: float
+    degenerate: bool
+
+
 class Playground:
     """The answers of the page's server."""
 
@@ -97,7 +115,7 @@ class Playground:
     async def model(self, request: Request) -> Response:
         """What answers; or, with status 200 too, why nothing does: the page says it in words."""
         try:
-            facts = await self._asked().facts()
+            facts = await self._captioner().facts()
         except CaptionError as error:
             return _json({"error": error_as_json(error)})
         bounds = {"image_bytes": self._bounds.image_bytes, "at_once": self._bounds.at_once}
@@ -110,23 +128,37 @@ class Playground:
         self._working += 1
         try:
             body = await self._body(request, self._bounds.image_bytes + _MAX_ASKED_BYTES)
-            options, image = _read_asked(body)
+            asked, image = _read_asked(body)
             if len(image) > self._bounds.image_bytes:
                 raise self._too_large()
         except BaseException:
             self._end()
             raise
-        return _Lines(self._events(image, options), self._end)
+        return _Lines(self._events(image, asked), self._end)
+
+    async def alt_text(self, request: Request) -> Response:
+        """A draft of an alt text for a caption that the page has already."""
+        asked = _parsed(await self._body(request, _MAX_ASKED_BYTES))
+        try:
+            draft = alt_text_of(
+                _Told(**asked["caption"]),
+                asked["max_chars"],
+                nearby_text=asked["nearby_text"],
+                file_name=asked["file_name"],
+            )
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise Refused(
+                400, "INVALID_REQUEST", "an alt text needs a caption, and room"
+            ) from error
+        return _json(dataclasses.asdict(draft))
 
     def _end(self) -> None:
         self._working -= 1
 
-    async def _events(
-        self, image: bytes, options: GenerationOptions
-    ) -> AsyncGenerator[Mapping[str, Any], None]:
+    async def _events(self, image: bytes, asked: _Asked) -> AsyncGenerator[Mapping[str, Any], None]:
         begun = time.monotonic()
         end = asyncio.get_running_loop().time() + self._bounds.caption_seconds
-        updates: Any = self._asked().captions(image, options)
+        updates: Any = self._captioner().captions(image, asked.options, asked.framing)
         async with aclosing(updates):
             while True:
                 left = end - asyncio.get_running_loop().time()
@@ -185,7 +217,7 @@ class Playground:
         most = self._bounds.image_bytes / 2**20
         return Refused(413, "IMAGE_TOO_LARGE", f"an image may have at most {most:g} MiB")
 
-    def _asked(self) -> Captioner:
+    def _captioner(self) -> Captioner:
         if self.captioner is None:
             raise RuntimeError("the app has not been started")
         return self.captioner
@@ -216,6 +248,7 @@ def playground_app(
             Route("/api/options", playground.options),
             Route("/api/model", playground.model),
             Route("/api/caption", playground.caption, methods=["POST"]),
+            Route("/api/alt-text", playground.alt_text, methods=["POST"]),
             *(Route(path, _file(path)) for path in files()),
         ],
         middleware=[Middleware(OwnPageOnly, names=names)],
@@ -311,20 +344,27 @@ async def _refused(request: Request, refused: Exception) -> Response:
     return JSONResponse({"error": refused.error}, status_code=refused.status)
 
 
-def _read_asked(body: bytes) -> tuple[GenerationOptions, bytes]:
+def _read_asked(body: bytes) -> tuple[_Asked, bytes]:
     """What is asked, a line of JSON, and the image, all that stands behind it."""
     line, newline, image = body.partition(b"\n")
-    try:
-        asked = json.loads(line) if newline and len(line) <= _MAX_ASKED_BYTES else None
-    except (ValueError, RecursionError):
-        asked = None
-    options = asked.get("options") if isinstance(asked, dict) else None
-    if not isinstance(options, dict):
+    asked = _parsed(line) if newline and len(line) <= _MAX_ASKED_BYTES else {}
+    options = asked.pop("options", None)
+    if not isinstance(options, dict) or asked.keys() - Framing.__annotations__.keys():
         raise Refused(400, "INVALID_REQUEST", "the body must be a line of JSON, then the image")
     unknown = sorted(options.keys() - OPTIONS.keys())
     if unknown:
         raise Refused(400, "INVALID_OPTIONS", f"{unknown[0][:60]} is not an option")
-    return GenerationOptions(**options), image
+    framing: Any = asked
+    return _Asked(GenerationOptions(**options), framing), image
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """A JSON object; empty where it is none."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _json(values: Mapping[str, Any]) -> Response:

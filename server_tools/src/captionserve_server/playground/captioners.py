@@ -8,7 +8,13 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from captionserve import AsyncCaptionClient, CaptionResult, CaptionUpdate, GenerationOptions
+from captionserve import (
+    AsyncCaptionClient,
+    CaptionResult,
+    CaptionUpdate,
+    Framing,
+    GenerationOptions,
+)
 
 from captionserve_server.bulk.local_outcomes import local_outcomes
 from captionserve_server.local import LocalCaptioner
@@ -19,7 +25,9 @@ _FACTS_SECONDS = 5.0
 class Captioner(Protocol):
     """Captions one image at a time; may be asked for several at once."""
 
-    def captions(self, image: bytes, options: GenerationOptions) -> AsyncIterator[CaptionUpdate]:
+    def captions(
+        self, image: bytes, options: GenerationOptions, framing: Framing
+    ) -> AsyncIterator[CaptionUpdate]:
         """What becomes known of an image's captions, at last the result.
 
         Raises:
@@ -44,10 +52,10 @@ class Served:
         self._where = where
 
     async def captions(
-        self, image: bytes, options: GenerationOptions
+        self, image: bytes, options: GenerationOptions, framing: Framing
     ) -> AsyncIterator[CaptionUpdate]:
         """As Captioner has it."""
-        async with aclosing(self._client.caption_stream(image, options)) as updates:
+        async with aclosing(self._client.caption_stream(image, options, **framing)) as updates:
             async for update in updates:
                 yield update
 
@@ -73,11 +81,11 @@ class Local:
         self._where = where
 
     async def captions(
-        self, image: bytes, options: GenerationOptions
+        self, image: bytes, options: GenerationOptions, framing: Framing
     ) -> AsyncIterator[CaptionUpdate]:
         """As Captioner has it."""
         (outcome,) = await asyncio.to_thread(
-            lambda: list(local_outcomes(self._captioner, [image], options))
+            lambda: list(local_outcomes(self._captioner, [image], options, framing))
         )
         if not isinstance(outcome, CaptionResult):
             raise outcome
