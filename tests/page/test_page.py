@@ -41,7 +41,7 @@ HANDED_OVER = """
     const text = document.getElementById("caption").textContent;
     if (text && !window.texts.length) window.first = performance.now() - window.begun;
     if (text && text !== window.texts.at(-1)) window.texts.push(text);
-  }).observe(document.getElementById("caption"), { childList: true, characterData: true, subtree: true });
+  }).observe(document.getElementById("caption"), { childList: true, subtree: true });
   document.dispatchEvent(kind === "drop"
     ? new DragEvent("drop", { dataTransfer: carried, bubbles: true, cancelable: true })
     : new ClipboardEvent("paste", { clipboardData: carried, bubbles: true }));
@@ -84,7 +84,9 @@ def test_words_appear_as_they_become_certain(visit: Visit, capsys: Any) -> None:
         visitor.set_option("num_return_sequences", "")
     with capsys.disabled():
         median = sorted(times)[len(times) // 2]
-        print(f"\n[page] from drop to first words: {median:.0f} ms (median of {len(times)})")
+        sys.stdout.write(
+            f"\n[page] from drop to first words: {median:.0f} ms (median of {len(times)})\n"
+        )
 
 
 def test_what_is_dragged_over_the_page_shows_where_it_falls(visit: Visit) -> None:
@@ -100,9 +102,7 @@ def test_several_chosen_pictures_are_captioned_one_after_the_other(visit: Visit)
     visitor = visit()
     visitor.page.set_input_files("#file", [str(IMAGES / name) for name in CAPTIONS])
     expected = sorted(CAPTIONS.items())
-    visitor.page.wait_for_function(
-        "count => document.querySelectorAll('.entry.done').length === count", arg=len(CAPTIONS)
-    )
+    visitor.page.locator(".entry.done").nth(len(CAPTIONS) - 1).wait_for()
     entries = visitor.page.locator(".entry")
     labels = [entries.nth(at).get_attribute("aria-label") for at in range(len(CAPTIONS))]
     assert sorted(labels) == [f"{name}: {caption}" for name, caption in expected]
@@ -201,6 +201,7 @@ def test_the_search_is_a_tree_and_a_table(visit: Visit, client: CaptionClient) -
     assert page.evaluate("document.activeElement.id") == "beam-dropped"
     page.get_by_label("Steps shown").fill("2")
     assert page.locator(".tree .node").count() == sum(len(step) for step in beams.steps[:2])
+    page.get_by_label("Steps shown").fill(str(len(beams.steps)))
     page.get_by_text("As a table").click()
     rows = page.locator("#beams tbody tr")
     assert rows.count() == len(fates)
@@ -227,6 +228,104 @@ def test_stages_are_told_and_make_the_whole(visit: Visit) -> None:
 
     whole = value(visitor.page.locator("#timing .quiet").first.inner_text())
     assert sum(map(value, figures)) == pytest.approx(whole, rel=0.1, abs=3)
+
+
+def shown_regions(visitor: Visitor) -> list[tuple[str, str]]:
+    """Each region's box and caption, as the page lists them."""
+    rows = visitor.page.locator("#region-captions .region")
+    return [
+        (
+            rows.nth(at).locator(".figures").inner_text().split(" \N{MIDDLE DOT} ")[0],
+            rows.nth(at).locator(".said").inner_text(),
+        )
+        for at in range(rows.count())
+    ]
+
+
+def test_regions_are_drawn_with_the_mouse(visit: Visit, client: CaptionClient) -> None:
+    visitor = visit()
+    visitor.take_sample("book")
+    page = visitor.page
+    page.get_by_role("button", name="Mark regions").click()
+    frame = page.locator("#image").bounding_box()
+    natural = page.locator("#image").evaluate("each => each.naturalWidth")
+    for left, top, right, bottom in ((0.1, 0.2, 0.5, 0.9), (0.95, 0.9, 0.55, 0.1)):
+        page.mouse.move(frame["x"] + left * frame["width"], frame["y"] + top * frame["height"])
+        page.mouse.down()
+        page.mouse.move(frame["x"] + right * frame["width"], frame["y"] + bottom * frame["height"])
+        page.mouse.up()
+    boxes = [
+        tuple(int(page.locator(f"#region-{at}-{side}").input_value()) for side in range(4))
+        for at in range(2)
+    ]
+    assert boxes[0] == pytest.approx([round(natural * x) for x in (0.1, 0.2, 0.5, 0.9)], abs=2)
+    assert boxes[1] == pytest.approx([round(natural * x) for x in (0.55, 0.1, 0.95, 0.9)], abs=2)
+    visitor.again()
+    assert visitor.caption == CAPTIONS["book.webp"]
+    expected = client.caption(SAMPLES / "book.webp", ASKED, regions=boxes).regions
+    assert shown_regions(visitor) == [
+        (", ".join(map(str, each.box)), each.text) for each in expected
+    ]
+    page.get_by_role("button", name="Remove region 1").click()
+    visitor.again()
+    assert [box for box, _ in shown_regions(visitor)] == [", ".join(map(str, boxes[1]))]
+
+
+def test_regions_and_tiles_are_written_by_keyboard(visit: Visit, client: CaptionClient) -> None:
+    visitor = visit()
+    visitor.take_sample("crown")
+    page = visitor.page
+    page.get_by_role("button", name="Mark regions").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Add a region").focus()
+    page.keyboard.press("Enter")
+    # The focus is on the first number of the new region.
+    for number in (3, 7, 200, 190):
+        page.keyboard.press("ControlOrMeta+a")
+        page.keyboard.type(str(number))
+        page.keyboard.press("Tab")
+    page.get_by_label("rows").fill("1")
+    page.get_by_label("columns of tiles").fill("2")
+    page.get_by_label("columns of tiles").press("Tab")
+    page.get_by_label("resize").select_option("letterbox")
+    visitor.again()
+    expected = client.caption(
+        SAMPLES / "crown.webp", ASKED, regions=[(3, 7, 200, 190)], tiles=(1, 2), resize="letterbox"
+    )
+    assert visitor.caption == expected.text
+    assert shown_regions(visitor) == [
+        (", ".join(map(str, each.box)), each.text) for each in expected.regions
+    ]
+    asked = json.loads(code(visitor, "JSON"))
+    assert asked["regions"] == [[3, 7, 200, 190]]
+    assert (asked["tiles"], asked["resize"]) == ([1, 2], "letterbox")
+    for form in ("Python", "Shell"):
+        again = done_again(visitor, form)
+        assert again.splitlines()[0] == expected.text or f": {expected.text} (" in again
+
+
+def test_an_alt_text_keeps_to_its_budget_and_warns(visit: Visit, client: CaptionClient) -> None:
+    visitor = visit()
+    visitor.take_sample("penguin")
+    result = client.caption(SAMPLES / "penguin.webp", ASKED)
+    draft = visitor.page.locator("#alt-draft")
+    used = visitor.page.locator("#alt-used")
+    whole = result.alt_text(file_name="penguin.webp").text
+    used.get_by_text(f"{len(whole)} of 125 characters").wait_for()
+    assert draft.inner_text() == whole
+    visitor.page.get_by_label("at most").fill("12")
+    used.get_by_text("of 12 characters").wait_for()
+    assert draft.inner_text() == result.alt_text(12, file_name="penguin.webp").text
+    assert len(draft.inner_text()) <= 12
+    assert "Cut to fit." in visitor.page.inner_text("#alt .notes")
+    visitor.page.get_by_label("at most").fill("125")
+    visitor.page.get_by_label("text beside the picture").fill(result.text)
+    visitor.page.locator("#alt .notes").get_by_text("repeats nearby text").wait_for()
+    # Another caption has a draft of its own.
+    visitor.page.locator(".choice").nth(1).click()
+    visitor.page.locator("#alt-draft").get_by_text(
+        result.captions[1].text.removeprefix("a "), exact=False
+    ).wait_for()
 
 
 def test_every_option_has_a_control_with_its_documentation(visit: Visit) -> None:
@@ -330,6 +429,20 @@ def code(visitor: Visitor, form: str) -> str:
     return text
 
 
+def done_again(visitor: Visitor, form: str) -> str:
+    """What the code of the page prints, where the picture lies."""
+    text = code(visitor, form)
+    if form == "Shell":
+        command = f"{sys.executable} -m captionserve_server.cli.main "
+        arguments = ["bash", "-c", text.replace("captionserve ", command, 1)]
+    else:
+        arguments = [sys.executable, "-c", text]
+    done = subprocess.run(
+        arguments, cwd=SAMPLES, capture_output=True, text=True, check=True, timeout=60
+    )
+    return done.stdout
+
+
 def test_what_was_done_can_be_done_again_in_python_and_in_a_shell(visit: Visit) -> None:
     visitor = visit()
     visitor.set_option("prefix", "a 'big'")
@@ -337,22 +450,8 @@ def test_what_was_done_can_be_done_again_in_python_and_in_a_shell(visit: Visit) 
     visitor.set_option("bad_words", "penguin")
     visitor.take_sample("penguin")
     expected = visitor.caption
-    python = subprocess.run(
-        [sys.executable, "-c", code(visitor, "Python")],
-        cwd=SAMPLES,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    assert python.stdout.strip() == expected
-    command = code(visitor, "Shell").replace(
-        "captionserve ", f"{sys.executable} -m captionserve_server.cli.main ", 1
-    )
-    shell = subprocess.run(
-        ["bash", "-c", command], cwd=SAMPLES, capture_output=True, text=True, check=True, timeout=60
-    )
-    assert shell.stdout.splitlines()[0].startswith(f"penguin.webp: {expected} (")
+    assert done_again(visitor, "Python").strip() == expected
+    assert done_again(visitor, "Shell").startswith(f"penguin.webp: {expected} (")
 
 
 def test_code_can_be_copied(visit: Visit) -> None:
