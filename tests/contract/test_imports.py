@@ -39,6 +39,7 @@ ALLOWED = {
         "export",
         "demo",
         "evaluation",
+        "bulk",
     },
     "cli": {
         "captionserve",
