@@ -3,7 +3,7 @@
 import { figure, h, panel, percent, probability, s, table } from "./dom.js";
 
 const WIDTH = 104;
-const HEIGHT = 34;
+const HEIGHT = 42;
 const LEFT = 8;
 const TOP = 26;
 const SHOWN = 11;
@@ -38,17 +38,17 @@ function tree(beams, path, steps, withDropped) {
       const isOwn = own.has(`${step}/${place}`);
       const before = columns[step - 1]?.find((node) => node.each.beam === each.parent);
       if (before) {
-        const from = [x - WIDTH + 84, TOP + HEIGHT * before.row + 12];
+        const from = [x - WIDTH + 84, TOP + HEIGHT * before.row + 16];
         edges.push(s("path", {
           class: `edge ${each.fate}${isOwn ? " own" : ""}`,
-          d: `M${from} C${from[0] + 12},${from[1]} ${x - 12},${y + 12} ${x},${y + 12}`,
+          d: `M${from} C${from[0] + 12},${from[1]} ${x - 12},${y + 16} ${x},${y + 16}`,
         }));
       }
       nodes.push(s("g", { class: `node ${each.fate}${isOwn ? " own" : ""}` },
         s("title", {}, `${label(each)}: ${percent(probability(each.token_logprob))}, ${each.fate}`),
-        s("rect", { x, y, width: 84, height: 25, rx: 6 }),
-        s("text", { x: x + 8, y: y + 12 }, short(label(each))),
-        s("text", { x: x + 8, y: y + 21, class: "share" }, percent(probability(each.token_logprob)))));
+        s("rect", { x, y, width: 84, height: 32, rx: 7 }),
+        s("text", { x: x + 8, y: y + 14 }, short(label(each))),
+        s("text", { x: x + 8, y: y + 26, class: "share" }, percent(probability(each.token_logprob)))));
     }
   });
   return s("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-labelledby": "tree-title" },
