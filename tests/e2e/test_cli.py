@@ -239,7 +239,8 @@ def test_evaluate_scores_a_running_service(service: Callable[[str], ReadyReport]
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/alt-text.md", "docs/clients.md", "docs/pipeline.md", "docs/playground.md"]
+    "page",
+    ["README.md", "docs/alt-text.md", "docs/clients.md", "docs/pipeline.md", "docs/playground.md"],
 )
 def test_the_snippets_run(
     page: str,

@@ -117,8 +117,9 @@ def caption(
     collected: list[Answer] = []
     with _refusals_as_wrong_usage(), ExitStack() as stack:
         if local is not None:
-            outcomes = _local_outcomes(stack, images, options, framing, local)
-            answers = _answers(images, outcomes, max_chars)
+            answers = _answers(
+                images, _local_outcomes(stack, images, options, framing, local), max_chars
+            )
         else:
             client = stack.enter_context(service.client(timeout))
             if stream:
@@ -301,14 +302,16 @@ def _print(answer: Answer) -> None:
         messages.print(f"{answer['image']}: {error['reason']}: {error['message']}", markup=False)
         return
     if "alt_text" in answer:
-        alt_text = cast("dict[str, Any]", answer["alt_text"])
-        output.print(f"{answer['image']}: {alt_text['text']}", markup=False)
-        for warning in alt_text["warnings"]:
-            said = warning.replace("_", " ")
-            messages.print(f"{answer['image']}: warning: {said}", markup=False)
-        return
-    _print_captions(answer["image"], answer["captions"])
+        _print_alt_text(answer["image"], cast("dict[str, Any]", answer["alt_text"]))
+    else:
+        _print_captions(answer["image"], answer["captions"])
     _print_regions(answer["image"], answer.get("regions", []))
+
+
+def _print_alt_text(image: object, alt_text: dict[str, Any]) -> None:
+    output.print(f"{image}: {alt_text['text']}", markup=False)
+    for warning in alt_text["warnings"]:
+        messages.print(f"{image}: warning: {warning.replace('_', ' ')}", markup=False)
 
 
 def _print_regions(image: object, regions: object) -> None:
