@@ -125,11 +125,11 @@ CAPTIONS = (
     REGION_BOXES,
     REGION_CAPTIONS,
 )
-WHERE_ASKED_FOR = (ATTENTIONS, REGION_BOXES, REGION_CAPTIONS, BEAMS)
-"""Of those, which are missing where they were not asked for."""
 
 ANSWER = (*CAPTIONS, BEAMS, TIMES)
 """What the last response of a request has."""
+WHERE_ASKED_FOR = (ATTENTIONS, REGION_BOXES, REGION_CAPTIONS, BEAMS)
+"""Of those, which are missing where they were not asked for."""
 
 NEW_TEXT = TensorSpec("NEW_TEXT", "TYPE_STRING", (1,))
 """The text that has become certain since the last response."""
