@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -80,14 +80,16 @@ class Told:
 
 
 @contextmanager
-def page(told: Told, bounds: Bounds | None = None) -> Iterator[TestClient]:
+def page(
+    told: Told, bounds: Bounds | None = None, names: Iterable[str] = ()
+) -> Iterator[TestClient]:
     """A visitor of the page's server, which listens on the loopback address."""
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[Told]:
         yield told
 
-    app = playground_app(opened, own_names("127.0.0.1"), bounds or Bounds())
+    app = playground_app(opened, own_names("127.0.0.1", names), bounds or Bounds())
     with TestClient(app, base_url=ADDRESS) as client:
         yield client
 

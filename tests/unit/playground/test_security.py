@@ -19,6 +19,17 @@ def test_the_page_is_given_under_addresses_and_own_names(host: str) -> None:
         assert visitor.get("/", headers={"Host": host}).status_code == 200
 
 
+def test_a_proxys_name_is_one_of_the_own_once_it_is_said() -> None:
+    told = Told()
+    with page(told, names=["Captions.example"]) as visitor:
+        for host in ("captions.example", "captions.example:8443"):
+            headers = {**HEADERS, "Host": host, "Origin": f"https://{host}"}
+            response = visitor.post("/api/caption", content=body(), headers=headers)
+            assert response.status_code == 200
+        refused = visitor.get("/", headers={"Host": "x.captions.example"})
+        assert refused.status_code == 403
+
+
 @pytest.mark.parametrize("path", ["/", "/api/model", "/api/options", "/nowhere"])
 @pytest.mark.parametrize("host", [*REBOUND, *ODD])
 def test_names_of_others_are_refused(host: str, path: str) -> None:

@@ -39,6 +39,13 @@ def playground(
             envvar="CAPTIONSERVE_PLAYGROUND_LISTEN",
         ),
     ] = "127.0.0.1:9080",
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name that leads to the page, such as that of a proxy before it; by others than "
+            "these, localhost and this machine's it is not given. May be repeated.",
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds allowed for each image.", min=0.001)] = 60,
 ) -> None:
     """Serve a web page that captions images and shows how their captions came about."""
@@ -71,7 +78,7 @@ def playground(
         with LocalCaptioner(local) as captioner:
             yield Local(captioner, str(local))
 
-    app = playground_app(opened, own_names(host), Bounds(caption_seconds=timeout))
+    app = playground_app(opened, own_names(host, host_name or ()), Bounds(caption_seconds=timeout))
     with run.listening(host, int(port)) as listener:
         where = run.address(listener)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -30,9 +30,15 @@ HEADERS = {
 """What every response says."""
 
 
-def own_names(host: str) -> frozenset[str]:
-    """The names by which a server that listens on a host may be asked, beside every IP address."""
-    return frozenset({"localhost", host.lower(), socket.gethostname().lower()})
+def own_names(host: str, more: Iterable[str] = ()) -> frozenset[str]:
+    """The names by which a server may be asked, beside every IP address.
+
+    Args:
+        host: where it listens.
+        more: others that lead to it, such as that of a proxy.
+    """
+    names = ("localhost", host, socket.gethostname(), *more)
+    return frozenset(name.lower() for name in names)
 
 
 class OwnPageOnly:

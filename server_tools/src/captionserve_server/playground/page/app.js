@@ -173,11 +173,10 @@ function render(entry) {
   const text = byId("caption");
   text.hidden = failed;
   text.className = "caption";
-  if (done) replace(text, captionElement(caption, entry.word, chooseWord));
-  else text.textContent = entry.text;
+  if (!done) text.textContent = entry.text;
   replace(byId("facts"), done ? factsOf(entry, caption) : []);
+  renderWord(entry, caption);
   renderPanels(entry, caption);
-  renderHeat(entry, caption);
   renderVisit();
 }
 
@@ -199,7 +198,6 @@ function renderPanels(entry, caption) {
   const { result } = entry;
   const redraw = (focused) => { renderPanels(entry, caption); byId(focused)?.focus(); };
   replace(byId("panels"),
-    entry.word === null ? null : wordPanel(caption, entry.word, result.beams?.paths[entry.caption]),
     captionsPanel(result.captions, entry.caption, chooseCaption),
     result.regions?.length ? regionsPanel(result.regions) : null,
     altTextPanel(entry, caption, view),
@@ -215,9 +213,16 @@ function regionsPanel(found) {
       h("span", { className: "quiet figures" }, `${region.box.join(", ")} · ${region.captions.length ? `confidence ${percent(region.captions[0].confidence)}` : ""}`)))));
 }
 
-function renderHeat(entry, caption) {
-  if (!caption || entry.word === null) return clearHeat(byId("heat"));
-  return drawHeat(byId("heat"), caption, entry.word, entry.asked.resize, image);
+// All that depends on the chosen word: its mark, its panel, and the picture.
+function renderWord(entry, caption) {
+  if (caption) replace(byId("caption"), captionElement(caption, entry.word, chooseWord));
+  if (!caption || entry.word === null) {
+    replace(byId("word-slot"));
+    clearHeat(byId("heat"));
+    return;
+  }
+  replace(byId("word-slot"), wordPanel(caption, entry.word, entry.result.beams?.paths[entry.caption]));
+  drawHeat(byId("heat"), caption, entry.word, entry.asked.resize, image);
 }
 
 function renderVisit() {
@@ -227,7 +232,7 @@ function renderVisit() {
 
 function chooseWord(number) {
   current.word = current.word === number ? null : number;
-  render(current);
+  renderWord(current, current.result.captions[current.caption]);
   byId("caption").querySelectorAll(".word")[number].focus();
 }
 
@@ -240,8 +245,9 @@ function chooseCaption(number) {
 
 // --- Beginning ------------------------------------------------------------------------------------
 
+// Of whatever kind: what is no picture, the service says in words.
 function takeFiles(list) {
-  return addAll([...list].filter((file) => file.type.startsWith("image/") || !file.type).map((file) => ({ name: file.name || "pasted.png", blob: file })));
+  return addAll([...list].map((file) => ({ name: file.name || "pasted.png", blob: file })));
 }
 
 function listen() {
