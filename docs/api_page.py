@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from google.protobuf.descriptor_pb2 import (
@@ -24,33 +24,37 @@ _PACKAGE = ".captionserve.v1."
 
 _HEAD = """# The gRPC API
 
-`proto/captionserve/v1/caption.proto` is the only hand-written API; a running service has reflection.
-Fields are only ever added. `make generate` writes this page.
+`proto/captionserve/v1/caption.proto` is the only hand-written API; a running service has
+reflection. Fields are only ever added. `make generate` writes this page.
 """
 
 # Where descriptor.proto has the parts of a file, and those of a message, an enum and a service.
 _MESSAGES, _ENUMS, _SERVICES = 4, 5, 6
 _FIELDS = _VALUES = _METHODS = 2
 
-Comments = dict[tuple[int, ...], str]
-"""Comments by the path of what they stand at."""
+Said = Callable[..., str]
+"""Gives the comment at what has this path in the file."""
 
 
 def api_page() -> str:
     """The page whole."""
     file = _described()
-    comments: Comments = {
+    comments = {
         tuple(each.path): " ".join(each.leading_comments.split())
         for each in file.source_code_info.location
     }
+
+    def said(*path: int) -> str:
+        return comments[path]
+
     return "".join(
         (
             _HEAD,
-            *(_service(each, (_SERVICES, n), comments) for n, each in enumerate(file.service)),
+            *(_service(each, (_SERVICES, n), said) for n, each in enumerate(file.service)),
             "\n## Messages\n",
-            *(_message(each, (_MESSAGES, n), comments) for n, each in enumerate(file.message_type)),
+            *(_message(each, (_MESSAGES, n), said) for n, each in enumerate(file.message_type)),
             "\n## Enumerations\n",
-            *(_enum(each, (_ENUMS, n), comments) for n, each in enumerate(file.enum_type)),
+            *(_enum(each, (_ENUMS, n), said) for n, each in enumerate(file.enum_type)),
         )
     )
 
@@ -72,22 +76,22 @@ def _described() -> FileDescriptorProto:
     return file
 
 
-def _service(service: ServiceDescriptorProto, path: tuple[int, ...], comments: Comments) -> str:
+def _service(service: ServiceDescriptorProto, path: tuple[int, ...], said: Said) -> str:
     rows = (
         (
             f"`{method.name}`",
             _streamed(_linked(method.input_type), method.client_streaming),
             _streamed(_linked(method.output_type), method.server_streaming),
-            comments[path + (_METHODS, number)],
+            said(*path, _METHODS, number),
         )
         for number, method in enumerate(service.method)
     )
     table = _table(("call", "takes", "gives", "what it does"), rows)
-    return f"\n## {service.name}\n\n{comments[path]}\n\n{table}"
+    return f"\n## {service.name}\n\n{said(*path)}\n\n{table}"
 
 
-def _message(message: DescriptorProto, path: tuple[int, ...], comments: Comments) -> str:
-    head = f"\n### {message.name}\n\n{comments[path]}\n"
+def _message(message: DescriptorProto, path: tuple[int, ...], said: Said) -> str:
+    head = f"\n### {message.name}\n\n{said(*path)}\n"
     if not message.field:
         return head
     rows = (
@@ -95,20 +99,20 @@ def _message(message: DescriptorProto, path: tuple[int, ...], comments: Comments
             f"`{field.name}`",
             str(field.number),
             _kind(field, message),
-            comments[path + (_FIELDS, number)],
+            said(*path, _FIELDS, number),
         )
         for number, field in enumerate(message.field)
     )
     return f"{head}\n{_table(('field', 'number', 'type', 'what it is'), rows)}"
 
 
-def _enum(enum: EnumDescriptorProto, path: tuple[int, ...], comments: Comments) -> str:
+def _enum(enum: EnumDescriptorProto, path: tuple[int, ...], said: Said) -> str:
     rows = (
-        (f"`{value.name}`", str(value.number), comments[path + (_VALUES, number)])
+        (f"`{value.name}`", str(value.number), said(*path, _VALUES, number))
         for number, value in enumerate(enum.value)
     )
     table = _table(("value", "number", "what it means"), rows)
-    return f"\n### {enum.name}\n\n{comments[path]}\n\n{table}"
+    return f"\n### {enum.name}\n\n{said(*path)}\n\n{table}"
 
 
 def _kind(field: FieldDescriptorProto, message: DescriptorProto) -> str:
