@@ -161,7 +161,7 @@ sbom: setup  ## What is in the images, as CycloneDX, in build/sbom.
 	$(BUILD_IMAGES) sbom
 	rm -rf build/sbom
 	container=$$(docker create captionserve-sbom:$(VERSION) none) \
-		&& docker cp $$container:/ build/sbom && docker rm $$container > /dev/null
+		&& docker cp $$container:/sbom build/sbom && docker rm $$container > /dev/null
 
 LOCK_TOOLS := build/lock-tools
 

@@ -3,6 +3,7 @@
 from captionserve._aio import AsyncCaptionClient
 from captionserve._client import CaptionClient
 from captionserve._errors import CaptionError
+from captionserve._framing import Framing
 from captionserve._images import ImageInput
 from captionserve._many import Outcome
 from captionserve._options import GenerationOptions
@@ -12,6 +13,7 @@ from captionserve._results import (
     Caption,
     CaptionResult,
     CaptionUpdate,
+    DescribedRegion,
     FinishReason,
     ModelInfo,
     Models,
@@ -27,7 +29,9 @@ __all__ = [
     "CaptionError",
     "CaptionResult",
     "CaptionUpdate",
+    "DescribedRegion",
     "FinishReason",
+    "Framing",
     "GenerationOptions",
     "ImageInput",
     "ImageToTextPipeline",

@@ -8,12 +8,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from captionserve._errors import CaptionError, from_rpc_error
+from captionserve._framing import Framing
 from captionserve._images import ImageInput, each_image
 from captionserve._many import (
     DEFAULT_WINDOW,
@@ -43,6 +44,9 @@ from captionserve._transport import (
     channel_options,
 )
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Response = TypeVar("Response")
 
@@ -100,6 +104,7 @@ class CaptionClient:
         *,
         timeout: float | None = None,
         bypass_cache: bool = False,
+        **framing: Unpack[Framing],
     ) -> CaptionResult:
         """Describe one image.
 
@@ -110,6 +115,9 @@ class CaptionClient:
             options: how to decode; None leaves everything to the server.
             timeout: seconds the call may take, retries included; None takes the client's.
             bypass_cache: have the answer computed anew, whatever the server remembers.
+            **framing: `regions`, parts to be described beside the whole, each (left, top, right,
+                bottom) in pixels of the upright image; `tiles`, (rows, columns) of a grid whose
+                cells are, too; `resize`, "checkpoint", "center_crop" or "letterbox". See Framing.
 
         Raises:
             CaptionError: if the call failed, or an option cannot be sent.
@@ -118,7 +126,7 @@ class CaptionClient:
             OSError: if the image's file cannot be read.
         """
         attempts = self._connection.attempts(timeout)
-        request = self._connection.request(image, options, bypass_cache=bypass_cache)
+        request = self._connection.request(image, options, framing, bypass_cache=bypass_cache)
         return from_proto(self._answer(self._stub.Caption, request, attempts))
 
     def caption_stream(
@@ -128,6 +136,7 @@ class CaptionClient:
         *,
         timeout: float | None = None,
         bypass_cache: bool = False,
+        **framing: Unpack[Framing],
     ) -> Generator[CaptionUpdate, None, None]:
         """Describe one image and yield the words as they become certain, at last the result.
 
@@ -137,11 +146,12 @@ class CaptionClient:
         A stream that breaks is asked for again, and goes on behind the words that were given; where
         the service tells another caption then, as it does when sampling without a seed, it fails
         with STREAM_BROKEN. Streams are not remembered, so that bypass_cache changes nothing.
-        Arguments and errors are those of `caption`.
+        The words are the whole image's; what its parts show comes with the result. Arguments and
+        errors are those of `caption`.
         """
         attempts = self._connection.attempts(timeout)
         request = caption_pb2.StreamCaptionRequest(
-            request=self._connection.request(image, options, bypass_cache=bypass_cache)
+            request=self._connection.request(image, options, framing, bypass_cache=bypass_cache)
         )
         resumption = Resumption()
         while True:
@@ -173,6 +183,7 @@ class CaptionClient:
         ordered: bool = True,
         timeout: float | None = None,
         bypass_cache: bool = False,
+        **framing: Unpack[Framing],
     ) -> Generator[Outcome, None, None]:
         """Describe many images over one connection, and yield what becomes of each, exactly once.
 
@@ -189,13 +200,19 @@ class CaptionClient:
             ordered: whether outcomes come in the images' order, else as they are finished.
             timeout: as for `caption`, for each image, once it has been read.
             bypass_cache: as for `caption`.
+            **framing: as for `caption`, for all images.
 
         Raises:
             CaptionError: if the service refuses all calls, or the client is closed.
             ValueError: if the window or the timeout is not positive.
         """
         batch = Batch(
-            self._connection, options, timeout=timeout, ordered=ordered, bypass_cache=bypass_cache
+            self._connection,
+            options,
+            framing,
+            timeout=timeout,
+            ordered=ordered,
+            bypass_cache=bypass_cache,
         )
         many = _Many(self._stub, self._connection, batch, images, window)
         with closing(many):

@@ -12,6 +12,7 @@ from captionserve_server.bulk.journal import Journal
 from captionserve_server.bulk.sources import count
 from captionserve_server.cli.bulk import BulkOptions, caption_many
 from captionserve_server.cli.console import ExitCode
+from captionserve_server.core.framing import Resize
 
 from tests.unit.bulk.fake_captioner import FakeCaptioner, StoppedError
 
@@ -29,13 +30,24 @@ def wanted(output: Path | None, **more: bool) -> BulkOptions:
     return BulkOptions(output=output, limit=None, **{flag: more.get(flag, False) for flag in flags})
 
 
-def run(folder: Path, options: BulkOptions, captioner: FakeCaptioner | None = None) -> ExitCode:
+def run(
+    folder: Path,
+    options: BulkOptions,
+    captioner: FakeCaptioner | None = None,
+    resize: Resize | None = None,
+) -> ExitCode:
     captioners = [captioner or FakeCaptioner()]
-    return caption_many([str(folder)], captioners, GenerationOptions(), options, as_json=True)
+    return caption_many(
+        [str(folder)], captioners, GenerationOptions(), options, resize=resize, as_json=True
+    )
 
 
 def captions(output: Path) -> list[str]:
     return [json.loads(line)["caption"] for line in output.read_text().splitlines()]
+
+
+def fingerprints(output: Path) -> set[str]:
+    return {json.loads(line)["options_fingerprint"] for line in output.read_text().splitlines()}
 
 
 def test_an_output_of_unknown_making_is_replaced_only_when_asked_for(
@@ -50,6 +62,19 @@ def test_an_output_of_unknown_making_is_replaced_only_when_asked_for(
     assert output.read_text() == "somebody's\n"
     assert run(folder, wanted(output, restart=True)) is ExitCode.OK
     assert captions(output) == ["a", "b"]
+
+
+def test_another_way_of_resizing_is_another_run(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    run(folder, wanted(output))
+    plain = fingerprints(output)
+    # The checkpoint's way may be said or not.
+    assert run(folder, wanted(output), resize="checkpoint") is ExitCode.OK
+    assert fingerprints(output) == plain
+    with pytest.raises(typer.BadParameter, match="resize"):
+        run(folder, wanted(output), resize="letterbox")
+    run(folder, wanted(output, restart=True), resize="letterbox")
+    assert fingerprints(output).isdisjoint(plain)
 
 
 def test_to_begin_anew_forgets_what_was_done(folder: Path, tmp_path: Path) -> None:

@@ -91,6 +91,14 @@ def test_image_and_options_are_sent(server: Server, collect: Collect) -> None:
     ]
 
 
+def test_what_is_asked_of_the_image_is_sent(server: Server, collect: Collect) -> None:
+    target, servicer = server
+    collect(target, tiles=(2, 3), resize="center_crop")
+    (request,) = servicer.requests
+    assert (request.tiles.rows, request.tiles.cols) == (2, 3)
+    assert request.resize == caption_pb2.RESIZE_CENTER_CROP
+
+
 def test_every_stream_has_a_deadline(server: Server, collect: Collect) -> None:
     target, servicer = server
     collect(target)

@@ -51,6 +51,14 @@ def with_attention() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
     return good_outputs() | {wire.ATTENTIONS: values}
 
 
+def with_region() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
+    """The same two captions, of which the second is that of a part of the image."""
+    return good_outputs() | {
+        wire.REGION_BOXES: np.array([[1, 2, 30, 40]], "<i4"),
+        wire.REGION_CAPTIONS: np.array([1], "<i4"),
+    }
+
+
 def part_outputs(text: str, *token_ids: int) -> dict[TensorSpec, bytes | NDArray[np.generic]]:
     """A part of a caption."""
     return {

@@ -16,7 +16,13 @@ from captionserve_server.gateway.status import CODES, DOMAIN, rpc_status
 from captionserve_server.triton import wire
 from google.rpc import error_details_pb2, status_pb2
 
-from tests.unit.gateway.fake_triton import WAIT_SECONDS, FakeTriton, good_outputs, infer_response
+from tests.unit.gateway.fake_triton import (
+    WAIT_SECONDS,
+    FakeTriton,
+    good_outputs,
+    infer_response,
+    with_region,
+)
 from tests.unit.gateway.harness import detail_of, gateway_setup, request_of
 
 # What must never reach a caller.
@@ -29,7 +35,7 @@ def every_error() -> list[errors.CaptionServeError]:
     """One of each type of the tree."""
     return [
         error_type({"num_beams": "must be 1 to 16, is 99"})
-        if issubclass(error_type, errors.InvalidOptionsError)
+        if issubclass(error_type, (errors.InvalidFramingError, errors.InvalidOptionsError))
         else error_type("a sentence")
         for error_type in errors.all_error_types()
     ]
@@ -181,7 +187,7 @@ def without(spec: wire.TensorSpec) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     "outputs",
     [
-        *(without(spec) for spec in wire.ANSWER if spec not in (wire.TEXT, wire.ATTENTIONS)),
+        *(without(spec) for spec in wire.ANSWER if spec not in (wire.TEXT, *wire.WHERE_ASKED_FOR)),
         good_outputs() | {wire.TOKEN_LOGPROBS: np.zeros((2, 1), "<f4")},
         good_outputs() | {wire.TOKEN_TEXTS: np.full((2, 2), b"", np.object_)},
         good_outputs() | {wire.DEGENERATE: np.zeros(1, "?")},
@@ -189,6 +195,11 @@ def without(spec: wire.TensorSpec) -> dict[Any, Any]:
         good_outputs() | {wire.ATTENTIONS: np.zeros((2, 1, 1, 2), "<f4")},
         good_outputs() | {wire.ATTENTIONS: np.zeros((1, 3, 1, 2), "<f4")},
         good_outputs() | {wire.ATTENTIONS: np.zeros((2, 3, 2), "<f4")},
+        {key: value for key, value in with_region().items() if key is not wire.REGION_CAPTIONS},
+        with_region() | {wire.REGION_CAPTIONS: np.array([2], "<i4")},
+        with_region() | {wire.REGION_CAPTIONS: np.array([3], "<i4")},
+        with_region() | {wire.REGION_CAPTIONS: np.array([1, 0], "<i4")},
+        with_region() | {wire.REGION_BOXES: np.zeros((1, 3), "<i4")},
         good_outputs() | {wire.TEXT: b"\x05\x00\x00\x00cut"},
         good_outputs() | {wire.TEXT: b"\x05\x00"},
         good_outputs() | {wire.TEXT: encode_strings([b"\xff", b"no UTF-8"])},

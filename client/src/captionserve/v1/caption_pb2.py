@@ -26,21 +26,21 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63\x61ptionserve/v1/caption.proto\x12\x0f\x63\x61ptionserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\"~\n\x12\x43\x61ptionManyRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x30\n\x07request\x18\x02 \x01(\x0b\x32\x1f.captionserve.v1.CaptionRequest\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa1\x01\n\x13\x43\x61ptionManyResponse\x12)\n\x06window\x18\x01 \x01(\x0b\x32\x17.captionserve.v1.WindowH\x00\x12-\n\x06result\x18\x02 \x01(\x0b\x32\x1b.captionserve.v1.ItemResultH\x00\x12\'\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x16.captionserve.v1.DrainH\x00\x42\x07\n\x05\x65vent\".\n\x06Window\x12\r\n\x05items\x18\x01 \x01(\x05\x12\x15\n\rmessage_bytes\x18\x02 \x01(\x03\"~\n\nItemResult\x12\n\n\x02id\x18\x01 \x01(\t\x12\x34\n\x08response\x18\x02 \x01(\x0b\x32 .captionserve.v1.CaptionResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"\x07\n\x05\x44rain\"\x12\n\x10GetModelsRequest\"\x89\x01\n\x11GetModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.captionserve.v1.Model\x12\'\n\x06limits\x18\x02 \x01(\x0b\x32\x17.captionserve.v1.Limits\x12#\n\x04load\x18\x03 \x01(\x0b\x32\x15.captionserve.v1.Load\"\xa0\x01\n\x05Model\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x12\n\nis_default\x18\x02 \x01(\x08\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x14\n\x0cimage_height\x18\x04 \x01(\x05\x12\x13\n\x0bimage_width\x18\x05 \x01(\x05\x12\x34\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\".captionserve.v1.GenerationOptions\"\xa6\x01\n\x06Limits\x12\x15\n\rmessage_bytes\x18\x01 \x01(\x03\x12\x14\n\x0cimage_pixels\x18\x02 \x01(\x03\x12/\n\x0c\x64\x65\x61\x64line_cap\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06window\x18\x04 \x01(\x05\x12.\n\x07options\x18\x05 \x03(\x0b\x32\x1d.captionserve.v1.OptionLimits\"9\n\x0cOptionLimits\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04help\x18\x02 \x01(\t\x12\r\n\x05range\x18\x03 \x01(\t\"7\n\x04Load\x12\r\n\x05slots\x18\x01 \x01(\x05\x12\x0f\n\x07working\x18\x02 \x01(\x05\x12\x0f\n\x07waiting\x18\x03 \x01(\x05\"H\n\x14StreamCaptionRequest\x12\x30\n\x07request\x18\x01 \x01(\x0b\x32\x1f.captionserve.v1.CaptionRequest\"\x85\x01\n\x15StreamCaptionResponse\x12,\n\x04part\x18\x01 \x01(\x0b\x32\x1c.captionserve.v1.CaptionPartH\x00\x12\x34\n\x08response\x18\x02 \x01(\x0b\x32 .captionserve.v1.CaptionResponseH\x00\x42\x08\n\x06update\".\n\x0b\x43\x61ptionPart\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\x99\x02\n\x0e\x43\x61ptionRequest\x12%\n\x05image\x18\x01 \x01(\x0b\x32\x16.captionserve.v1.Image\x12\x33\n\x07options\x18\x02 \x01(\x0b\x32\".captionserve.v1.GenerationOptions\x12\x14\n\x0c\x62ypass_cache\x18\x03 \x01(\x08\x12(\n\x07regions\x18\x04 \x03(\x0b\x32\x17.captionserve.v1.Region\x12\'\n\x06resize\x18\x05 \x01(\x0e\x32\x17.captionserve.v1.Resize\x12\x15\n\rmodel_version\x18\x06 \x01(\x03\x12+\n\x08priority\x18\x07 \x01(\x0e\x32\x19.captionserve.v1.Priority\"B\n\x06Region\x12\x0c\n\x04left\x18\x01 \x01(\x05\x12\x0b\n\x03top\x18\x02 \x01(\x05\x12\r\n\x05right\x18\x03 \x01(\x05\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x05\"[\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12\x34\n\x0cpixel_values\x18\x02 \x01(\x0b\x32\x1c.captionserve.v1.PixelValuesH\x00\x42\t\n\x07\x63ontent\"<\n\x0bPixelValues\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"\xc9\x08\n\x11GenerationOptions\x12\x16\n\tnum_beams\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmax_length\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x36\n\x0e\x65\x61rly_stopping\x18\x04 \x01(\x0e\x32\x1e.captionserve.v1.EarlyStopping\x12!\n\x14num_return_sequences\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12\x17\n\nmin_length\x18\x06 \x01(\x05H\x04\x88\x01\x01\x12\x16\n\tdo_sample\x18\x07 \x01(\x08H\x05\x88\x01\x01\x12\x18\n\x0btemperature\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x12\n\x05top_k\x18\t \x01(\x05H\x07\x88\x01\x01\x12\x12\n\x05top_p\x18\n \x01(\x01H\x08\x88\x01\x01\x12\x12\n\x05min_p\x18\x0b \x01(\x01H\t\x88\x01\x01\x12\x11\n\x04seed\x18\x0c \x01(\x03H\n\x88\x01\x01\x12\x1c\n\x0fnum_beam_groups\x18\r \x01(\x05H\x0b\x88\x01\x01\x12\x1e\n\x11\x64iversity_penalty\x18\x0e \x01(\x01H\x0c\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0f \x01(\x01H\r\x88\x01\x01\x12!\n\x14no_repeat_ngram_size\x18\x10 \x01(\x05H\x0e\x88\x01\x01\x12.\n\tbad_words\x18\x11 \x01(\x0b\x32\x1b.captionserve.v1.StringList\x12\x30\n\x0b\x66orce_words\x18\x12 \x01(\x0b\x32\x1b.captionserve.v1.StringList\x12\x13\n\x06prefix\x18\x13 \x01(\tH\x0f\x88\x01\x01\x12\x32\n\x0fsuppress_tokens\x18\x14 \x01(\x0b\x32\x19.captionserve.v1.TokenIds\x12\x1e\n\x11output_attentions\x18\x15 \x01(\x08H\x10\x88\x01\x01\x12\x1a\n\rallow_partial\x18\x16 \x01(\x08H\x11\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x17 \x01(\x05H\x12\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x18 \x01(\x05H\x13\x88\x01\x01\x42\x0c\n\n_num_beamsB\r\n\x0b_max_lengthB\x11\n\x0f_length_penaltyB\x17\n\x15_num_return_sequencesB\r\n\x0b_min_lengthB\x0c\n\n_do_sampleB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x12\n\x10_num_beam_groupsB\x14\n\x12_diversity_penaltyB\x15\n\x13_repetition_penaltyB\x17\n\x15_no_repeat_ngram_sizeB\t\n\x07_prefixB\x14\n\x12_output_attentionsB\x10\n\x0e_allow_partialB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokens\"\x1c\n\nStringList\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x1a\n\x08TokenIds\x12\x0e\n\x06values\x18\x01 \x03(\x05\"d\n\x0f\x43\x61ptionResponse\x12*\n\x08\x63\x61ptions\x18\x01 \x03(\x0b\x32\x18.captionserve.v1.Caption\x12\x15\n\rmodel_version\x18\x02 \x01(\x03\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\"\xf3\x01\n\x07\x43\x61ption\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x16\n\x0etoken_logprobs\x18\x04 \x03(\x02\x12\x34\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1d.captionserve.v1.FinishReason\x12\x13\n\x0btoken_texts\x18\x06 \x03(\t\x12\x12\n\nconfidence\x18\x07 \x01(\x01\x12\x12\n\ndegenerate\x18\x08 \x01(\x08\x12-\n\tattention\x18\t \x01(\x0b\x32\x1a.captionserve.v1.Attention\"7\n\tAttention\x12\x0c\n\x04rows\x18\x01 \x01(\x05\x12\x0c\n\x04\x63ols\x18\x02 \x01(\x05\x12\x0e\n\x06values\x18\x03 \x03(\x02*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02*e\n\x06Resize\x12\x16\n\x12RESIZE_UNSPECIFIED\x10\x00\x12\x15\n\x11RESIZE_CHECKPOINT\x10\x01\x12\x16\n\x12RESIZE_CENTER_CROP\x10\x02\x12\x14\n\x10RESIZE_LETTERBOX\x10\x03*|\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45\x41RLY_STOPPING_FALSE\x10\x01\x12\x17\n\x13\x45\x41RLY_STOPPING_TRUE\x10\x02\x12\x18\n\x14\x45\x41RLY_STOPPING_NEVER\x10\x03*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x03\x32\xf2\x02\n\x0e\x43\x61ptionService\x12L\n\x07\x43\x61ption\x12\x1f.captionserve.v1.CaptionRequest\x1a .captionserve.v1.CaptionResponse\x12`\n\rStreamCaption\x12%.captionserve.v1.StreamCaptionRequest\x1a&.captionserve.v1.StreamCaptionResponse0\x01\x12\\\n\x0b\x43\x61ptionMany\x12#.captionserve.v1.CaptionManyRequest\x1a$.captionserve.v1.CaptionManyResponse(\x01\x30\x01\x12R\n\tGetModels\x12!.captionserve.v1.GetModelsRequest\x1a\".captionserve.v1.GetModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x63\x61ptionserve/v1/caption.proto\x12\x0f\x63\x61ptionserve.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\"~\n\x12\x43\x61ptionManyRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x30\n\x07request\x18\x02 \x01(\x0b\x32\x1f.captionserve.v1.CaptionRequest\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa1\x01\n\x13\x43\x61ptionManyResponse\x12)\n\x06window\x18\x01 \x01(\x0b\x32\x17.captionserve.v1.WindowH\x00\x12-\n\x06result\x18\x02 \x01(\x0b\x32\x1b.captionserve.v1.ItemResultH\x00\x12\'\n\x05\x64rain\x18\x03 \x01(\x0b\x32\x16.captionserve.v1.DrainH\x00\x42\x07\n\x05\x65vent\".\n\x06Window\x12\r\n\x05items\x18\x01 \x01(\x05\x12\x15\n\rmessage_bytes\x18\x02 \x01(\x03\"~\n\nItemResult\x12\n\n\x02id\x18\x01 \x01(\t\x12\x34\n\x08response\x18\x02 \x01(\x0b\x32 .captionserve.v1.CaptionResponseH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome\"\x07\n\x05\x44rain\"\x12\n\x10GetModelsRequest\"\x89\x01\n\x11GetModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.captionserve.v1.Model\x12\'\n\x06limits\x18\x02 \x01(\x0b\x32\x17.captionserve.v1.Limits\x12#\n\x04load\x18\x03 \x01(\x0b\x32\x15.captionserve.v1.Load\"\xa0\x01\n\x05Model\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x12\n\nis_default\x18\x02 \x01(\x08\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x14\n\x0cimage_height\x18\x04 \x01(\x05\x12\x13\n\x0bimage_width\x18\x05 \x01(\x05\x12\x34\n\x08\x64\x65\x66\x61ults\x18\x06 \x01(\x0b\x32\".captionserve.v1.GenerationOptions\"\xb7\x01\n\x06Limits\x12\x15\n\rmessage_bytes\x18\x01 \x01(\x03\x12\x14\n\x0cimage_pixels\x18\x02 \x01(\x03\x12/\n\x0c\x64\x65\x61\x64line_cap\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06window\x18\x04 \x01(\x05\x12.\n\x07options\x18\x05 \x03(\x0b\x32\x1d.captionserve.v1.OptionLimits\x12\x0f\n\x07regions\x18\x06 \x01(\x05\"9\n\x0cOptionLimits\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04help\x18\x02 \x01(\t\x12\r\n\x05range\x18\x03 \x01(\t\"7\n\x04Load\x12\r\n\x05slots\x18\x01 \x01(\x05\x12\x0f\n\x07working\x18\x02 \x01(\x05\x12\x0f\n\x07waiting\x18\x03 \x01(\x05\"H\n\x14StreamCaptionRequest\x12\x30\n\x07request\x18\x01 \x01(\x0b\x32\x1f.captionserve.v1.CaptionRequest\"\x85\x01\n\x15StreamCaptionResponse\x12,\n\x04part\x18\x01 \x01(\x0b\x32\x1c.captionserve.v1.CaptionPartH\x00\x12\x34\n\x08response\x18\x02 \x01(\x0b\x32 .captionserve.v1.CaptionResponseH\x00\x42\x08\n\x06update\".\n\x0b\x43\x61ptionPart\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\xc0\x02\n\x0e\x43\x61ptionRequest\x12%\n\x05image\x18\x01 \x01(\x0b\x32\x16.captionserve.v1.Image\x12\x33\n\x07options\x18\x02 \x01(\x0b\x32\".captionserve.v1.GenerationOptions\x12\x14\n\x0c\x62ypass_cache\x18\x03 \x01(\x08\x12(\n\x07regions\x18\x04 \x03(\x0b\x32\x17.captionserve.v1.Region\x12\'\n\x06resize\x18\x05 \x01(\x0e\x32\x17.captionserve.v1.Resize\x12\x15\n\rmodel_version\x18\x06 \x01(\x03\x12+\n\x08priority\x18\x07 \x01(\x0e\x32\x19.captionserve.v1.Priority\x12%\n\x05tiles\x18\x08 \x01(\x0b\x32\x16.captionserve.v1.Tiles\"#\n\x05Tiles\x12\x0c\n\x04rows\x18\x01 \x01(\x05\x12\x0c\n\x04\x63ols\x18\x02 \x01(\x05\"B\n\x06Region\x12\x0c\n\x04left\x18\x01 \x01(\x05\x12\x0b\n\x03top\x18\x02 \x01(\x05\x12\r\n\x05right\x18\x03 \x01(\x05\x12\x0e\n\x06\x62ottom\x18\x04 \x01(\x05\"[\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12\x34\n\x0cpixel_values\x18\x02 \x01(\x0b\x32\x1c.captionserve.v1.PixelValuesH\x00\x42\t\n\x07\x63ontent\"<\n\x0bPixelValues\x12\x0e\n\x06height\x18\x01 \x01(\x05\x12\r\n\x05width\x18\x02 \x01(\x05\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"\xc9\x08\n\x11GenerationOptions\x12\x16\n\tnum_beams\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmax_length\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x36\n\x0e\x65\x61rly_stopping\x18\x04 \x01(\x0e\x32\x1e.captionserve.v1.EarlyStopping\x12!\n\x14num_return_sequences\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12\x17\n\nmin_length\x18\x06 \x01(\x05H\x04\x88\x01\x01\x12\x16\n\tdo_sample\x18\x07 \x01(\x08H\x05\x88\x01\x01\x12\x18\n\x0btemperature\x18\x08 \x01(\x01H\x06\x88\x01\x01\x12\x12\n\x05top_k\x18\t \x01(\x05H\x07\x88\x01\x01\x12\x12\n\x05top_p\x18\n \x01(\x01H\x08\x88\x01\x01\x12\x12\n\x05min_p\x18\x0b \x01(\x01H\t\x88\x01\x01\x12\x11\n\x04seed\x18\x0c \x01(\x03H\n\x88\x01\x01\x12\x1c\n\x0fnum_beam_groups\x18\r \x01(\x05H\x0b\x88\x01\x01\x12\x1e\n\x11\x64iversity_penalty\x18\x0e \x01(\x01H\x0c\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0f \x01(\x01H\r\x88\x01\x01\x12!\n\x14no_repeat_ngram_size\x18\x10 \x01(\x05H\x0e\x88\x01\x01\x12.\n\tbad_words\x18\x11 \x01(\x0b\x32\x1b.captionserve.v1.StringList\x12\x30\n\x0b\x66orce_words\x18\x12 \x01(\x0b\x32\x1b.captionserve.v1.StringList\x12\x13\n\x06prefix\x18\x13 \x01(\tH\x0f\x88\x01\x01\x12\x32\n\x0fsuppress_tokens\x18\x14 \x01(\x0b\x32\x19.captionserve.v1.TokenIds\x12\x1e\n\x11output_attentions\x18\x15 \x01(\x08H\x10\x88\x01\x01\x12\x1a\n\rallow_partial\x18\x16 \x01(\x08H\x11\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x17 \x01(\x05H\x12\x88\x01\x01\x12\x1b\n\x0emin_new_tokens\x18\x18 \x01(\x05H\x13\x88\x01\x01\x42\x0c\n\n_num_beamsB\r\n\x0b_max_lengthB\x11\n\x0f_length_penaltyB\x17\n\x15_num_return_sequencesB\r\n\x0b_min_lengthB\x0c\n\n_do_sampleB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x12\n\x10_num_beam_groupsB\x14\n\x12_diversity_penaltyB\x15\n\x13_repetition_penaltyB\x17\n\x15_no_repeat_ngram_sizeB\t\n\x07_prefixB\x14\n\x12_output_attentionsB\x10\n\x0e_allow_partialB\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokens\"\x1c\n\nStringList\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x1a\n\x08TokenIds\x12\x0e\n\x06values\x18\x01 \x03(\x05\"\x97\x01\n\x0f\x43\x61ptionResponse\x12*\n\x08\x63\x61ptions\x18\x01 \x03(\x0b\x32\x18.captionserve.v1.Caption\x12\x15\n\rmodel_version\x18\x02 \x01(\x03\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\x12\x31\n\x07regions\x18\x04 \x03(\x0b\x32 .captionserve.v1.DescribedRegion\"f\n\x0f\x44\x65scribedRegion\x12\'\n\x06region\x18\x01 \x01(\x0b\x32\x17.captionserve.v1.Region\x12*\n\x08\x63\x61ptions\x18\x02 \x03(\x0b\x32\x18.captionserve.v1.Caption\"\xf3\x01\n\x07\x43\x61ption\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x16\n\x0etoken_logprobs\x18\x04 \x03(\x02\x12\x34\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1d.captionserve.v1.FinishReason\x12\x13\n\x0btoken_texts\x18\x06 \x03(\t\x12\x12\n\nconfidence\x18\x07 \x01(\x01\x12\x12\n\ndegenerate\x18\x08 \x01(\x08\x12-\n\tattention\x18\t \x01(\x0b\x32\x1a.captionserve.v1.Attention\"7\n\tAttention\x12\x0c\n\x04rows\x18\x01 \x01(\x05\x12\x0c\n\x04\x63ols\x18\x02 \x01(\x05\x12\x0e\n\x06values\x18\x03 \x03(\x02*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02*e\n\x06Resize\x12\x16\n\x12RESIZE_UNSPECIFIED\x10\x00\x12\x15\n\x11RESIZE_CHECKPOINT\x10\x01\x12\x16\n\x12RESIZE_CENTER_CROP\x10\x02\x12\x14\n\x10RESIZE_LETTERBOX\x10\x03*|\n\rEarlyStopping\x12\x1e\n\x1a\x45\x41RLY_STOPPING_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45\x41RLY_STOPPING_FALSE\x10\x01\x12\x17\n\x13\x45\x41RLY_STOPPING_TRUE\x10\x02\x12\x18\n\x14\x45\x41RLY_STOPPING_NEVER\x10\x03*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x03\x32\xf2\x02\n\x0e\x43\x61ptionService\x12L\n\x07\x43\x61ption\x12\x1f.captionserve.v1.CaptionRequest\x1a .captionserve.v1.CaptionResponse\x12`\n\rStreamCaption\x12%.captionserve.v1.StreamCaptionRequest\x1a&.captionserve.v1.StreamCaptionResponse0\x01\x12\\\n\x0b\x43\x61ptionMany\x12#.captionserve.v1.CaptionManyRequest\x1a$.captionserve.v1.CaptionManyResponse(\x01\x30\x01\x12R\n\tGetModels\x12!.captionserve.v1.GetModelsRequest\x1a\".captionserve.v1.GetModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'captionserve.v1.caption_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=3520
-  _globals['_PRIORITY']._serialized_end=3601
-  _globals['_RESIZE']._serialized_start=3603
-  _globals['_RESIZE']._serialized_end=3704
-  _globals['_EARLYSTOPPING']._serialized_start=3706
-  _globals['_EARLYSTOPPING']._serialized_end=3830
-  _globals['_FINISHREASON']._serialized_start=3832
-  _globals['_FINISHREASON']._serialized_end=3954
+  _globals['_PRIORITY']._serialized_start=3769
+  _globals['_PRIORITY']._serialized_end=3850
+  _globals['_RESIZE']._serialized_start=3852
+  _globals['_RESIZE']._serialized_end=3953
+  _globals['_EARLYSTOPPING']._serialized_start=3955
+  _globals['_EARLYSTOPPING']._serialized_end=4079
+  _globals['_FINISHREASON']._serialized_start=4081
+  _globals['_FINISHREASON']._serialized_end=4203
   _globals['_CAPTIONMANYREQUEST']._serialized_start=107
   _globals['_CAPTIONMANYREQUEST']._serialized_end=233
   _globals['_CAPTIONMANYRESPONSE']._serialized_start=236
@@ -58,37 +58,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL']._serialized_start=745
   _globals['_MODEL']._serialized_end=905
   _globals['_LIMITS']._serialized_start=908
-  _globals['_LIMITS']._serialized_end=1074
-  _globals['_OPTIONLIMITS']._serialized_start=1076
-  _globals['_OPTIONLIMITS']._serialized_end=1133
-  _globals['_LOAD']._serialized_start=1135
-  _globals['_LOAD']._serialized_end=1190
-  _globals['_STREAMCAPTIONREQUEST']._serialized_start=1192
-  _globals['_STREAMCAPTIONREQUEST']._serialized_end=1264
-  _globals['_STREAMCAPTIONRESPONSE']._serialized_start=1267
-  _globals['_STREAMCAPTIONRESPONSE']._serialized_end=1400
-  _globals['_CAPTIONPART']._serialized_start=1402
-  _globals['_CAPTIONPART']._serialized_end=1448
-  _globals['_CAPTIONREQUEST']._serialized_start=1451
-  _globals['_CAPTIONREQUEST']._serialized_end=1732
-  _globals['_REGION']._serialized_start=1734
-  _globals['_REGION']._serialized_end=1800
-  _globals['_IMAGE']._serialized_start=1802
-  _globals['_IMAGE']._serialized_end=1893
-  _globals['_PIXELVALUES']._serialized_start=1895
-  _globals['_PIXELVALUES']._serialized_end=1955
-  _globals['_GENERATIONOPTIONS']._serialized_start=1958
-  _globals['_GENERATIONOPTIONS']._serialized_end=3055
-  _globals['_STRINGLIST']._serialized_start=3057
-  _globals['_STRINGLIST']._serialized_end=3085
-  _globals['_TOKENIDS']._serialized_start=3087
-  _globals['_TOKENIDS']._serialized_end=3113
-  _globals['_CAPTIONRESPONSE']._serialized_start=3115
-  _globals['_CAPTIONRESPONSE']._serialized_end=3215
-  _globals['_CAPTION']._serialized_start=3218
-  _globals['_CAPTION']._serialized_end=3461
-  _globals['_ATTENTION']._serialized_start=3463
-  _globals['_ATTENTION']._serialized_end=3518
-  _globals['_CAPTIONSERVICE']._serialized_start=3957
-  _globals['_CAPTIONSERVICE']._serialized_end=4327
+  _globals['_LIMITS']._serialized_end=1091
+  _globals['_OPTIONLIMITS']._serialized_start=1093
+  _globals['_OPTIONLIMITS']._serialized_end=1150
+  _globals['_LOAD']._serialized_start=1152
+  _globals['_LOAD']._serialized_end=1207
+  _globals['_STREAMCAPTIONREQUEST']._serialized_start=1209
+  _globals['_STREAMCAPTIONREQUEST']._serialized_end=1281
+  _globals['_STREAMCAPTIONRESPONSE']._serialized_start=1284
+  _globals['_STREAMCAPTIONRESPONSE']._serialized_end=1417
+  _globals['_CAPTIONPART']._serialized_start=1419
+  _globals['_CAPTIONPART']._serialized_end=1465
+  _globals['_CAPTIONREQUEST']._serialized_start=1468
+  _globals['_CAPTIONREQUEST']._serialized_end=1788
+  _globals['_TILES']._serialized_start=1790
+  _globals['_TILES']._serialized_end=1825
+  _globals['_REGION']._serialized_start=1827
+  _globals['_REGION']._serialized_end=1893
+  _globals['_IMAGE']._serialized_start=1895
+  _globals['_IMAGE']._serialized_end=1986
+  _globals['_PIXELVALUES']._serialized_start=1988
+  _globals['_PIXELVALUES']._serialized_end=2048
+  _globals['_GENERATIONOPTIONS']._serialized_start=2051
+  _globals['_GENERATIONOPTIONS']._serialized_end=3148
+  _globals['_STRINGLIST']._serialized_start=3150
+  _globals['_STRINGLIST']._serialized_end=3178
+  _globals['_TOKENIDS']._serialized_start=3180
+  _globals['_TOKENIDS']._serialized_end=3206
+  _globals['_CAPTIONRESPONSE']._serialized_start=3209
+  _globals['_CAPTIONRESPONSE']._serialized_end=3360
+  _globals['_DESCRIBEDREGION']._serialized_start=3362
+  _globals['_DESCRIBEDREGION']._serialized_end=3464
+  _globals['_CAPTION']._serialized_start=3467
+  _globals['_CAPTION']._serialized_end=3710
+  _globals['_ATTENTION']._serialized_start=3712
+  _globals['_ATTENTION']._serialized_end=3767
+  _globals['_CAPTIONSERVICE']._serialized_start=4206
+  _globals['_CAPTIONSERVICE']._serialized_end=4576
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,7 @@ from captionserve_server.bulk.run import Progress, Run, options_fingerprint, sti
 from captionserve_server.bulk.sources import Item, SourceError, check, count, items
 from captionserve_server.cli.console import ExitCode, messages
 from captionserve_server.cli.parameters import with_parameters
+from captionserve_server.core.framing import Resize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,7 @@ def caption_many(
     options: GenerationOptions,
     wanted: BulkOptions,
     *,
+    resize: Resize | None,
     as_json: bool,
 ) -> ExitCode:
     """Caption everything that is still to be done; what the process shall end with.
@@ -129,10 +131,14 @@ def caption_many(
         captioners: who captions them.
         options: of all captions.
         wanted: what is done with them.
+        resize: how the captioners resize them; None for the checkpoint's way.
         as_json: whether events are printed as JSON lines, instead of a progress bar.
     """
     tell = _tell_script if as_json else _tell_person
     given = {name: value for name, value in vars(options).items() if value is not None}
+    if resize not in (None, "checkpoint"):
+        # Another way of resizing is another caption; the checkpoint's way, said or not, is one.
+        given["resize"] = resize
     with _said_in_a_sentence():
         check(sources)
         write = None if wanted.output is None else writer_for(wanted.output)

@@ -14,6 +14,8 @@ from captionserve import (
     CaptionClient,
     CaptionError,
     CaptionResult,
+    DescribedRegion,
+    Framing,
     GenerationOptions,
 )
 from rich.progress import track
@@ -22,6 +24,7 @@ from captionserve_server.bulk.captioners import Captioner, Local, Service
 from captionserve_server.cli.bulk import BulkOptions, caption_many, with_bulk_options
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
 from captionserve_server.cli.decoding_options import with_decoding_options
+from captionserve_server.cli.framing_options import with_framing_options
 from captionserve_server.cli.service_options import (
     DEFAULT_TARGET,
     ServiceOptions,
@@ -44,6 +47,7 @@ _SERVICE_ONLY = (
 
 
 @with_decoding_options
+@with_framing_options
 @with_service_options(DEFAULT_TARGET)
 @with_bulk_options
 def caption(
@@ -59,6 +63,7 @@ def caption(
     ],
     *,
     options: GenerationOptions,
+    framing: Framing,
     service: ServiceOptions,
     bulk: BulkOptions | None,
     local: Annotated[
@@ -82,20 +87,33 @@ def caption(
     if bulk is not None:
         if stream or bypass_cache:
             raise typer.BadParameter("--stream and --bypass-cache are for single images")
+        if "regions" in framing or "tiles" in framing:
+            raise typer.BadParameter("--region and --tiles are for single images")
         with _refusals_as_wrong_usage(), ExitStack() as stack:
-            captioners = _captioners(stack, service, local, timeout)
-            raise typer.Exit(caption_many(sources, captioners, options, bulk, as_json=as_json))
+            captioners = _captioners(stack, service, framing, local, timeout)
+            raise typer.Exit(
+                caption_many(
+                    sources,
+                    captioners,
+                    options,
+                    bulk,
+                    resize=framing.get("resize"),
+                    as_json=as_json,
+                )
+            )
     images = list(map(Path, sources))
     collected: list[Answer] = []
     with _refusals_as_wrong_usage(), ExitStack() as stack:
         if local is not None:
-            answers = _answers(images, _local_outcomes(stack, images, options, local))
+            answers = _answers(images, _local_outcomes(stack, images, options, framing, local))
         else:
             client = stack.enter_context(service.client(timeout))
             if stream:
-                answers = (_stream(client, image, options) for image in images)
+                answers = (_stream(client, image, options, framing) for image in images)
             else:
-                outcomes = _served_outcomes(client, images, options, bypass_cache=bypass_cache)
+                outcomes = _served_outcomes(
+                    client, images, options, framing, bypass_cache=bypass_cache
+                )
                 answers = _answers(images, outcomes)
         for answer in _with_progress(answers, len(images), quiet=stream):
             collected.append(answer)
@@ -135,20 +153,23 @@ def _answers(images: Sequence[Path], outcomes: Iterator[Outcome]) -> Iterator[An
     """Each image's captions or its error; one bad image must not end the others."""
     for image, outcome in zip(images, outcomes, strict=True):
         if isinstance(outcome, CaptionResult):
-            captions = captions_as_json(outcome)
-            yield {"image": str(image), "cached": outcome.cached, "captions": captions}
+            yield {"image": str(image), "cached": outcome.cached, **_described_as_json(outcome)}
         else:
             yield _problem(image, outcome)
 
 
 def _captioners(
-    stack: ExitStack, service: ServiceOptions, local: Path | None, timeout: float
+    stack: ExitStack,
+    service: ServiceOptions,
+    framing: Framing,
+    local: Path | None,
+    timeout: float,
 ) -> list[Captioner]:
     """Who captions many images, until the stack is left."""
     if local is None:
         clients = service.clients(timeout)
-        return [Service(stack.enter_context(client)) for client in clients]
-    return [Local(stack.enter_context(_local_captioner(local)))]
+        return [Service(stack.enter_context(client), framing) for client in clients]
+    return [Local(stack.enter_context(_local_captioner(local)), framing)]
 
 
 def _local_captioner(folder: Path) -> LocalCaptioner:
@@ -159,11 +180,16 @@ def _local_captioner(folder: Path) -> LocalCaptioner:
 
 
 def _local_outcomes(
-    stack: ExitStack, images: Sequence[Path], options: GenerationOptions, folder: Path
+    stack: ExitStack,
+    images: Sequence[Path],
+    options: GenerationOptions,
+    framing: Framing,
+    folder: Path,
 ) -> Iterator[Outcome]:
     from captionserve_server.bulk.local_outcomes import local_outcomes
 
-    outcomes = local_outcomes(stack.enter_context(_local_captioner(folder)), images, options)
+    captioner = stack.enter_context(_local_captioner(folder))
+    outcomes = local_outcomes(captioner, images, options, framing)
     return _until_refused(outcomes, len(images))
 
 
@@ -171,10 +197,11 @@ def _served_outcomes(
     client: CaptionClient,
     images: Sequence[Path],
     options: GenerationOptions,
+    framing: Framing,
     *,
     bypass_cache: bool,
 ) -> Iterator[Outcome]:
-    outcomes = client.caption_many(images, options, bypass_cache=bypass_cache)
+    outcomes = client.caption_many(images, options, bypass_cache=bypass_cache, **framing)
     found = (cast("Outcome", outcome.result or outcome.error) for outcome in outcomes)
     return _until_refused(found, len(images))
 
@@ -190,13 +217,18 @@ def _until_refused(outcomes: Iterator[Outcome], count: int) -> Iterator[Outcome]
         yield outcome
 
 
-def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> Answer:
-    """Print one image's words as they come; its error where it has one."""
+def _stream(
+    client: CaptionClient, image: Path, options: GenerationOptions, framing: Framing
+) -> Answer:
+    """Print one image's words as they come, then its parts' captions; its error if it has one."""
     text = f"{image}: "
+    regions: list[Answer] = []
     try:
-        for update in client.caption_stream(image, options):
+        for update in client.caption_stream(image, options, **framing):
             output.print(text + update.text, end="", markup=False)
             text = ""
+            if update.result is not None:
+                regions = list(map(_region_as_json, update.result.regions))
     except (CaptionError, OSError) as error:
         if not text:
             output.print()
@@ -204,6 +236,7 @@ def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> A
         _print(problem)
         return problem
     output.print()
+    _print_regions(image, regions)
     return {"image": str(image)}
 
 
@@ -219,6 +252,18 @@ def _problem(image: Path, error: Exception) -> Answer:
 def captions_as_json(result: CaptionResult) -> list[dict[str, object]]:
     """A result's captions as JSON values."""
     return [_caption_as_json(found) for found in result.captions]
+
+
+def _described_as_json(result: CaptionResult) -> Answer:
+    """A result's captions, and its parts' where there are parts."""
+    described: Answer = {"captions": captions_as_json(result)}
+    if result.regions:
+        described["regions"] = list(map(_region_as_json, result.regions))
+    return described
+
+
+def _region_as_json(region: DescribedRegion) -> Answer:
+    return {"box": region.box, "captions": list(map(_caption_as_json, region.captions))}
 
 
 def _caption_as_json(found: Caption) -> Answer:
@@ -239,5 +284,16 @@ def _print(answer: Answer) -> None:
         error = cast("dict[str, str]", answer["error"])
         messages.print(f"{answer['image']}: {error['reason']}: {error['message']}", markup=False)
         return
-    for found in cast("list[dict[str, object]]", answer["captions"]):
-        output.print(f"{answer['image']}: {found['text']} ({found['score']:.3f})", markup=False)
+    _print_captions(answer["image"], answer["captions"])
+    _print_regions(answer["image"], answer.get("regions", []))
+
+
+def _print_regions(image: object, regions: object) -> None:
+    for region in cast("list[Answer]", regions):
+        left, top, right, bottom = cast("tuple[int, ...]", region["box"])
+        _print_captions(f"{image} [{left},{top},{right},{bottom}]", region["captions"])
+
+
+def _print_captions(name: object, captions: object) -> None:
+    for found in cast("list[Answer]", captions):
+        output.print(f"{name}: {found['text']} ({found['score']:.3f})", markup=False)

@@ -36,6 +36,11 @@ from captionserve_server.export.generation import (
     UnsupportedSettingError,
     read_generation,
 )
+from captionserve_server.export.image_size import (
+    check_image_size,
+    interpolate_positions,
+    preprocessor_of_size,
+)
 from captionserve_server.runtime.any_path import utf8_path
 
 SUPPORTED_ENCODERS = ("vit", "deit")
@@ -80,25 +85,27 @@ class Checkpoint:
         return encoder_image_size(self.model.config.encoder)
 
 
-def load_checkpoint(name: str) -> Checkpoint:
+def load_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
     """Load a checkpoint's weights, tokenizer and settings.
 
     Args:
         name: a local folder in Hugging Face layout, or a hub id.
+        image_size: rows and columns of the images that it shall read; None for its own.
 
     Raises:
+        UnsupportedImageSizeError: if it cannot read images of that size.
         UnsupportedCheckpointError: if its architecture, weights or image processor cannot be
         served, its tokenizer lacks tokens of the model, or its confidence.json cannot be read.
     """
     folder = Path(name)
     if not folder.is_dir():
-        return _load(name)
+        return _load(name, image_size)
     with utf8_path(folder) as readable:
         _check_files(readable)
-        return _load(str(readable))
+        return _load(str(readable), image_size)
 
 
-def _load(name: str) -> Checkpoint:
+def _load(name: str, image_size: int | None) -> Checkpoint:
     """Small files first: what is wrong shows before the weights are read."""
     with _reading("config.json"):
         config = _load_config(name)
@@ -107,10 +114,15 @@ def _load(name: str) -> Checkpoint:
     with _reading("image processor's settings"):
         preprocessor = _load_preprocessor(name)
         _check_image_size(config, preprocessor)
+    if image_size is not None:
+        check_image_size(config.encoder, image_size)
+        preprocessor = preprocessor_of_size(preprocessor, image_size)
     calibration = _load_calibration(name)
     weights = next((each for each in WEIGHTS_FILES if _find_optional_file(name, each)), "weights")
     with _reading(f"{weights}, or its config.json or {GENERATION_FILE},"):
         model = _load_model(name, config)
+    if image_size is not None:
+        interpolate_positions(model, image_size)
     with _reading("tokenizer.json"):
         tokenizer = _load_tokenizer(name)
     with _reading(GENERATION_FILE):

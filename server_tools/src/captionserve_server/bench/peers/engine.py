@@ -116,7 +116,7 @@ class BareGraphs(System):
 
     def _taken_in(self, files: list[bytes]) -> Int64Array:
         begin = time.perf_counter()
-        pixels = np.stack([preprocess(file, self._model.preprocessor) for file in files])
+        pixels = np.stack([preprocess(file, self._model.preprocessor).whole for file in files])
         self._image_seconds += time.perf_counter() - begin
         (states,) = self._encoder.run({graph_tensors.PIXELS: pixels})
         return self._step_model.prefill(states)
