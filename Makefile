@@ -2,9 +2,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 # The first Python 3.10 to 3.12 found; override with make PYTHON=...
+IS_SUPPORTED := 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))'
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
-	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
-	&& echo $$python && break; done)
+	$$python -c $(IS_SUPPORTED) 2>/dev/null && echo $$python && break; done)
 
 # Every target is one in name only, but for files, whose names have a slash.
 .PHONY: $(shell sed -n 's/^\([a-z][a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
@@ -12,9 +12,14 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 setup: $(VENV)/installed
 
 $(VENV)/installed: client/pyproject.toml server_tools/pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed"; exit 1; }
+	@$(or $(PYTHON),false) -c $(IS_SUPPORTED) 2>/dev/null || { \
+		echo "error: Python 3.10, 3.11 or 3.12 is needed, and $(if $(PYTHON),$(PYTHON) is none of them,none is on" \
+		"PATH): install one, or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+		exit 1; }
+	@echo "setting up $(VENV) with $(PYTHON), once: Triton, PyTorch and what else is needed, 2 GB," \
+		"some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt \
+	$(BIN)/pip install --constraint constraints.txt \
 		--editable './client[images]' \
 		--editable './server_tools[service,embedded,export,evaluation,bulk,bench,dev]'
 	touch $@

@@ -1,6 +1,7 @@
 """Typed Python client of the captionserve image-captioning service."""
 
 from captionserve._aio import AsyncCaptionClient
+from captionserve._alt_text import AltText, AltTextWarning
 from captionserve._client import CaptionClient
 from captionserve._errors import CaptionError
 from captionserve._framing import Framing
@@ -22,6 +23,8 @@ from captionserve._results import (
 from captionserve._transport import tls_credentials
 
 __all__ = [
+    "AltText",
+    "AltTextWarning",
     "AsyncCaptionClient",
     "Attention",
     "Caption",

@@ -22,7 +22,11 @@ STREAM_BROKEN = "STREAM_BROKEN"
 # What no later attempt will do better, although gRPC calls it UNAVAILABLE.
 FINAL_REASONS = {NOT_CAPTIONSERVE, TLS_FAILED, STREAM_BROKEN}
 
-_NO_CAPTIONSERVE = "what answers at this address is no captionserve"
+_NO_CAPTIONSERVE = (
+    "what answers at this address is no captionserve: the HOST:PORT that `captionserve serve "
+    "--listen` was given is wanted"
+)
+_NOBODY = "nobody listens at this address: is the service started, and is this its port?"
 _CLOSED = (
     "the connection was closed: the service has ended, or wants TLS, or a client's certificate"
 )
@@ -35,7 +39,7 @@ _OF_CONNECTIONS: tuple[tuple[str, str | None, str], ...] = (
     ("CERTIFICATE_VERIFY_FAILED", TLS_FAILED, "no known authority vouches for the certificate"),
     ("Hostname Verification", TLS_FAILED, "the certificate is of another name"),
     ("create security handshaker", TLS_FAILED, "the certificates given for TLS cannot be used"),
-    ("Connection refused", None, "nobody listens at this address"),
+    ("Connection refused", None, _NOBODY),
     ("errors resolving", None, "this address is not known"),
     ("Socket closed", None, _CLOSED),
     ("Connection reset", None, _CLOSED),

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 
+from captionserve._alt_text import (
+    DEFAULT_HEDGE_BELOW,
+    DEFAULT_MAX_CHARS,
+    AltText,
+    alt_text_of,
+)
 from captionserve._options import options_from_proto
 from captionserve.v1 import caption_pb2
 
@@ -125,6 +132,29 @@ class CaptionResult:
     def text(self) -> str:
         """The best caption's text."""
         return self.captions[0].text
+
+    def alt_text(
+        self,
+        max_chars: int = DEFAULT_MAX_CHARS,
+        nearby_text: str | None = None,
+        file_name: str | os.PathLike[str] | None = None,
+        hedge_below: float = DEFAULT_HEDGE_BELOW,
+    ) -> AltText:
+        """A draft of an alternative text, made of the best caption; a person decides on it.
+
+        Args:
+            max_chars: code points that it may have; it ends with a whole word, without the
+                beginning of a phrase.
+            nearby_text: what is to be read beside the image, such as its legend, so that a
+                repetition of it is warned of.
+            file_name: the image's, or its path, so that an alt text that is just this is warned of.
+            hedge_below: a caption of less confidence, 0 to 1, begins with "Possibly"; 0 for none.
+
+        Raises:
+            TypeError: if max_chars is no whole number.
+            ValueError: if it is below 1, or hedge_below not from 0 to 1.
+        """
+        return alt_text_of(self.captions[0], max_chars, nearby_text, file_name, hedge_below)
 
 
 def from_proto(response: caption_pb2.CaptionResponse) -> CaptionResult:

@@ -27,6 +27,8 @@ from captionserve import (
 
 def test_exports_exactly_the_public_names() -> None:
     assert set(captionserve.__all__) == {
+        "AltText",
+        "AltTextWarning",
         "AsyncCaptionClient",
         "Attention",
         "Caption",

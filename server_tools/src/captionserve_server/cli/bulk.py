@@ -49,6 +49,8 @@ class BulkOptions:
         restart: whether what earlier runs have done is forgotten.
         limit: how many images to caption at most.
         dry_run: only count.
+        alt_text_chars: how long the alt texts of sidecars and of further columns may be; None where
+            sidecars have the captions.
     """
 
     output: Path | None
@@ -59,6 +61,12 @@ class BulkOptions:
     restart: bool
     limit: int | None
     dry_run: bool
+    alt_text_chars: int | None = None
+
+    @property
+    def about_sidecars(self) -> dict[str, dict[str, object]]:
+        """What all runs into the same output must have in common for its sidecars to be alike."""
+        return {"sidecar": {"alt_text_chars": self.alt_text_chars}} if self.sidecar else {}
 
     def is_there(self, item: Item) -> bool:
         """Whether an item's caption is all there, where no journal knows."""
@@ -67,7 +75,8 @@ class BulkOptions:
     def keep(self, item: Item, row: Row) -> None:
         """Write an item's sidecar, if there is to be one."""
         if self.sidecar and item.path is not None and not (row.failed or self._has_sidecar(item)):
-            write_sidecar(item.path, row)
+            alt_text = None if self.alt_text_chars is None else row.alt_text(self.alt_text_chars)
+            write_sidecar(item.path, str(alt_text or row.caption))
 
     def _has_sidecar(self, item: Item) -> bool:
         """Whether there is a sidecar that stays."""
@@ -82,7 +91,9 @@ def with_bulk_options(command: Callable[..., None]) -> Callable[..., None]:
         _parameter(
             "output", Path | None, None, "Table to write, of all images: .jsonl, .csv or .parquet."
         ),
-        _parameter("sidecar", str | None, None, "Write each caption beside its image: txt."),
+        _parameter(
+            "sidecar", str | None, None, "Write each caption or alt text beside its image: txt."
+        ),
         _parameter("overwrite", bool, False, "Write sidecars anew that are there."),
         _parameter("only_missing", bool, False, "Leave rows alone that have a caption."),
         _parameter("retry_failed", bool, False, "Try again what failed in an earlier run."),
@@ -141,10 +152,10 @@ def caption_many(
         given["resize"] = resize
     with _said_in_a_sentence():
         check(sources)
-        write = None if wanted.output is None else writer_for(wanted.output)
+        write = None if wanted.output is None else writer_for(wanted.output, wanted.alt_text_chars)
         model, progress = common_model(captioners), Progress()
         with _opened(wanted) as journal:
-            journal.hold_to({"model": model, "options": given})
+            journal.hold_to({"model": model, "options": given, **wanted.about_sidecars})
             todo = still_to_do(
                 items(sources),
                 journal,

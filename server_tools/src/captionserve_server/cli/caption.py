@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from captionserve import (
@@ -18,6 +18,7 @@ from captionserve import (
     Framing,
     GenerationOptions,
 )
+from captionserve._alt_text import DEFAULT_MAX_CHARS
 from rich.progress import track
 
 from captionserve_server.bulk.captioners import Captioner, Local, Service
@@ -77,11 +78,23 @@ def caption(
     stream: Annotated[
         bool, typer.Option("--stream", help="Print words as they become certain.")
     ] = False,
+    alt_text: Annotated[
+        bool, typer.Option("--alt-text", help="Give captions as drafts of alt text.")
+    ] = False,
+    alt_text_chars: Annotated[
+        int | None,
+        typer.Option(help=f"Characters of an alt text at most; else {DEFAULT_MAX_CHARS}.", min=1),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Caption image files with a running service, or with a model repository in this process."""
-    if stream and as_json:
-        raise typer.BadParameter("cannot be combined with --json", param_hint="--stream")
+    if stream and (as_json or alt_text):
+        raise typer.BadParameter(
+            "cannot be combined with --json or --alt-text", param_hint="--stream"
+        )
+    if alt_text_chars is not None and not alt_text:
+        raise typer.BadParameter("goes with --alt-text", param_hint="--alt-text-chars")
+    max_chars = (alt_text_chars or DEFAULT_MAX_CHARS) if alt_text else None
     if local is not None:
         _refuse_what_needs_a_service(context)
     if bulk is not None:
@@ -89,6 +102,7 @@ def caption(
             raise typer.BadParameter("--stream and --bypass-cache are for single images")
         if "regions" in framing or "tiles" in framing:
             raise typer.BadParameter("--region and --tiles are for single images")
+        bulk = dataclasses.replace(bulk, alt_text_chars=max_chars)
         with _refusals_as_wrong_usage(), ExitStack() as stack:
             captioners = _captioners(stack, service, framing, local, timeout)
             raise typer.Exit(
@@ -105,7 +119,9 @@ def caption(
     collected: list[Answer] = []
     with _refusals_as_wrong_usage(), ExitStack() as stack:
         if local is not None:
-            answers = _answers(images, _local_outcomes(stack, images, options, framing, local))
+            answers = _answers(
+                images, _local_outcomes(stack, images, options, framing, local), max_chars
+            )
         else:
             client = stack.enter_context(service.client(timeout))
             if stream:
@@ -114,7 +130,7 @@ def caption(
                 outcomes = _served_outcomes(
                     client, images, options, framing, bypass_cache=bypass_cache
                 )
-                answers = _answers(images, outcomes)
+                answers = _answers(images, outcomes, max_chars)
         for answer in _with_progress(answers, len(images), quiet=stream):
             collected.append(answer)
             if not (as_json or stream):
@@ -149,11 +165,23 @@ def _with_progress(answers: Iterator[Answer], total: int, *, quiet: bool) -> Ite
     return track(answers, "captioning", total, console=messages, transient=True, disable=disable)
 
 
-def _answers(images: Sequence[Path], outcomes: Iterator[Outcome]) -> Iterator[Answer]:
-    """Each image's captions or its error; one bad image must not end the others."""
+def _answers(
+    images: Sequence[Path], outcomes: Iterator[Outcome], alt_text_chars: int | None
+) -> Iterator[Answer]:
+    """Each image's captions or its error; one bad image must not end the others.
+
+    Args:
+        images: the files.
+        outcomes: of each of them.
+        alt_text_chars: how long an alt text may be; None for none.
+    """
     for image, outcome in zip(images, outcomes, strict=True):
         if isinstance(outcome, CaptionResult):
-            yield {"image": str(image), "cached": outcome.cached, **_described_as_json(outcome)}
+            answer: Answer = {"image": str(image), "cached": outcome.cached}
+            if alt_text_chars is not None:
+                alt_text = outcome.alt_text(alt_text_chars, file_name=image)
+                answer["alt_text"] = dataclasses.asdict(alt_text)
+            yield {**answer, **_described_as_json(outcome)}
         else:
             yield _problem(image, outcome)
 
@@ -284,8 +312,17 @@ def _print(answer: Answer) -> None:
         error = cast("dict[str, str]", answer["error"])
         messages.print(f"{answer['image']}: {error['reason']}: {error['message']}", markup=False)
         return
-    _print_captions(answer["image"], answer["captions"])
+    if "alt_text" in answer:
+        _print_alt_text(answer["image"], cast("dict[str, Any]", answer["alt_text"]))
+    else:
+        _print_captions(answer["image"], answer["captions"])
     _print_regions(answer["image"], answer.get("regions", []))
+
+
+def _print_alt_text(image: object, alt_text: dict[str, Any]) -> None:
+    output.print(f"{image}: {alt_text['text']}", markup=False)
+    for warning in alt_text["warnings"]:
+        messages.print(f"{image}: warning: {warning.replace('_', ' ')}", markup=False)
 
 
 def _print_regions(image: object, regions: object) -> None:

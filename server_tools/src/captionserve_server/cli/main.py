@@ -12,6 +12,7 @@ from captionserve_server.cli.calibrate import calibrate
 from captionserve_server.cli.caption import caption
 from captionserve_server.cli.console import ExitCode, messages
 from captionserve_server.cli.demo import demo
+from captionserve_server.cli.doctor import doctor
 from captionserve_server.cli.evaluate import evaluate
 from captionserve_server.cli.export import export, make_checkpoint
 from captionserve_server.cli.health import health
@@ -30,7 +31,6 @@ app = typer.Typer(
     name="captionserve",
     help="Export, serve and use image captioners.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(token, name="token")
@@ -44,6 +44,7 @@ for command in (
     calibrate,
     make_checkpoint,
     demo,
+    doctor,
     bench,
     load,
 ):

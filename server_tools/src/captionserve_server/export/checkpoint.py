@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -192,7 +197,8 @@ def _read_json(name: str, filename: str) -> dict[str, Any]:
     path = _find_file(name, filename)
     if path is None:
         raise UnsupportedCheckpointError(
-            f"this is no checkpoint in Hugging Face layout: it has no {filename}"
+            f"this is no checkpoint in Hugging Face layout: it has no {filename}; a folder with "
+            "config.json, weights and tokenizer is wanted, such as demo/checkpoint"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -210,13 +216,31 @@ def _find_file(name: str, filename: str) -> Path | None:
         path = folder / filename
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(name, filename))
+        return Path(hf_hub_download(name, filename, local_files_only=not _hub_is_known()))
     except RemoteEntryNotFoundError:
         return None
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+    except LocalEntryNotFoundError as error:
         raise UnsupportedCheckpointError(
-            f"{name!r} is neither a local folder nor a hub id that can be reached"
+            f"{name!r} is no local folder, and the Hugging Face hub cannot be reached: copy its "
+            "files to this machine and give their folder, or try demo/checkpoint"
         ) from error
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise UnsupportedCheckpointError(
+            f"{name!r} is neither a local folder nor a hub id that everybody may read: give a "
+            "checkpoint's folder, or an id such as nlpconnect/vit-gpt2-image-captioning"
+        ) from error
+
+
+@functools.cache
+def _hub_is_known() -> bool:
+    """Whether the hub's name leads anywhere; where it does not, asking it takes half a minute."""
+    if getproxies().keys() & {"all", "http", "https"}:  # Then the proxy knows.
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _find_optional_file(name: str, filename: str) -> Path | None:

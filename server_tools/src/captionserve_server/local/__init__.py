@@ -1,6 +1,7 @@
 """Captioning in one process, without a server: the edge mode.
 
-Needs onnxruntime, numpy, Pillow and tokenizers only; `pipeline` needs the client as well.
+Needs onnxruntime, numpy, Pillow and tokenizers only; `pipeline` and
+`LocalResult.alt_text` need the client as well.
 """
 
 from captionserve_server.core.results import FinishedCaption

@@ -42,6 +42,7 @@ from captionserve_server.runtime.onnx_graph import OnnxGraph
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from captionserve import AltText
     from typing_extensions import Self, Unpack
 
 # With nlpconnect's shapes a slot in use takes 14 MB and an entry 72 KB, so that captions together
@@ -92,6 +93,24 @@ class LocalResult:
     def text(self) -> str:
         """The best caption's text."""
         return self.captions[0].text
+
+    def alt_text(
+        self,
+        max_chars: int = 125,
+        nearby_text: str | None = None,
+        file_name: str | os.PathLike[str] | None = None,
+        hedge_below: float = 0.5,
+    ) -> AltText:
+        """A draft of an alternative text; as `alt_text` of the client's CaptionResult.
+
+        Raises:
+            ImportError: if the client, `captionserve`, is not installed.
+        """
+        try:
+            from captionserve._alt_text import alt_text_of
+        except ImportError as error:
+            raise ImportError("alt text needs the client too: pip install captionserve") from error
+        return alt_text_of(self.captions[0], max_chars, nearby_text, file_name, hedge_below)
 
 
 Outcome = LocalResult | CaptionServeError | OSError
