@@ -36,7 +36,7 @@ test-wheels: setup  ## The wheels installed outside the checkout, without constr
 lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py docker
+	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py docs/api_page.py docker
 	$(BIN)/python proto/lint.py
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate_pages.py --check
@@ -51,6 +51,17 @@ $(TOOLS)/installed: docker/tools.txt | setup
 
 lint-deploy: $(TOOLS)/installed  ## Images, compose and manifests; placeholders for digests are refused with RELEASE=1.
 	LINT_DEPLOY=1 $(BIN)/python -m pytest tests/deploy --ignore-glob "*/test_images*" $(if $(RELEASE),--release)
+
+DOCS_TOOLS := $(VENV)/docs
+
+$(DOCS_TOOLS)/installed: docs/tools.txt client/pyproject.toml | setup
+	$(PYTHON) -m venv $(DOCS_TOOLS)
+	$(DOCS_TOOLS)/bin/pip install --quiet --requirement docs/tools.txt --editable './client[images]'
+	touch $@
+
+docs: $(DOCS_TOOLS)/installed  ## The documentation as a site in build/site, without a warning, and its notebook run.
+	$(DOCS_TOOLS)/bin/zensical build --clean --strict
+	$(BIN)/python -m pytest tests/docs
 
 format: setup
 	$(BIN)/ruff check --fix .
