@@ -36,7 +36,7 @@ test-wheels: setup  ## The wheels installed outside the checkout, without constr
 lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py docker
+	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py docs/api_page.py docker
 	$(BIN)/python proto/lint.py
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate_pages.py --check
@@ -60,6 +60,17 @@ $(PAGE): tests/page/requirements.txt | setup
 
 test-page: $(PAGE)  ## The playground in Debian's chromium; its pictures with PICTURES=docs/pictures.
 	TEST_PAGE=1 $(BIN)/python -m pytest tests/page $(if $(PICTURES),--pictures $(PICTURES))
+
+DOCS_TOOLS := $(VENV)/docs
+
+$(DOCS_TOOLS)/installed: docs/tools.txt client/pyproject.toml | setup
+	$(PYTHON) -m venv $(DOCS_TOOLS)
+	$(DOCS_TOOLS)/bin/pip install --quiet --requirement docs/tools.txt --editable './client[images]'
+	touch $@
+
+docs: $(DOCS_TOOLS)/installed  ## The documentation as a site in build/site, without a warning, and its notebook run.
+	$(DOCS_TOOLS)/bin/zensical build --clean --strict
+	$(BIN)/python -m pytest tests/docs
 
 format: setup
 	$(BIN)/ruff check --fix .

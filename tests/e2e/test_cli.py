@@ -251,17 +251,21 @@ def test_evaluate_scores_a_running_service(service: Callable[[str], ReadyReport]
     assert 0 < trained["cider_d"] <= 10
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "docs/alt-text.md", "docs/clients.md", "docs/pipeline.md", "docs/playground.md"],
-)
+SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
+WITH_SNIPPETS = [
+    str(page.relative_to(ROOT))
+    for page in sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+    if SNIPPET.search(page.read_text())
+]
+
+
+@pytest.mark.parametrize("page", WITH_SNIPPETS)
 def test_the_snippets_run(
     page: str,
     service: Callable[[str], ReadyReport],
     model_repository: Callable[[str], Path],
 ) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert snippets
+    snippets = SNIPPET.findall((ROOT / page).read_text())
     places = {
         "127.0.0.1:9000": service(DEMO).grpc,
         "model_repository_dir": str(model_repository(DEMO)),

@@ -273,8 +273,15 @@ def test_other_shells_complete_too(shell: str) -> None:
 
 def test_completion_is_installed_for_the_shell_of_who_asks(tmp_path: Path) -> None:
     (tmp_path / ".bashrc").touch()
-    process = run("--install-completion", "bash", HOME=str(tmp_path))
-    assert process.returncode == 0, process.stderr
+    # The shell is the parent, which stays for what follows the command.
+    process = subprocess.run(
+        ["bash", "-c", f"'{COMMAND}' --install-completion; exit $?"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    assert process.returncode == 0, process.stdout
     assert "captionserve" in (tmp_path / ".bashrc").read_text()
     installed = tmp_path / ".bash_completions" / "captionserve.sh"
     assert "_CAPTIONSERVE_COMPLETE=complete_bash" in installed.read_text()

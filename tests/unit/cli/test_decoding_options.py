@@ -53,6 +53,8 @@ TYPED: dict[str, tuple[list[str], Any]] = {
     "suppress_tokens": (["--suppress-token", "0", "--suppress-token", "7"], [0, 7]),
     "output_attentions": (["--attention"], True),
     "allow_partial": (["--allow-partial"], True),
+    "output_beams": (["--beams"], True),
+    "output_stages": (["--stages"], True),
 }
 
 
