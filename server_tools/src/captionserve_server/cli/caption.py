@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, cast
 
 import typer
 from captionserve import (
@@ -18,8 +18,12 @@ from captionserve import (
 )
 from rich.progress import track
 
-from captionserve_server.bulk.captioners import Captioner, Local, Service
 from captionserve_server.cli.bulk import BulkOptions, caption_many, with_bulk_options
+from captionserve_server.cli.captioners import (
+    captioners,
+    local_captioner,
+    refuse_what_needs_a_service,
+)
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
 from captionserve_server.cli.decoding_options import with_decoding_options
 from captionserve_server.cli.service_options import (
@@ -28,19 +32,10 @@ from captionserve_server.cli.service_options import (
     with_service_options,
 )
 
-if TYPE_CHECKING:
-    from captionserve_server.local import LocalCaptioner
-
 Answer = dict[str, object]
 """What is printed of one image, as JSON values."""
 Outcome = CaptionResult | Exception
 """What became of one image."""
-
-# Options that say something to a service, or about one.
-_SERVICE_ONLY = (
-    *(field.name for field in dataclasses.fields(ServiceOptions)),
-    *("timeout", "bypass_cache", "stream"),
-)
 
 
 @with_decoding_options
@@ -78,13 +73,12 @@ def caption(
     if stream and as_json:
         raise typer.BadParameter("cannot be combined with --json", param_hint="--stream")
     if local is not None:
-        _refuse_what_needs_a_service(context)
+        refuse_what_needs_a_service(context)
     if bulk is not None:
         if stream or bypass_cache:
             raise typer.BadParameter("--stream and --bypass-cache are for single images")
-        with _refusals_as_wrong_usage(), ExitStack() as stack:
-            captioners = _captioners(stack, service, local, timeout)
-            raise typer.Exit(caption_many(sources, captioners, options, bulk, as_json=as_json))
+        with _refusals_as_wrong_usage(), captioners(service, local, timeout) as who:
+            raise typer.Exit(caption_many(sources, who, options, bulk, as_json=as_json))
     images = list(map(Path, sources))
     collected: list[Answer] = []
     with _refusals_as_wrong_usage(), ExitStack() as stack:
@@ -105,15 +99,6 @@ def caption(
         print_json(collected)
     if any("error" in answer for answer in collected):
         raise typer.Exit(ExitCode.CALL_FAILED)
-
-
-def _refuse_what_needs_a_service(context: typer.Context) -> None:
-    for name in _SERVICE_ONLY:
-        source = context.get_parameter_source(name)
-        # A target in the environment is for other calls.
-        if source is not None and source.name == "COMMANDLINE":
-            flag = "--" + name.replace("_", "-")
-            raise typer.BadParameter("cannot be combined with --local", param_hint=flag)
 
 
 @contextmanager
@@ -141,29 +126,12 @@ def _answers(images: Sequence[Path], outcomes: Iterator[Outcome]) -> Iterator[An
             yield _problem(image, outcome)
 
 
-def _captioners(
-    stack: ExitStack, service: ServiceOptions, local: Path | None, timeout: float
-) -> list[Captioner]:
-    """Who captions many images, until the stack is left."""
-    if local is None:
-        clients = service.clients(timeout)
-        return [Service(stack.enter_context(client)) for client in clients]
-    return [Local(stack.enter_context(_local_captioner(local)))]
-
-
-def _local_captioner(folder: Path) -> LocalCaptioner:
-    # ONNX Runtime takes a while to import, and nothing else here needs it.
-    from captionserve_server.local import LocalCaptioner
-
-    return LocalCaptioner(folder)
-
-
 def _local_outcomes(
     stack: ExitStack, images: Sequence[Path], options: GenerationOptions, folder: Path
 ) -> Iterator[Outcome]:
     from captionserve_server.bulk.local_outcomes import local_outcomes
 
-    outcomes = local_outcomes(stack.enter_context(_local_captioner(folder)), images, options)
+    outcomes = local_outcomes(stack.enter_context(local_captioner(folder)), images, options)
     return _until_refused(outcomes, len(images))
 
 

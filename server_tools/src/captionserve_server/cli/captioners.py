@@ -1,0 +1,64 @@
+"""Who captions many images for a command: services, or a model repository in its own process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from captionserve_server.bulk.captioners import Captioner, Local, Service
+from captionserve_server.cli.service_options import ServiceOptions
+
+if TYPE_CHECKING:
+    from captionserve_server.local import LocalCaptioner
+
+# Options that say something to a service, or about one.
+_SERVICE_ONLY = (
+    *(field.name for field in dataclasses.fields(ServiceOptions)),
+    *("timeout", "bypass_cache", "stream"),
+)
+
+
+@contextmanager
+def captioners(
+    service: ServiceOptions, local: Path | None, timeout: float, threads: int = 0
+) -> Iterator[Sequence[Captioner]]:
+    """Those that the options ask for, until the end of the block.
+
+    Args:
+        service: the services, where there is no `local`.
+        local: the model repository.
+        timeout: seconds that a service has for each image.
+        threads: as LocalCaptioner has them.
+
+    Raises:
+        ValueError: as ServiceOptions.clients.
+    """
+    with ExitStack() as stack:
+        if local is None:
+            clients = service.clients(timeout)
+            yield [Service(stack.enter_context(client)) for client in clients]
+        else:
+            yield [Local(stack.enter_context(local_captioner(local, threads)))]
+
+
+def local_captioner(folder: Path, threads: int = 0) -> LocalCaptioner:
+    """The captioner of a model repository."""
+    # ONNX Runtime takes a while to import, and who asks a service does not need it.
+    from captionserve_server.local import LocalCaptioner
+
+    return LocalCaptioner(folder, threads=threads)
+
+
+def refuse_what_needs_a_service(context: typer.Context) -> None:
+    """Refuse options that go with a service, where --local was given."""
+    for name in _SERVICE_ONLY:
+        source = context.get_parameter_source(name)
+        # A target in the environment is for other calls.
+        if source is not None and source.name == "COMMANDLINE":
+            flag = "--" + name.replace("_", "-")
+            raise typer.BadParameter("cannot be combined with --local", param_hint=flag)
