@@ -9,20 +9,22 @@ twice with a batch; parts.py says why its rows are there once all the same.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
-from collections import Counter
+import pickle
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import ray
 import ray.data
+from captionserve import CaptionError
 
 from captionserve_server.bulk.captioners import Captioner, DifferentModelsError, common_model
-from captionserve_server.bulk.parts import Batch, BatchWork, ClusterError
+from captionserve_server.bulk.parts import Batch, BatchWork, ClusterError, DeadlyBatchError
 from captionserve_server.bulk.run import Progress
+from captionserve_server.bulk.sources import SourceError
 
 MakeCaptioners: TypeAlias = Callable[[], AbstractContextManager[Sequence[Captioner]]]
 """Called in the process that shall caption; can be pickled."""
@@ -32,6 +34,9 @@ _BATCHES_AT_ONCE = 2
 # Ray Data spends a millisecond on each before it begins.
 _MOST_BLOCKS = 1000
 _OBJECT_STORE_BYTES = 128 * 2**20
+# What an actor raises arrives as a text with its traceback. That is right for faults of ours; these
+# say what a person can do.
+_TOLD = (CaptionError, DeadlyBatchError, DifferentModelsError, SourceError, OSError)
 
 
 @contextmanager
@@ -136,8 +141,10 @@ def caption_batches(
     )
     with _as_cluster_errors():
         for row in done.iter_rows():
-            values = json.loads(row["progress"])
-            yield Progress(**values | {"failed": Counter(values["failed"])})
+            outcome = pickle.loads(row["outcome"])
+            if isinstance(outcome, Exception):
+                raise outcome
+            yield outcome
 
 
 class _Actor:
@@ -147,16 +154,38 @@ class _Actor:
         self, work: BatchWork, make_captioners: MakeCaptioners, model: Mapping[str, object]
     ) -> None:
         self._work = work
-        # They live as long as the process.
+        self._make_captioners = make_captioners
+        self._model = model
+        # What it holds lives as long as the process.
         self._stack = ExitStack()
-        self._captioners = self._stack.enter_context(make_captioners())
-        if common_model(self._captioners) != model:
-            raise DifferentModelsError("the nodes of the cluster differ in their model")
+        self._lock = threading.Lock()
+        self._captioners: Sequence[Captioner] | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Make the part of a batch, and tell what was done."""
-        progress = self._work.caption(Batch(**row), self._captioners)
-        return {"progress": json.dumps(dataclasses.asdict(progress))}
+        """Make the part of a batch, and tell what was done, or why nothing can be done."""
+        outcome: Progress | Exception
+        try:
+            outcome = self._work.caption(Batch(**row), self._made_captioners())
+        # Ray Data would tell of them as text alone. What is none of these is a fault of ours, of
+        # which that text has all.
+        except (
+            CaptionError,
+            DeadlyBatchError,
+            DifferentModelsError,
+            SourceError,
+            OSError,
+        ) as error:
+            outcome = error
+        return {"outcome": pickle.dumps(outcome)}
+
+    def _made_captioners(self) -> Sequence[Captioner]:
+        with self._lock:
+            if self._captioners is None:
+                made = self._stack.enter_context(self._make_captioners())
+                if common_model(made) != self._model:
+                    raise DifferentModelsError("the cluster's nodes differ in their model")
+                self._captioners = made
+            return self._captioners
 
 
 @contextmanager
@@ -165,6 +194,8 @@ def _as_cluster_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+        if isinstance(error.cause, _TOLD):
+            raise error.cause from None
+        raise
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise ClusterError(str(error).splitlines()[0]) from error

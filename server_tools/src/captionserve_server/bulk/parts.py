@@ -29,7 +29,7 @@ _PATTERN = "part-*.parquet"
 # Hidden from whoever reads the folder as one table.
 _ATTEMPTS = ".attempts"
 # So often a process may end while it captions a batch; what else ended it is rarely so stubborn.
-_MOST_DEATHS = 5
+_MOST_DEATHS = 3
 
 
 class ClusterError(RuntimeError):

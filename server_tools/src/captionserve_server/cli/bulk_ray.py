@@ -152,9 +152,9 @@ def _caption_tables(
         model = on_ray.described_model(make, cores)
         with _opened(parts, restart=wanted.restart) as journal:
             size = {"batch_size": wanted.batch_size}
-            journal.hold_to({"model": model, "options": given, "bulk-ray": size})
             # What lies where a table lay must be that table.
-            journal.hold_to({str(path): vars(each) for path, each in found.items()})
+            as_found = {str(path): vars(each) for path, each in found.items()}
+            journal.hold_to({"model": model, "options": given, "bulk-ray": size, **as_found})
         left = parts.left_of(batches(found, wanted.batch_size), retry_failed=wanted.retry_failed)
         done_before = sum(each.rows for each in found.values()) - sum(map(len, left))
         progress = Progress(seen=done_before, done_before=done_before)
