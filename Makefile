@@ -93,7 +93,8 @@ soak-many: setup  ## 10,000 images, some of them broken, while Triton is killed 
 		--log-cli-level INFO
 
 soak-bulk: setup  ## 20,000 images in bulk, killed five times: each has its row once.
-	$(BIN)/python -m pytest tests/faults/test_bulk_soak.py --soak-bulk 20000
+	$(BIN)/python -m pytest tests/faults/test_bulk_soak.py --soak-bulk 20000 \
+		--log-cli-level INFO
 
 soak-overload: setup  ## Ten times as many calls as can be answered; another's with REPOSITORY=folder.
 	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 24 \

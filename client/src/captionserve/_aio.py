@@ -39,6 +39,7 @@ from captionserve._results import (
     models_from_proto,
     update_from_proto,
 )
+from captionserve._resumption import Resumption
 from captionserve._retry import Attempts
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
@@ -129,8 +130,9 @@ class AsyncCaptionClient:
                 self._connection.request, image, options, bypass_cache=bypass_cache
             )
         )
-        begun = False
+        resumption = Resumption()
         while True:
+            resumption.begin_anew()
             try:
                 with self._errors_mapped():
                     call = self._stub.StreamCaption(
@@ -140,14 +142,13 @@ class AsyncCaptionClient:
                     )
                     try:
                         async for response in call:
-                            begun = True
-                            yield update_from_proto(response)
+                            update = resumption.fresh(update_from_proto(response))
+                            if update is not None:
+                                yield update
                         return
                     finally:
                         call.cancel()
             except CaptionError as error:
-                if begun:
-                    raise
                 await self._wait(attempts.delay_after(error))
 
     async def caption_many(

@@ -32,6 +32,7 @@ from captionserve._results import (
     models_from_proto,
     update_from_proto,
 )
+from captionserve._resumption import Resumption
 from captionserve._retry import Attempts
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
@@ -132,16 +133,19 @@ class CaptionClient:
 
         The words of greedy search and sampling come one by one, those of beam search when all beams
         that are left share them. Closing the generator, which leaving a loop over it does unless
-        somebody else holds it, ends the work on the server. Errors are raised from within the loop;
-        once a word was given, a stream that breaks is not tried again. Streams are not remembered,
-        so that bypass_cache changes nothing. Arguments and errors are those of `caption`.
+        somebody else holds it, ends the work on the server. Errors are raised from within the loop.
+        A stream that breaks is asked for again, and goes on behind the words that were given; where
+        the service tells another caption then, as it does when sampling without a seed, it fails
+        with STREAM_BROKEN. Streams are not remembered, so that bypass_cache changes nothing.
+        Arguments and errors are those of `caption`.
         """
         attempts = self._connection.attempts(timeout)
         request = caption_pb2.StreamCaptionRequest(
             request=self._connection.request(image, options, bypass_cache=bypass_cache)
         )
-        begun = False
+        resumption = Resumption()
         while True:
+            resumption.begin_anew()
             try:
                 with self._errors_mapped():
                     call = self._stub.StreamCaption(
@@ -151,14 +155,13 @@ class CaptionClient:
                     )
                     try:
                         for response in call:
-                            begun = True
-                            yield update_from_proto(response)
+                            update = resumption.fresh(update_from_proto(response))
+                            if update is not None:
+                                yield update
                         return
                     finally:
                         call.cancel()
             except CaptionError as error:
-                if begun:
-                    raise
                 self._wait(attempts.delay_after(error))
 
     def caption_many(
