@@ -34,8 +34,8 @@ _BATCHES_AT_ONCE = 2
 # Ray Data spends a millisecond on each before it begins.
 _MOST_BLOCKS = 1000
 _OBJECT_STORE_BYTES = 128 * 2**20
-# What an actor raises arrives as a text with its traceback. That is right for faults of ours; these
-# say what a person can do.
+# Ray Data tells of what an actor raised as text with a traceback. That is right for faults of ours;
+# these say what a person can do.
 _TOLD = (CaptionError, DeadlyBatchError, DifferentModelsError, SourceError, OSError)
 
 
@@ -194,7 +194,8 @@ def _as_cluster_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, _TOLD):
+        # ValueError: what the client does not take, such as a certificate without its key.
+        if isinstance(error.cause, (*_TOLD, ValueError)):
             raise error.cause from None
         raise
     except (ray.exceptions.RayError, ConnectionError) as error:

@@ -31,7 +31,11 @@ from captionserve_server.cli.bulk_messages import (
     teller,
     unknown_output,
 )
-from captionserve_server.cli.captioners import captioners, refuse_what_needs_a_service
+from captionserve_server.cli.captioners import (
+    captioners,
+    refusals_as_wrong_usage,
+    refuse_what_needs_a_service,
+)
 from captionserve_server.cli.console import ExitCode, messages
 from captionserve_server.cli.decoding_options import with_decoding_options
 from captionserve_server.cli.service_options import (
@@ -104,7 +108,7 @@ def bulk_ray(
         captioners, service.in_any_folder(), None if local is None else local.absolute(), timeout
     )
     tell, parts = teller(as_json=as_json), Parts(folder.absolute())
-    with said_in_a_sentence(), _failures_in_a_sentence():
+    with refusals_as_wrong_usage(), said_in_a_sentence(), _failures_in_a_sentence():
         found = {path: table(path) for path in tables(sources)}
         with shown(sum(each.rows for each in found.values()), as_json=as_json) as told:
             progress = _caption_tables(found, parts, options, make, wanted, told)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -22,6 +22,7 @@ from captionserve_server.cli.bulk import BulkOptions, caption_many, with_bulk_op
 from captionserve_server.cli.captioners import (
     captioners,
     local_captioner,
+    refusals_as_wrong_usage,
     refuse_what_needs_a_service,
 )
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
@@ -77,11 +78,11 @@ def caption(
     if bulk is not None:
         if stream or bypass_cache:
             raise typer.BadParameter("--stream and --bypass-cache are for single images")
-        with _refusals_as_wrong_usage(), captioners(service, local, timeout) as who:
+        with refusals_as_wrong_usage(), captioners(service, local, timeout) as who:
             raise typer.Exit(caption_many(sources, who, options, bulk, as_json=as_json))
     images = list(map(Path, sources))
     collected: list[Answer] = []
-    with _refusals_as_wrong_usage(), ExitStack() as stack:
+    with refusals_as_wrong_usage(), ExitStack() as stack:
         if local is not None:
             answers = _answers(images, _local_outcomes(stack, images, options, local))
         else:
@@ -99,15 +100,6 @@ def caption(
         print_json(collected)
     if any("error" in answer for answer in collected):
         raise typer.Exit(ExitCode.CALL_FAILED)
-
-
-@contextmanager
-def _refusals_as_wrong_usage() -> Iterator[None]:
-    """Tell a person which value the client would not take, such as an endless timeout."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _with_progress(answers: Iterator[Answer], total: int, *, quiet: bool) -> Iterable[Answer]:

@@ -62,3 +62,12 @@ def refuse_what_needs_a_service(context: typer.Context) -> None:
         if source is not None and source.name == "COMMANDLINE":
             flag = "--" + name.replace("_", "-")
             raise typer.BadParameter("cannot be combined with --local", param_hint=flag)
+
+
+@contextmanager
+def refusals_as_wrong_usage() -> Iterator[None]:
+    """Tell a person which value the client would not take, such as an endless timeout."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
