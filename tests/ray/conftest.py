@@ -52,10 +52,10 @@ class Ray:
         }
 
     def start(self, *arguments: str | Path, address: str | None = "") -> subprocess.Popen[str]:
-        """Start `captionserve bulk-ray`, on the cluster or, with None, on a Ray of its own."""
+        """Start `captionserve bulk-ray` on the cluster, another one or, with None, its own."""
         command = [ENVIRONMENT / "bin" / "captionserve", "bulk-ray", *arguments]
         if address is not None:
-            command += ["--address", self.address]
+            command += ["--address", address or self.address]
         return subprocess.Popen(
             list(map(str, command)),
             env=self.variables,

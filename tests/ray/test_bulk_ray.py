@@ -234,6 +234,9 @@ def test_what_stands_in_the_way_is_one_sentence(
         found, said = ray.run(path, "--output", tmp_path / "out", *flags)
         assert (found, "Traceback" in said) == (status, False), said
         assert told in said
+    found, said = ray.run(path, "--output", tmp_path / "out", *local, address="127.0.0.1:1")
+    assert found == 1, said
+    assert "no Ray cluster can be reached at 127.0.0.1:1" in said
 
 
 def test_a_batch_that_ends_every_actor_ends_the_run(

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import pickle
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -33,6 +34,7 @@ MakeCaptioners: TypeAlias = Callable[[], AbstractContextManager[Sequence[Caption
 _BATCHES_AT_ONCE = 2
 # Ray Data spends a millisecond on each before it begins.
 _MOST_BLOCKS = 1000
+_CONNECT_SECONDS = 10.0
 _OBJECT_STORE_BYTES = 128 * 2**20
 # Ray Data tells of what an actor raised as text with a traceback. That is right for faults of ours;
 # these say what a person can do.
@@ -70,10 +72,22 @@ def cluster(address: str | None, local_cores: int) -> Iterator[None]:
                     **quiet,
                 )
             else:
+                _check_reachable(address or os.environ["RAY_ADDRESS"])
                 ray.init(address, **quiet)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address of nobody, which Ray would try for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):  # Such as auto.
+        return
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster can be reached at {address}") from error
 
 
 def cores_of_each(actors: int) -> int:
