@@ -142,7 +142,7 @@ def _caption_tables(
         found: the tables.
         parts: where captions go.
         options: of all captions.
-        make: makes captioners, of so many threads, in the process that is to use them.
+        make: makes captioners, for so many cores, in the process that is to use them.
         wanted: the other options.
         told: called when something was done.
     """

@@ -12,6 +12,7 @@ import typer
 
 from captionserve_server.bulk.captioners import Captioner, Local, Service
 from captionserve_server.cli.service_options import ServiceOptions
+from captionserve_server.runtime.cores import available_cores
 
 if TYPE_CHECKING:
     from captionserve_server.local import LocalCaptioner
@@ -25,7 +26,7 @@ _SERVICE_ONLY = (
 
 @contextmanager
 def captioners(
-    service: ServiceOptions, local: Path | None, timeout: float, threads: int = 0
+    service: ServiceOptions, local: Path | None, timeout: float, cores: int | None = None
 ) -> Iterator[Sequence[Captioner]]:
     """Those that the options ask for, until the end of the block.
 
@@ -33,7 +34,7 @@ def captioners(
         service: the services, where there is no `local`.
         local: the model repository.
         timeout: seconds that a service has for each image.
-        threads: as LocalCaptioner has them.
+        cores: that a model here may keep busy; None for all there are.
 
     Raises:
         ValueError: as ServiceOptions.clients.
@@ -43,6 +44,8 @@ def captioners(
             clients = service.clients(timeout)
             yield [Service(stack.enter_context(client)) for client in clients]
         else:
+            # With all cores ONNX Runtime knows best, as it keeps threads on their cores.
+            threads = 0 if cores is None or cores >= available_cores() else cores
             yield [Local(stack.enter_context(local_captioner(local, threads)))]
 
 
