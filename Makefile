@@ -33,6 +33,18 @@ test: setup  ## Every test, against a real Triton and a real gateway.
 test-wheels: setup  ## The wheels installed outside the checkout, without constraints, in work.
 	.ci/wheels
 
+# Its packages are not among the others: who runs a service does without them, and so do its tests.
+RAY := build/ray
+
+$(RAY)/installed: client/pyproject.toml server_tools/pyproject.toml constraints.txt | setup
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet --constraint constraints.txt \
+		--editable './client[images]' --editable './server_tools[service,ray]'
+	touch $@
+
+test-ray: $(RAY)/installed  ## Bulk captioning on a Ray cluster of this machine, whose processes are killed.
+	TEST_RAY=1 $(BIN)/python -m pytest tests/ray
+
 lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

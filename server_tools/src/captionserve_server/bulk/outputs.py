@@ -26,12 +26,16 @@ class OutputError(ValueError):
     """An output cannot be written; the message says why."""
 
 
-def writer_for(path: Path, alt_text_chars: int | None = None) -> Callable[[Iterable[Row]], None]:
+def writer_for(
+    path: Path, alt_text_chars: int | None = None, aside: Path | None = None
+) -> Callable[[Iterable[Row]], None]:
     """What writes all rows to a file, by its suffix.
 
     Args:
-        path: of the file.
+        path: the file.
         alt_text_chars: how long alt texts may be; None for none.
+        aside: where it is written until it is whole, on the same file system; None for a hidden
+            file beside it. Those who may write the same file at once want one each.
 
     Raises:
         OutputError: if the suffix is none that is known, or pyarrow is wanted and not there.
@@ -51,8 +55,8 @@ def writer_for(path: Path, alt_text_chars: int | None = None) -> Callable[[Itera
     columns = COLUMNS if alt_text_chars is None else (*COLUMNS, *ALT_TEXT_COLUMNS)
 
     def written(rows: Iterable[Row]) -> None:
-        with _in_place(path) as aside:
-            write(aside, columns, (_values(row, alt_text_chars) for row in rows))
+        with _in_place(path, aside) as file:
+            write(file, columns, (_values(row, alt_text_chars) for row in rows))
 
     return written
 
@@ -78,11 +82,22 @@ def write_sidecar(image: Path, text: str) -> None:
         aside.write_text(f"{text}\n", encoding="utf-8")
 
 
+def read_parquet(path: Path) -> Iterator[Row]:
+    """The rows of a Parquet file that was written here."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS_AT_ONCE):
+            for values in batch.to_pylist():
+                captions = values["captions"]
+                yield Row(**values | {"captions": None if captions is None else tuple(captions)})
+
+
 @contextmanager
-def _in_place(path: Path) -> Iterator[Path]:
+def _in_place(path: Path, aside: Path | None = None) -> Iterator[Path]:
     """A file that takes the place of another one once it is whole and on disk."""
     # Always the same name: what a killed run leaves there, the next one writes over.
-    aside = path.with_name(f".{path.name}.partial")
+    aside = aside or path.with_name(f".{path.name}.partial")
     try:
         yield aside
         with aside.open("rb") as file:

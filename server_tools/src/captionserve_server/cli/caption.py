@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 from captionserve import (
@@ -21,28 +21,31 @@ from captionserve import (
 from captionserve._alt_text import DEFAULT_MAX_CHARS
 from rich.progress import track
 
-from captionserve_server.bulk.captioners import Captioner, Local, Service
-from captionserve_server.cli.bulk import BulkOptions, caption_many, with_bulk_options
+from captionserve_server.cli.bulk import (
+    BulkOptions,
+    caption_many,
+    refuse_parts,
+    with_bulk_options,
+)
+from captionserve_server.cli.captioners import (
+    captioners,
+    local_captioner,
+    refusals_as_wrong_usage,
+    refuse_what_needs_a_service,
+)
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
 from captionserve_server.cli.decoding_options import with_decoding_options
 from captionserve_server.cli.framing_options import with_framing_options
 from captionserve_server.cli.service_options import (
     DEFAULT_TARGET,
     ServiceOptions,
-    refuse_what_needs_a_service,
     with_service_options,
 )
-
-if TYPE_CHECKING:
-    from captionserve_server.local import LocalCaptioner
 
 Answer = dict[str, object]
 """What is printed of one image, as JSON values."""
 Outcome = CaptionResult | Exception
 """What became of one image."""
-
-# Options of this command that say something to a service.
-_SERVICE_ONLY = ("timeout", "bypass_cache", "stream")
 
 
 @with_decoding_options
@@ -94,28 +97,21 @@ def caption(
         raise typer.BadParameter("goes with --alt-text", param_hint="--alt-text-chars")
     max_chars = (alt_text_chars or DEFAULT_MAX_CHARS) if alt_text else None
     if local is not None:
-        refuse_what_needs_a_service(context, _SERVICE_ONLY)
+        refuse_what_needs_a_service(context)
     if bulk is not None:
         if stream or bypass_cache:
             raise typer.BadParameter("--stream and --bypass-cache are for single images")
-        if "regions" in framing or "tiles" in framing:
-            raise typer.BadParameter("--region and --tiles are for single images")
+        refuse_parts(framing)
         bulk = dataclasses.replace(bulk, alt_text_chars=max_chars)
-        with _refusals_as_wrong_usage(), ExitStack() as stack:
-            captioners = _captioners(stack, service, framing, local, timeout)
+        with refusals_as_wrong_usage(), captioners(service, framing, local, timeout) as who:
             raise typer.Exit(
                 caption_many(
-                    sources,
-                    captioners,
-                    options,
-                    bulk,
-                    resize=framing.get("resize"),
-                    as_json=as_json,
+                    sources, who, options, bulk, resize=framing.get("resize"), as_json=as_json
                 )
             )
     images = list(map(Path, sources))
     collected: list[Answer] = []
-    with _refusals_as_wrong_usage(), ExitStack() as stack:
+    with refusals_as_wrong_usage(), ExitStack() as stack:
         if local is not None:
             answers = _answers(
                 images, _local_outcomes(stack, images, options, framing, local), max_chars
@@ -137,15 +133,6 @@ def caption(
         print_json(collected)
     if any("error" in answer for answer in collected):
         raise typer.Exit(ExitCode.CALL_FAILED)
-
-
-@contextmanager
-def _refusals_as_wrong_usage() -> Iterator[None]:
-    """Tell a person which value the client would not take, such as an endless timeout."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _with_progress(answers: Iterator[Answer], total: int, *, quiet: bool) -> Iterable[Answer]:
@@ -175,27 +162,6 @@ def _answers(
             yield _problem(image, outcome)
 
 
-def _captioners(
-    stack: ExitStack,
-    service: ServiceOptions,
-    framing: Framing,
-    local: Path | None,
-    timeout: float,
-) -> list[Captioner]:
-    """Who captions many images, until the stack is left."""
-    if local is None:
-        clients = service.clients(timeout)
-        return [Service(stack.enter_context(client), framing) for client in clients]
-    return [Local(stack.enter_context(_local_captioner(local)), framing)]
-
-
-def _local_captioner(folder: Path) -> LocalCaptioner:
-    # ONNX Runtime takes a while to import, and nothing else here needs it.
-    from captionserve_server.local import LocalCaptioner
-
-    return LocalCaptioner(folder)
-
-
 def _local_outcomes(
     stack: ExitStack,
     images: Sequence[Path],
@@ -205,7 +171,7 @@ def _local_outcomes(
 ) -> Iterator[Outcome]:
     from captionserve_server.bulk.local_outcomes import local_outcomes
 
-    captioner = stack.enter_context(_local_captioner(folder))
+    captioner = stack.enter_context(local_captioner(folder))
     outcomes = local_outcomes(captioner, images, options, framing)
     return _until_refused(outcomes, len(images))
 

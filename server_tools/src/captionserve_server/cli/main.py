@@ -8,6 +8,7 @@ import typer
 from captionserve import CaptionError
 
 from captionserve_server.cli.bench import bench
+from captionserve_server.cli.bulk_ray import bulk_ray
 from captionserve_server.cli.calibrate import calibrate
 from captionserve_server.cli.caption import caption
 from captionserve_server.cli.console import ExitCode, messages
@@ -42,6 +43,7 @@ for command in (
     health,
     caption,
     playground,
+    bulk_ray,
     evaluate,
     calibrate,
     make_checkpoint,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from captionserve_server.cli.captioners import refuse_what_needs_a_service
 from captionserve_server.cli.console import messages
 from captionserve_server.cli.service_options import (
     DEFAULT_TARGET,
     ServiceOptions,
-    refuse_what_needs_a_service,
     with_service_options,
 )
 from captionserve_server.settings import host_and_port, is_loopback

@@ -49,6 +49,13 @@ class ServiceOptions:
             raise typer.BadParameter("one service is wanted", param_hint="--target")
         return self.target[0]
 
+    def in_any_folder(self) -> ServiceOptions:
+        """The same for a process that works in another folder."""
+        files: dict[str, Any] = {
+            name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)
+        }
+        return dataclasses.replace(self, **files)
+
     def token(self) -> str | None:
         """What says who calls; from a file, for others can read a process's flags."""
         return None if self.token_file is None else self.token_file.read_text().strip()
@@ -108,21 +115,6 @@ def with_service_options(
         return with_parameters(command, "service", parameters, ServiceOptions)
 
     return decorated
-
-
-def refuse_what_needs_a_service(context: typer.Context, more: Sequence[str] = ()) -> None:
-    """Refuse options that say something to a service, where --local asks none.
-
-    Args:
-        context: of the command.
-        more: the command's own parameters of that kind.
-    """
-    for name in (*(field.name for field in dataclasses.fields(ServiceOptions)), *more):
-        source = context.get_parameter_source(name)
-        # A target in the environment is for other calls.
-        if source is not None and source.name == "COMMANDLINE":
-            flag = "--" + name.replace("_", "-")
-            raise typer.BadParameter("cannot be combined with --local", param_hint=flag)
 
 
 def _file(name: str, help: str) -> inspect.Parameter:
