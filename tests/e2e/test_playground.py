@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 from captionserve import CaptionClient, GenerationOptions
 from captionserve_server.gateway.tokens import create_token
 from captionserve_server.local import LocalCaptioner
@@ -158,6 +159,31 @@ def test_the_token_stays_with_the_command(model_repository: Repositories, tmp_pa
             assert events[-1]["result"]["captions"][0]["text"] == CAPTIONS["crown.png"]
             told = visitor.get("/api/model").text + json.dumps(events)
             assert token not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--listen", "nowhere"), 2, "HOST:PORT"),
+        (("--target", "10.0.0.1:9000", "--token-file", __file__), 2, "token"),
+        (("--local", "/nowhere"), 1, "/nowhere"),
+        (("--local", "/nowhere", "--target", "127.0.0.1:9000"), 2, "--local"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(arguments: tuple[str, ...], code: int, said: str) -> None:
+    process = subprocess.run(
+        [
+            *(sys.executable, "-m", "captionserve_server.cli.main", "playground"),
+            *("--listen", "127.0.0.1:0", *arguments),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=WAIT_SECONDS,
+    )
+    assert process.returncode == code, process.stderr
+    assert said in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_one_sentence_says_why_nobody_can_listen() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from captionserve_server.cli.captioners import refuse_what_needs_a_service
+from captionserve_server.cli.captioners import (
+    local_captioner,
+    refusals_as_wrong_usage,
+    refuse_what_needs_a_service,
+)
 from captionserve_server.cli.console import messages
 from captionserve_server.cli.service_options import (
     DEFAULT_TARGET,
@@ -66,20 +70,26 @@ def playground(
         raise typer.BadParameter(str(error), param_hint="--listen") from error
     host = host.strip("[]")
 
-    @asynccontextmanager
-    async def opened() -> AsyncIterator[Captioner]:
-        if local is None:
+    with ExitStack() as stack:
+        listener = stack.enter_context(run.listening(host, int(port)))
+        here: Captioner | None = None
+        if local is not None:
+            here = Local(stack.enter_context(local_captioner(local)), str(local))
+        else:
+            # What the client would not take is said here; the page's own is made in its event loop.
+            with refusals_as_wrong_usage():
+                service.client(timeout).close()
+
+        @asynccontextmanager
+        async def opened() -> AsyncIterator[Captioner]:
+            if here is not None:
+                yield here
+                return
             async with service.async_client(timeout) as client:
                 yield Served(client, service.only_target)
-            return
-        # ONNX Runtime takes a while to import, and a service needs none of it.
-        from captionserve_server.local import LocalCaptioner
 
-        with LocalCaptioner(local) as captioner:
-            yield Local(captioner, str(local))
-
-    app = playground_app(opened, own_names(host, host_name or ()), Bounds(caption_seconds=timeout))
-    with run.listening(host, int(port)) as listener:
+        names = own_names(host, host_name or ())
+        app = playground_app(opened, names, Bounds(caption_seconds=timeout))
         where = run.address(listener)
 
         def announce() -> None:

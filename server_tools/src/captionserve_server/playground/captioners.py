@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from captionserve import (
     AsyncCaptionClient,
@@ -16,8 +16,8 @@ from captionserve import (
     GenerationOptions,
 )
 
-from captionserve_server.bulk.local_outcomes import local_outcomes
-from captionserve_server.local import LocalCaptioner
+if TYPE_CHECKING:
+    from captionserve_server.local import LocalCaptioner
 
 _FACTS_SECONDS = 5.0
 
@@ -84,6 +84,9 @@ class Local:
         self, image: bytes, options: GenerationOptions, framing: Framing
     ) -> AsyncIterator[CaptionUpdate]:
         """As Captioner has it."""
+        # Brings ONNX Runtime along, which takes a while and a service needs none of.
+        from captionserve_server.bulk.local_outcomes import local_outcomes
+
         (outcome,) = await asyncio.to_thread(
             lambda: list(local_outcomes(self._captioner, [image], options, framing))
         )
