@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2 as httpx
+import httpx
 import pytest
 from captionserve import CaptionClient, GenerationOptions
 from captionserve_server.gateway.tokens import create_token
