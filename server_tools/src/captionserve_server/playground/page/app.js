@@ -180,7 +180,8 @@ function render(entry) {
   renderVisit();
 }
 
-const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : ".");
+// As a person would write it; the name of an option stays as it is.
+const sentence = (text) => text.replace(/^[a-z]+(?=[ ,])/, (word) => word.charAt(0).toUpperCase() + word.slice(1)) + (/[.?!]$/.test(text) ? "" : ".");
 
 function factsOf(entry, caption) {
   const facts = [
