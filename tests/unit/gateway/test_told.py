@@ -123,20 +123,3 @@ def test_an_answer_from_memory_has_no_stages_and_says_that_it_is_remembered() ->
     # Who does not ask for stages is given the same answer.
     assert (bool(plain.stages), plain.cached) == (False, True)
     assert plain.captions == first.captions
-
-
-def test_who_joins_anothers_work_is_told_no_stages() -> None:
-    async def run() -> list[caption_pb2.CaptionResponse]:
-        async with gateway_setup() as setup:
-            setup.triton.answer_with(infer_response(good_outputs()))
-            return list(
-                await asyncio.gather(
-                    setup.stub.Caption(request_of(output_stages=True), timeout=10),
-                    setup.stub.Caption(request_of(), timeout=10),
-                    setup.stub.Caption(request_of(output_stages=True), timeout=10),
-                )
-            )
-
-    answers = asyncio.run(run())
-    assert all(bool(each.stages) <= (not each.cached) for each in answers)
-    assert not answers[1].stages
