@@ -14,13 +14,6 @@ from google.protobuf.descriptor import FieldDescriptor
 from captionserve._errors import CaptionError
 from captionserve.v1 import caption_pb2
 
-_EARLY_STOPPING = {
-    False: caption_pb2.EARLY_STOPPING_FALSE,
-    True: caption_pb2.EARLY_STOPPING_TRUE,
-    "never": caption_pb2.EARLY_STOPPING_NEVER,
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
     """How a caption is decoded; names and meanings are those of transformers' GenerationConfig.
@@ -56,6 +49,10 @@ class GenerationOptions:
         suppress_tokens: token ids that are not generated.
         output_attentions: return where in the image each token looked.
         allow_partial: when the deadline comes first, return the best so far instead of failing.
+        output_grounding: return how much likelier the image makes each token than no image does.
+        rerank: what puts the captions of a search in order and says which are returned: their
+            score, or their grounding, of all that num_beams or num_return_sequences made.
+        min_confidence: captions of a lower confidence say needs_review; 0 for none.
     """
 
     num_beams: int | None = None
@@ -82,6 +79,9 @@ class GenerationOptions:
     suppress_tokens: Sequence[int] | None = None
     output_attentions: bool | None = None
     allow_partial: bool | None = None
+    output_grounding: bool | None = None
+    rerank: Literal["likelihood", "grounding"] | None = None
+    min_confidence: float | None = None
 
 
 _BITS = {FieldDescriptor.TYPE_INT32: 32, FieldDescriptor.TYPE_INT64: 64}
@@ -91,7 +91,6 @@ _WANTED = {
     FieldDescriptor.TYPE_INT64: "an integer",
     FieldDescriptor.TYPE_DOUBLE: "a number",
     FieldDescriptor.TYPE_STRING: "text",
-    FieldDescriptor.TYPE_ENUM: 'true or false or "never"',
 }
 _TYPE_NAMES = {
     bool: "a boolean",
@@ -153,10 +152,8 @@ def _set(message: caption_pb2.GenerationOptions, name: str, value: object) -> No
 def _plain(field: FieldDescriptor, value: object) -> object:
     """A value as the field takes it. What protobuf itself takes for a number is more than that."""
     kind = field.type
-    if kind == FieldDescriptor.TYPE_ENUM and isinstance(value, (bool, str)):
-        if value not in _EARLY_STOPPING:
-            raise ValueError(f"must be {_WANTED[kind]}, is {_short(value)!r}")
-        return _EARLY_STOPPING[value]
+    if kind == FieldDescriptor.TYPE_ENUM:
+        return _number(field, value)
     if kind == FieldDescriptor.TYPE_BOOL and isinstance(value, bool):
         return value
     if kind == FieldDescriptor.TYPE_STRING and isinstance(value, str):
@@ -181,6 +178,28 @@ def _plain(field: FieldDescriptor, value: object) -> object:
     raise ValueError(f"must be {_WANTED[kind]}, is {_type_name(value)}")
 
 
+def _number(field: FieldDescriptor, value: object) -> int:
+    """The number of an enum's value; ValueError for a value that it does not have."""
+    # True equals 1, but nobody means the one by the other.
+    numbers_of = _values(field) if isinstance(value, (bool, str)) else {}
+    if value not in numbers_of:
+        wanted = ["true or false" if True in _values(field) else ""]
+        wanted += [f'"{word}"' for word in _values(field) if isinstance(word, str)]
+        shown = repr(_short(value)) if isinstance(value, str) else _type_name(value)
+        raise ValueError(f"must be {' or '.join(filter(None, wanted))}, is {shown}")
+    return numbers_of[value]
+
+
+def _values(field: FieldDescriptor) -> dict[bool | str, int]:
+    """What an option of an enum may be, and the numbers that mean it: those of names after its own."""
+    words = {
+        value.name.removeprefix(f"{field.name.upper()}_").lower(): value.number
+        for value in field.enum_type.values
+        if value.number
+    }
+    return {{"true": True, "false": False}.get(word, word): at for word, at in words.items()}
+
+
 def _type_name(value: object) -> str:
     return _TYPE_NAMES.get(type(value), _short(type(value).__name__))
 
@@ -195,8 +214,8 @@ def options_from_proto(message: caption_pb2.GenerationOptions) -> dict[str, obje
     """The options that are set, by name, as GenerationOptions takes them."""
     values: dict[str, object] = {}
     for field, value in message.ListFields():
-        if field.name == "early_stopping":
-            values[field.name] = next(v for v, number in _EARLY_STOPPING.items() if number == value)
+        if field.type == FieldDescriptor.TYPE_ENUM:
+            values[field.name] = next(v for v, number in _values(field).items() if number == value)
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             values[field.name] = tuple(value.values)
         else:

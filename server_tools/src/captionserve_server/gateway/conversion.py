@@ -24,11 +24,17 @@ from captionserve_server.gateway.kserve import InputTensor, Outputs, encode_stri
 from captionserve_server.settings import Settings
 from captionserve_server.triton import wire
 
-EARLY_STOPPING: Mapping[caption_pb2.EarlyStopping.ValueType, bool | str] = {
-    caption_pb2.EARLY_STOPPING_FALSE: False,
-    caption_pb2.EARLY_STOPPING_TRUE: True,
-    caption_pb2.EARLY_STOPPING_NEVER: "never",
+ENUM_OPTIONS: Mapping[str, Mapping[int, bool | str]] = {
+    field.name: {
+        value.number: {"true": True, "false": False}.get(word, word)
+        for value in field.enum_type.values
+        if value.number
+        for word in [value.name.removeprefix(f"{field.name.upper()}_").lower()]
+    }
+    for field in caption_pb2.GenerationOptions.DESCRIPTOR.fields
+    if field.enum_type is not None
 }
+"""By option, what each number of its enum means, which is the end of the number's name."""
 FINISH_REASONS: Mapping[str, caption_pb2.FinishReason.ValueType] = {
     "eos": caption_pb2.FINISH_REASON_EOS,
     "length": caption_pb2.FINISH_REASON_LENGTH,
@@ -70,7 +76,7 @@ def decoder_message(request: caption_pb2.CaptionRequest) -> Message:
     Raises:
         ImageMissingError: if there is no image.
         ImageCorruptError: if pixel values do not have the size that is announced.
-        InvalidOptionsError: if early_stopping is a number that the API does not name.
+        InvalidOptionsError: if an option is a number that the API does not name.
         InvalidRequestError: if resize is such a number.
     """
     image = [_image(request.image)]
@@ -105,9 +111,9 @@ def _given_options(options: caption_pb2.GenerationOptions) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for field, value in options.ListFields():
         if field.enum_type is not None:
-            if value not in EARLY_STOPPING:
-                raise InvalidOptionsError({field.name: 'must be true, false or "never"'})
-            value = EARLY_STOPPING[value]
+            if value not in ENUM_OPTIONS[field.name]:
+                raise InvalidOptionsError({field.name: f"must be {OPTIONS[field.name].wanted()}"})
+            value = ENUM_OPTIONS[field.name][value]
         elif field.message_type is not None:
             # Lists are messages, so that an empty one can be told from none.
             value = list(value.values)
@@ -199,8 +205,7 @@ _TOKEN_ROWS = (wire.TOKEN_IDS, wire.TOKEN_LOGPROBS, wire.TOKEN_TEXTS)
 
 def model_message(description: Description, *, is_default: bool) -> caption_pb2.Model:
     """What callers are told of a version of the model."""
-    defaults = dict(description.defaults.as_given())
-    early_stopping = defaults.pop("early_stopping")
+    defaults = description.defaults.as_given()
     message = caption_pb2.Model(
         version=description.version,
         is_default=is_default,
@@ -208,11 +213,11 @@ def model_message(description: Description, *, is_default: bool) -> caption_pb2.
         image_height=description.image_size[0],
         image_width=description.image_size[1],
     )
-    message.defaults.early_stopping = next(
-        number for number, meaning in EARLY_STOPPING.items() if meaning == early_stopping
-    )
     for name, value in defaults.items():
-        if isinstance(value, list):
+        if name in ENUM_OPTIONS:
+            numbers = {meaning: number for number, meaning in ENUM_OPTIONS[name].items()}
+            setattr(message.defaults, name, numbers[value])
+        elif isinstance(value, list):
             getattr(message.defaults, name).values.extend(value)
         else:
             setattr(message.defaults, name, value)

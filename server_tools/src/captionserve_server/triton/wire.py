@@ -91,6 +91,14 @@ ATTENTIONS = TensorSpec("ATTENTIONS", "TYPE_FP32", (-1, -1, -1, -1))
 """[captions, longest caption, grid rows, grid columns], padded with 0; missing where not
 asked for."""
 
+WORD_CONFIDENCES = TensorSpec("WORD_CONFIDENCES", "TYPE_FP64", (-1, -1))
+"""[captions, most words], 0 to 1, padded with 0; see `spoken_words` in core/confidence.py."""
+REVIEW_REASONS = TensorSpec("REVIEW_REASONS", "TYPE_STRING", (-1,))
+"""[captions], why a person should look at it: words with spaces between them; missing where no
+caption has a reason."""
+TOKEN_GROUNDINGS = TensorSpec("TOKEN_GROUNDINGS", "TYPE_FP32", (-1, -1))
+"""[captions, longest caption], padded with 0; missing where not asked for."""
+
 TIMES = TensorSpec("TIMES", "TYPE_FP64", (1 + len(STAGES),))
 """When the decoder took the request, in seconds since 1970, and how many seconds each of its stages
 took, in the order of STAGES."""
@@ -107,7 +115,10 @@ CAPTIONS = (
     TOKEN_IDS,
     TOKEN_LOGPROBS,
     TOKEN_TEXTS,
+    WORD_CONFIDENCES,
+    REVIEW_REASONS,
     ATTENTIONS,
+    TOKEN_GROUNDINGS,
 )
 
 ANSWER = (*CAPTIONS, TIMES)
