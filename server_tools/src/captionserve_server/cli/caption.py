@@ -222,16 +222,21 @@ def captions_as_json(result: CaptionResult) -> list[dict[str, object]]:
 
 
 def _caption_as_json(found: Caption) -> Answer:
-    values: dict[str, object] = {
+    values: Answer = {
         field.name: getattr(found, field.name) for field in dataclasses.fields(found)
     }
     values["finish_reason"] = found.finish_reason.value
-    if found.attention is None:
-        del values["attention"]
-    else:
+    values["words"] = [_without_none(dataclasses.asdict(word)) for word in found.words]
+    values["review_reasons"] = [reason.value for reason in found.review_reasons]
+    if found.attention is not None:
         tokens = range(len(found.token_ids))
         values["attention"] = [found.attention.grid(token) for token in tokens]
-    return values
+    return _without_none(values)
+
+
+def _without_none(values: Answer) -> Answer:
+    """Without what was not asked for."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _print(answer: Answer) -> None:
@@ -240,4 +245,8 @@ def _print(answer: Answer) -> None:
         messages.print(f"{answer['image']}: {error['reason']}: {error['message']}", markup=False)
         return
     for found in cast("list[dict[str, object]]", answer["captions"]):
-        output.print(f"{answer['image']}: {found['text']} ({found['score']:.3f})", markup=False)
+        doubts = ", ".join(cast("list[str]", found["review_reasons"]))
+        review = f" needs review: {doubts}" if found["needs_review"] else ""
+        output.print(
+            f"{answer['image']}: {found['text']} ({found['score']:.3f}){review}", markup=False
+        )

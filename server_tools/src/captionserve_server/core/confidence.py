@@ -1,6 +1,7 @@
-"""How far a caption can be trusted: a confidence, and the signs of a decoder gone astray.
+"""How far a caption and its words can be trusted, and the signs of a decoder gone astray.
 
-Both are read from the caption alone: its tokens' log-probabilities, their texts and how it ended.
+All is read from the caption alone: its tokens' log-probabilities, groundings and texts, and how it
+ended.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import dataclasses
 import json
 import math
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 # Nearer to probability 0 or 1 than this, a mean log-probability in float32 says nothing more.
-_LOWEST_MEAN_LOGPROB = -100.0
-_HIGHEST_MEAN_LOGPROB = -1e-6
+_LOWEST_LOGPROB = -100.0
+_HIGHEST_LOGPROB = -1e-6
 
 # With the straight apostrophe and the typographic one.
 _WORD = re.compile(r"[\w'\u2019-]+")
@@ -25,49 +27,100 @@ _REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
-    """From a caption's token log-probabilities to a confidence.
+class Logistic:
+    """A confidence as a logistic function of signals.
 
-    With p the geometric mean of the tokens' probabilities,
-
-        log-odds(confidence) = intercept + slope * log-odds(p)
-
-    so that the default, which every checkpoint without a calibration has, gives p itself. Fitted to
-    captions known to be right or wrong, the confidence is the chance that a caption is right, for
-    images like those (see docs/adr/0007-confidence.md).
+        log-odds(confidence) = intercept + sum of weight x signal
 
     Attributes:
-        slope: finite and above 0, so that likelier tokens never lower the confidence.
         intercept: finite.
+        weights: by the signal's name; finite, that of "log_odds" above 0, so that likelier tokens
+            never lower the confidence.
 
     Raises:
-        ValueError: if slope or intercept is out of range.
+        ValueError: if a number is out of range.
     """
 
-    slope: float = 1.0
-    intercept: float = 0.0
+    intercept: float
+    weights: Mapping[str, float]
 
     def __post_init__(self) -> None:
         """Refuse what gives no confidence."""
-        if not (math.isfinite(self.slope) and self.slope > 0):
-            raise ValueError(f"slope must be finite and above 0, is {self.slope}")
-        if not math.isfinite(self.intercept):
-            raise ValueError(f"intercept must be finite, is {self.intercept}")
+        if not all(map(math.isfinite, (self.intercept, *self.weights.values()))):
+            raise ValueError(f"must have finite numbers, has {self}")
+        if self.weights.get("log_odds", 0.0) <= 0:
+            raise ValueError(f"must have a weight of log_odds above 0, has {self.weights}")
 
-    def confidence(self, token_logprobs: Sequence[float]) -> float:
+    def confidence(self, signals: Mapping[str, float]) -> float:
+        """The confidence, 0..1, from at least the signals that have a weight."""
+        weighted = (weight * signals[name] for name, weight in self.weights.items())
+        # The logistic function, written so that it never overflows.
+        return 0.5 + 0.5 * math.tanh(0.5 * math.fsum((self.intercept, *weighted)))
+
+
+AS_IT_IS = Logistic(0.0, {"log_odds": 1.0})
+"""The probability itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """From the log-probabilities and groundings of tokens to confidences.
+
+    Fitted to captions and words known to be right or wrong, a confidence is the chance that one is
+    right, for images like those (see docs/adr/0007-confidence.md and 0021-grounding.md). Without a
+    calibration a caption's is the geometric mean of its tokens' probabilities, and a word's the
+    product of its own.
+
+    Attributes:
+        caption: of a caption, from `caption_signals`.
+        word: of a word, from `word_signals`.
+        grounded_caption: of a caption whose groundings are known; None where nothing was fitted to
+            them, and they change no confidence.
+        grounded_word: likewise of a word.
+    """
+
+    caption: Logistic = AS_IT_IS
+    word: Logistic = AS_IT_IS
+    grounded_caption: Logistic | None = None
+    grounded_word: Logistic | None = None
+
+    def caption_confidence(
+        self, token_logprobs: Sequence[float], token_groundings: Sequence[float] | None = None
+    ) -> float:
         """Return the confidence in a caption, 0..1.
 
         Args:
             token_logprobs: natural log-probability of each generated token, the end token's
                 included; at least one.
+            token_groundings: likewise, where they are known.
         """
-        log_odds = self.intercept + self.slope * mean_log_odds(token_logprobs)
-        # The logistic function, written so that it never overflows.
-        return 0.5 + 0.5 * math.tanh(0.5 * log_odds)
+        fit = self.grounded_caption if token_groundings is not None else None
+        return (fit or self.caption).confidence(caption_signals(token_logprobs, token_groundings))
+
+    def word_confidence(
+        self,
+        own: slice,
+        token_logprobs: Sequence[float],
+        token_groundings: Sequence[float] | None = None,
+    ) -> float:
+        """Return the confidence in a word of a caption, 0..1.
+
+        Args:
+            own: the word's tokens among the caption's.
+            token_logprobs: of all tokens of the caption.
+            token_groundings: likewise, where they are known.
+        """
+        fit = self.grounded_word if token_groundings is not None else None
+        return (fit or self.word).confidence(word_signals(own, token_logprobs, token_groundings))
+
+    def as_values(self) -> dict[str, dict[str, float]]:
+        """The fits there are as JSON values: each one's intercept, and its weights by their names."""
+        fits = {name: fit for name, fit in vars(self).items() if fit is not None}
+        return {name: {"intercept": fit.intercept, **fit.weights} for name, fit in fits.items()}
 
     def to_json(self) -> str:
         """Write as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(self.as_values(), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -76,13 +129,60 @@ class Calibration:
         Raises:
             ValueError: if the text is anything else.
         """
-        values = json.loads(text, parse_int=float)
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, dict) or sorted(values) != sorted(names):
-            raise ValueError(f"must be a JSON object of {' and '.join(names)}, nothing else")
-        if not all(isinstance(value, float) for value in values.values()):
-            raise ValueError(f"{' and '.join(names)} must be numbers")
-        return cls(**values)
+        return cls.from_values(json.loads(text, parse_int=float))
+
+    @classmethod
+    def from_values(cls, values: object) -> Calibration:
+        """Read what `as_values` gave; ValueError as `from_json`."""
+        if isinstance(values, dict) and values.keys() == {"slope", "intercept"}:
+            raise ValueError("is of an older captionserve; `captionserve calibrate` writes a new one")
+        if not isinstance(values, dict) or not {"caption", "word"} <= values.keys() <= SIGNALS.keys():
+            raise ValueError(f"must be a JSON object of {', '.join(SIGNALS)}, the first two at least")
+        return cls(**{name: _fit(name, fit) for name, fit in values.items()})
+
+
+def _fit(name: str, values: object) -> Logistic:
+    wanted = ("intercept", *SIGNALS[name])
+    if not isinstance(values, dict) or values.keys() != set(wanted):
+        raise ValueError(f"{name} must be a JSON object of {', '.join(wanted)}, nothing else")
+    if not all(isinstance(value, float) for value in values.values()):
+        raise ValueError(f"{name} must have numbers")
+    weights = {signal: values[signal] for signal in SIGNALS[name]}
+    return Logistic(values["intercept"], weights)
+
+
+def caption_signals(
+    token_logprobs: Sequence[float], token_groundings: Sequence[float] | None
+) -> dict[str, float]:
+    """What speaks for a caption and against it, by name.
+
+    Args:
+        token_logprobs: at least one.
+        token_groundings: likewise, where they are known.
+    """
+    signals = {"log_odds": mean_log_odds(token_logprobs)}
+    if token_groundings is not None:
+        signals["grounding"] = math.fsum(token_groundings) / len(token_groundings)
+    return signals
+
+
+def word_signals(
+    own: slice, token_logprobs: Sequence[float], token_groundings: Sequence[float] | None
+) -> dict[str, float]:
+    """What speaks for a word and against it, by name; arguments as of `word_confidence`."""
+    signals = {"log_odds": log_odds(math.fsum(token_logprobs[own]))}
+    if token_groundings is not None:
+        signals["grounding"] = math.fsum(token_groundings[own])
+    return signals
+
+
+SIGNALS: Mapping[str, tuple[str, ...]] = {
+    "caption": ("log_odds",),
+    "word": ("log_odds",),
+    "grounded_caption": ("log_odds", "grounding"),
+    "grounded_word": ("log_odds", "grounding"),
+}
+"""The signals that each fit of a Calibration has weights for."""
 
 
 def mean_log_odds(token_logprobs: Sequence[float]) -> float:
@@ -91,9 +191,50 @@ def mean_log_odds(token_logprobs: Sequence[float]) -> float:
     Args:
         token_logprobs: natural log-probabilities, at least one.
     """
-    mean = math.fsum(token_logprobs) / len(token_logprobs)
-    mean = min(max(mean, _LOWEST_MEAN_LOGPROB), _HIGHEST_MEAN_LOGPROB)
-    return mean - math.log(-math.expm1(mean))
+    return log_odds(math.fsum(token_logprobs) / len(token_logprobs))
+
+
+def log_odds(logprob: float) -> float:
+    """Return the log-odds of a probability, -100 to 14, from its natural logarithm."""
+    logprob = min(max(logprob, _LOWEST_LOGPROB), _HIGHEST_LOGPROB)
+    return logprob - math.log(-math.expm1(logprob))
+
+
+@dataclasses.dataclass(frozen=True)
+class SpokenWord:
+    """A word of a text, and where in its tokens it stands.
+
+    Attributes:
+        text: the word.
+        first_token: the first token that has a part of it, as an index.
+        tokens: how many there are from there to the last that has one.
+    """
+
+    text: str
+    first_token: int
+    tokens: int
+
+    @property
+    def own(self) -> slice:
+        """Its tokens among all."""
+        return slice(self.first_token, self.first_token + self.tokens)
+
+
+def spoken_words(token_texts: Sequence[str]) -> list[SpokenWord]:
+    """The words of a text, in their order.
+
+    A word is a run of letters, digits, underscores, apostrophes and hyphens. What stands between
+    words, and the end token, belongs to none.
+
+    Args:
+        token_texts: each token's part of the text; together they are the text.
+    """
+    ends = list(accumulate(map(len, token_texts)))
+    words = []
+    for match in _WORD.finditer("".join(token_texts)):
+        first, last = bisect_right(ends, match.start()), bisect_left(ends, match.end())
+        words.append(SpokenWord(match.group(), first, last + 1 - first))
+    return words
 
 
 def is_degenerate(token_texts: Sequence[str], finished: bool) -> bool:

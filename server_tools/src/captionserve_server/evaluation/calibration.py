@@ -1,8 +1,8 @@
 """Fits confidences to captions known to be right or wrong, and measures what they are worth.
 
 The fit is Platt's (1999, "Probabilistic outputs for support vector machines"): a logistic
-regression on one score, whose targets keep a little off 0 and 1 so that few captions, or captions
-that the score tells apart without fault, do not give a confidence without doubt.
+regression, whose targets keep a little off 0 and 1 so that few captions, or captions that the
+signals tell apart without fault, do not give a confidence without doubt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from captionserve_server.core.confidence import Calibration, mean_log_odds
+from captionserve_server.core.confidence import (
+    AS_IT_IS,
+    SIGNALS,
+    Calibration,
+    Logistic,
+    caption_signals,
+    word_signals,
+)
 
 NUM_BINS = 10
 _MOST_NEWTON_STEPS = 100
@@ -28,16 +35,33 @@ class CannotCalibrateError(ValueError):
 
 
 @dataclass(frozen=True)
+class JudgedWord:
+    """A word of which it is known whether it is right.
+
+    Attributes:
+        own: its tokens among the caption's.
+        right: whether it is right.
+    """
+
+    own: slice
+    right: bool
+
+
+@dataclass(frozen=True)
 class JudgedCaption:
     """A caption of which it is known whether it is right.
 
     Attributes:
         token_logprobs: natural log-probability of each generated token.
+        token_groundings: what the image adds to each.
         right: whether it is right.
+        words: its words.
     """
 
     token_logprobs: Sequence[float]
+    token_groundings: Sequence[float]
     right: bool
+    words: Sequence[JudgedWord]
 
 
 @dataclass(frozen=True)
@@ -86,20 +110,41 @@ class Reliability:
 
 
 @dataclass(frozen=True)
+class FitReport:
+    """What one fit of a calibration is worth on captions, or words, that it was not fitted to.
+
+    Attributes:
+        uncalibrated: of the probabilities as they are, over all kinds of captions.
+        calibrated: of the fit, over all kinds of captions.
+        by_kind: of the fit, on each kind of captions alone.
+        signals: by kind of captions, the AUC of each signal alone; None where all are right, or wrong.
+    """
+
+    uncalibrated: Reliability
+    calibrated: Reliability
+    by_kind: dict[str, Reliability]
+    signals: dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
 class CalibrationReport:
     """A calibration and what it is worth on captions that it was not fitted to.
 
     Attributes:
         calibration: the one fitted.
-        uncalibrated: of the default calibration, over all kinds of captions.
-        calibrated: of the fitted one, over all kinds of captions.
-        by_kind: of the fitted one, on each kind of captions alone.
+        fits: what each of its fits is worth, by name.
     """
 
     calibration: Calibration
-    uncalibrated: Reliability
-    calibrated: Reliability
-    by_kind: dict[str, Reliability]
+    fits: dict[str, FitReport]
+
+
+@dataclass(frozen=True)
+class _Observation:
+    """What a fit is given of a caption or a word, and whether that is right."""
+
+    signals: Mapping[str, float]
+    right: bool
 
 
 def calibrate(
@@ -115,33 +160,73 @@ def calibrate(
         CannotCalibrateError: as `fit_calibration` does.
     """
     calibration = fit_calibration(fitting)
-    together = [caption for captions in measuring.values() for caption in captions]
     return CalibrationReport(
-        calibration=calibration,
-        uncalibrated=_reliability(Calibration(), together),
-        calibrated=_reliability(calibration, together),
-        by_kind={kind: _reliability(calibration, some) for kind, some in measuring.items()},
+        calibration,
+        {name: _fit_report(name, calibration, measuring) for name in SIGNALS},
     )
 
 
 def fit_calibration(captions: Sequence[JudgedCaption]) -> Calibration:
-    """Fit a calibration to captions.
+    """Fit a calibration to captions and their words.
 
     Raises:
-        CannotCalibrateError: unless there are right and wrong captions, and the right ones tend to
-            have likelier tokens.
+        CannotCalibrateError: unless there are right and wrong ones, and the right ones tend to have
+            likelier tokens.
     """
-    log_odds = np.array([mean_log_odds(caption.token_logprobs) for caption in captions])
-    labels = np.array([caption.right for caption in captions], dtype=np.bool_)
+    return Calibration(**{name: _fit(name, _observations(name, captions)) for name in SIGNALS})
+
+
+def _fit(name: str, observations: Sequence[_Observation]) -> Logistic:
+    labels = np.array([each.right for each in observations], dtype=np.bool_)
     if labels.all() or not labels.any():
         raise CannotCalibrateError("both right and wrong captions are needed")
-    if np.ptp(log_odds) == 0:
+    columns = [[each.signals[signal] for each in observations] for signal in SIGNALS[name]]
+    # What does not vary says nothing, and leaves the fit without a single best.
+    if any(np.ptp(column) == 0 for column in columns):
         raise CannotCalibrateError("all captions are equally likely")
-    features = np.stack((np.ones_like(log_odds), log_odds), axis=1)
-    intercept, slope = fit_logistic(features, _platt_targets(labels))
-    if slope <= 0:
+    features = np.stack((np.ones(len(labels)), *map(np.array, columns)), axis=1)
+    intercept, *weights = fit_logistic(features, _platt_targets(labels)).tolist()
+    by_name = dict(zip(SIGNALS[name], weights, strict=True))
+    if by_name["log_odds"] <= 0:
         raise CannotCalibrateError("captions of likelier tokens are not more often right")
-    return Calibration(slope=float(slope), intercept=float(intercept))
+    return Logistic(intercept, by_name)
+
+
+def _observations(name: str, captions: Sequence[JudgedCaption]) -> list[_Observation]:
+    """What a fit of this name learns from, or is measured on."""
+    found = []
+    for caption in captions:
+        groundings = caption.token_groundings if name.startswith("grounded") else None
+        if name.endswith("caption"):
+            signals = caption_signals(caption.token_logprobs, groundings)
+            found.append(_Observation(signals, caption.right))
+        else:
+            for word in caption.words:
+                signals = word_signals(word.own, caption.token_logprobs, groundings)
+                found.append(_Observation(signals, word.right))
+    return found
+
+
+def _fit_report(
+    name: str, calibration: Calibration, measuring: Mapping[str, Sequence[JudgedCaption]]
+) -> FitReport:
+    fit: Logistic = getattr(calibration, name)
+    by_kind = {kind: _observations(name, captions) for kind, captions in measuring.items()}
+    together = [each for observations in by_kind.values() for each in observations]
+    return FitReport(
+        uncalibrated=_reliability(AS_IT_IS, together),
+        calibrated=_reliability(fit, together),
+        by_kind={kind: _reliability(fit, own) for kind, own in by_kind.items()},
+        signals={
+            kind: {signal: _signal_auc(signal, own) for signal in SIGNALS[name]}
+            for kind, own in by_kind.items()
+        },
+    )
+
+
+def _signal_auc(signal: str, observations: Sequence[_Observation]) -> float | None:
+    values = np.array([each.signals[signal] for each in observations])
+    return _auc(values, np.array([each.right for each in observations], dtype=np.bool_))
 
 
 def fit_logistic(features: Float64Array, targets: Float64Array) -> Float64Array:
@@ -179,9 +264,9 @@ def measure_reliability(confidences: Sequence[float], right: Sequence[bool]) -> 
     )
 
 
-def _reliability(calibration: Calibration, captions: Sequence[JudgedCaption]) -> Reliability:
-    confidences = [calibration.confidence(caption.token_logprobs) for caption in captions]
-    return measure_reliability(confidences, [caption.right for caption in captions])
+def _reliability(fit: Logistic, observations: Sequence[_Observation]) -> Reliability:
+    confidences = [fit.confidence(each.signals) for each in observations]
+    return measure_reliability(confidences, [each.right for each in observations])
 
 
 def _platt_targets(labels: BoolArray) -> Float64Array:

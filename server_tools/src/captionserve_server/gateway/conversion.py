@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from captionserve.v1 import caption_pb2
 
+from captionserve_server.core.confidence import spoken_words
 from captionserve_server.core.errors import (
     ImageMissingError,
     InvalidOptionsError,
@@ -39,6 +41,13 @@ FINISH_REASONS: Mapping[str, caption_pb2.FinishReason.ValueType] = {
     "eos": caption_pb2.FINISH_REASON_EOS,
     "length": caption_pb2.FINISH_REASON_LENGTH,
     "deadline": caption_pb2.FINISH_REASON_DEADLINE,
+}
+
+REVIEW_REASONS: Mapping[str, caption_pb2.ReviewReason.ValueType] = {
+    "low_confidence": caption_pb2.REVIEW_REASON_LOW_CONFIDENCE,
+    "degenerate": caption_pb2.REVIEW_REASON_DEGENERATE,
+    "unfinished": caption_pb2.REVIEW_REASON_UNFINISHED,
+    "not_grounded": caption_pb2.REVIEW_REASON_NOT_GROUNDED,
 }
 
 _FLOAT32_BYTES = 4
@@ -184,6 +193,12 @@ def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.Captio
         )
     if len(response.captions) != count:
         raise ValueError("captions and tokens do not belong together")
+    _add_words(response, outputs)
+    if wire.REVIEW_REASONS.name in outputs:
+        reasons = outputs[wire.REVIEW_REASONS.name].values
+        for caption, own in zip(response.captions, reasons, strict=True):
+            caption.review_reasons.extend(REVIEW_REASONS[reason] for reason in own.split())
+            caption.needs_review = bool(caption.review_reasons)
     if wire.ATTENTIONS.name in outputs:
         shape, values = outputs[wire.ATTENTIONS.name]
         if shape[:2] != ids.shape:
@@ -195,6 +210,37 @@ def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.Captio
             caption.attention.rows, caption.attention.cols = rows, cols
             caption.attention.values.extend(values[begin:end])
     return response
+
+
+def _add_words(response: caption_pb2.CaptionResponse, outputs: Outputs) -> None:
+    """Give captions their words, and tokens and words their groundings where there are any."""
+    rows, most_words = (confidences := outputs[wire.WORD_CONFIDENCES.name]).shape
+    groundings = outputs.get(wire.TOKEN_GROUNDINGS.name)
+    if rows != len(response.captions) or (
+        groundings is not None and groundings.shape != outputs[wire.TOKEN_IDS.name].shape
+    ):
+        raise ValueError("captions and their words do not belong together")
+    for row, caption in enumerate(response.captions):
+        if groundings is not None:
+            begin = row * groundings.shape[1]
+            caption.token_groundings.extend(
+                groundings.values[begin : begin + len(caption.token_ids)]
+            )
+            # Of a caption without tokens there is nothing to ground.
+            own = caption.token_groundings
+            caption.grounding = math.fsum(own) / max(1, len(own))
+        words = spoken_words(caption.token_texts)
+        if len(words) > most_words:
+            raise ValueError("words have no confidence")
+        for word, confidence in zip(words, confidences.values[row * most_words :], strict=False):
+            message = caption.words.add(
+                text=word.text,
+                first_token=word.first_token,
+                tokens=word.tokens,
+                confidence=confidence,
+            )
+            if groundings is not None:
+                message.grounding = math.fsum(caption.token_groundings[word.own])
 
 
 # One value for each caption.

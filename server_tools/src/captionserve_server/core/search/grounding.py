@@ -84,7 +84,7 @@ def grounded(
         reranks by it, of which equals stay in their order.
     """
     ends = np.cumsum([len(caption.token_ids) for caption in captions])[:-1]
-    differences = np.split(with_image.astype(np.float64) - without, ends)
+    differences = np.split(with_image - without, ends)
     found = [
         dataclasses.replace(caption, token_groundings=tuple(own.tolist()))
         for caption, own in zip(captions, differences, strict=True)
