@@ -216,9 +216,18 @@ def test_json_holds_the_whole_result(server: Server, caption: Caption, images: l
         "confidence": 0.75,
         "degenerate": False,
         "attention": [[[0.5, 0.25]], [[0.0, 1.0]], [[0.125, 0.125]]],
+        "words": [
+            {**{"text": "red", "first_token": 0, "tokens": 1}, "confidence": 0.875, "grounding": 2.0},
+            {**{"text": "apple", "first_token": 1, "tokens": 1}, "confidence": 0.5, "grounding": 4.0},
+        ],
+        "token_groundings": [2.0, 4.0, 0.0],
+        "grounding": 2.0,
+        "needs_review": True,
+        "review_reasons": ["low_confidence"],
     }
     assert second["finish_reason"] == "deadline"
-    assert "attention" not in second
+    assert not {"attention", "token_groundings", "grounding"} & second.keys()
+    assert second["words"] == [{"text": "apple", "first_token": 0, "tokens": 1, "confidence": 0.25}]
 
 
 def test_a_stream_is_one_line_for_each_image(

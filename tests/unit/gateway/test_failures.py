@@ -16,7 +16,13 @@ from captionserve_server.gateway.status import CODES, DOMAIN, rpc_status
 from captionserve_server.triton import wire
 from google.rpc import error_details_pb2, status_pb2
 
-from tests.unit.gateway.fake_triton import WAIT_SECONDS, FakeTriton, good_outputs, infer_response
+from tests.unit.gateway.fake_triton import (
+    OPTIONAL,
+    WAIT_SECONDS,
+    FakeTriton,
+    good_outputs,
+    infer_response,
+)
 from tests.unit.gateway.harness import detail_of, gateway_setup, request_of
 
 # What must never reach a caller.
@@ -117,7 +123,7 @@ def test_a_request_without_image_is_refused(
 def test_an_unnamed_early_stopping_is_refused() -> None:
     failure = failing(lambda triton: None, request_of(early_stopping=17))
     assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert violations_of(failure) == {"options.early_stopping": 'must be true, false or "never"'}
+    assert violations_of(failure) == {"options.early_stopping": 'must be true or false or "never"'}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +187,7 @@ def without(spec: wire.TensorSpec) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     "outputs",
     [
-        *(without(spec) for spec in wire.ANSWER if spec not in (wire.TEXT, wire.ATTENTIONS)),
+        *(without(spec) for spec in wire.ANSWER if spec not in (wire.TEXT, *OPTIONAL)),
         good_outputs() | {wire.TOKEN_LOGPROBS: np.zeros((2, 1), "<f4")},
         good_outputs() | {wire.TOKEN_TEXTS: np.full((2, 2), b"", np.object_)},
         good_outputs() | {wire.DEGENERATE: np.zeros(1, "?")},
@@ -189,6 +195,11 @@ def without(spec: wire.TensorSpec) -> dict[Any, Any]:
         good_outputs() | {wire.ATTENTIONS: np.zeros((2, 1, 1, 2), "<f4")},
         good_outputs() | {wire.ATTENTIONS: np.zeros((1, 3, 1, 2), "<f4")},
         good_outputs() | {wire.ATTENTIONS: np.zeros((2, 3, 2), "<f4")},
+        good_outputs() | {wire.WORD_CONFIDENCES: np.zeros((2, 1), "<f8")},
+        good_outputs() | {wire.WORD_CONFIDENCES: np.zeros((1, 3), "<f8")},
+        good_outputs() | {wire.TOKEN_GROUNDINGS: np.zeros((2, 2), "<f4")},
+        good_outputs() | {wire.REVIEW_REASONS: encode_strings([b"", b"a bad day"])},
+        good_outputs() | {wire.REVIEW_REASONS: encode_strings([b""])},
         good_outputs() | {wire.TEXT: b"\x05\x00\x00\x00cut"},
         good_outputs() | {wire.TEXT: b"\x05\x00"},
         good_outputs() | {wire.TEXT: encode_strings([b"\xff", b"no UTF-8"])},

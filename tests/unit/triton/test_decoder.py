@@ -99,8 +99,8 @@ def test_a_message_is_answered_with_every_tensor_of_a_caption(setup: Setup) -> N
     outputs = outputs_of(answer_of(setup.ask()))
     from captionserve_server.triton import wire
 
-    names = {spec.name for spec in wire.ANSWER} - {wire.ATTENTIONS.name}
-    assert set(outputs) == names
+    asked_for = {wire.ATTENTIONS, wire.TOKEN_GROUNDINGS, wire.REVIEW_REASONS}
+    assert set(outputs) == {spec.name for spec in set(wire.ANSWER) - asked_for}
     assert outputs["TOKEN_IDS"].shape == outputs["TOKEN_LOGPROBS"].shape
     assert setup.unanswered == 0
 

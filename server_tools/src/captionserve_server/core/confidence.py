@@ -18,6 +18,7 @@ from itertools import accumulate
 # Nearer to probability 0 or 1 than this, a mean log-probability in float32 says nothing more.
 _LOWEST_LOGPROB = -100.0
 _HIGHEST_LOGPROB = -1e-6
+_LARGEST_WEIGHT = 1e6
 
 # With the straight apostrophe and the typographic one.
 _WORD = re.compile(r"[\w'\u2019-]+")
@@ -33,9 +34,9 @@ class Logistic:
         log-odds(confidence) = intercept + sum of weight x signal
 
     Attributes:
-        intercept: finite.
-        weights: by the signal's name; finite, that of "log_odds" above 0, so that likelier tokens
-            never lower the confidence.
+        intercept: at most a million, or minus that.
+        weights: by the signal's name; likewise, and that of "log_odds" above 0, so that likelier
+            tokens never lower the confidence.
 
     Raises:
         ValueError: if a number is out of range.
@@ -46,10 +47,12 @@ class Logistic:
 
     def __post_init__(self) -> None:
         """Refuse what gives no confidence."""
-        if not all(map(math.isfinite, (self.intercept, *self.weights.values()))):
-            raise ValueError(f"must have finite numbers, has {self}")
+        for name, number in {"intercept": self.intercept, **self.weights}.items():
+            # Also false of what is no number.
+            if not abs(number) <= _LARGEST_WEIGHT:
+                raise ValueError(f"{name} must be at most {_LARGEST_WEIGHT:g}, is {number}")
         if self.weights.get("log_odds", 0.0) <= 0:
-            raise ValueError(f"must have a weight of log_odds above 0, has {self.weights}")
+            raise ValueError("the weight of log_odds must be above 0")
 
     def confidence(self, signals: Mapping[str, float]) -> float:
         """The confidence, 0..1, from at least the signals that have a weight."""

@@ -177,7 +177,7 @@ def as_values(outcome: Outcome) -> object:
 
 
 def running(scheduler: Scheduler) -> list[Request]:
-    return [request for batch in scheduler._batches for request in batch.requests]
+    return scheduler._running()
 
 
 @settings(max_examples=60, deadline=None)
@@ -330,7 +330,7 @@ def test_groundings_are_what_the_image_adds_to_the_models_own_log_probabilities(
             plan.options, rerank="likelihood", num_return_sequences=plan.options.rows
         )
         everything = captions_alone(
-            image, dataclasses.replace(plan, options=dataclasses.replace(likeliest))
+            image, dataclasses.replace(plan, options=likeliest)
         )
         found = {caption.token_ids for caption in captions}
         assert found <= {caption.token_ids for caption in everything}
@@ -377,7 +377,7 @@ def test_a_request_that_is_to_be_read_can_be_abandoned_and_has_a_best_so_far() -
     certain = scheduler.certain_tokens(1)
     scheduler.abandon(1)
     assert len(model.histories) == 2
-    ended = scheduler.step()
+    ended = scheduler.step() | scheduler.step()
     assert ended.keys() == {0, 2}
     assert model.histories == {}
     (chosen,) = captions_alone(1, READER)
