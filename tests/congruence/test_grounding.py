@@ -1,4 +1,4 @@
-"""Groundings equal what transformers' model says of the same captions, with its image and without."""
+"""Groundings equal what transformers' model says of the captions, with their image and without."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from tests.reference import reference
 IMAGES = 4
 TOGETHER = 12
 MOST_DIFFERENCE = 1e-4
-# Those of a lower precision, alone and in company: the same products, whose sums may round otherwise.
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"num_beams": 1},
     "beams": {"num_beams": 4, "num_return_sequences": 3},
@@ -85,9 +84,7 @@ def test_groundings_equal_the_truth_alone_and_together(
             for image, one, among in zip(images, alone, together, strict=True):
                 for found, other in zip(one.captions, among.captions, strict=True):
                     assert found.token_ids == other.token_ids
-                    expected = truth.groundings(
-                        image, options.get("prefix", ""), found.token_ids
-                    )
+                    expected = truth.groundings(image, options.get("prefix", ""), found.token_ids)
                     assert found.token_groundings == pytest.approx(expected, abs=MOST_DIFFERENCE)
                     assert other.token_groundings == pytest.approx(expected, abs=MOST_DIFFERENCE)
                     assert found.grounding == pytest.approx(np.mean(expected), abs=MOST_DIFFERENCE)

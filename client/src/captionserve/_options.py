@@ -14,6 +14,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from captionserve._errors import CaptionError
 from captionserve.v1 import caption_pb2
 
+
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
     """How a caption is decoded; names and meanings are those of transformers' GenerationConfig.
@@ -191,7 +192,7 @@ def _number(field: FieldDescriptor, value: object) -> int:
 
 
 def _values(field: FieldDescriptor) -> dict[bool | str, int]:
-    """What an option of an enum may be, and the numbers that mean it: those of names after its own."""
+    """What an option of an enum may be, and its numbers, whose names say it behind the option's."""
     words = {
         value.name.removeprefix(f"{field.name.upper()}_").lower(): value.number
         for value in field.enum_type.values

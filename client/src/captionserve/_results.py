@@ -118,8 +118,9 @@ class Caption:
         degenerate: whether it looks broken: it runs in circles, or ends within a word.
         attention: where each token looked; None unless output_attentions was set.
         words: the words of what was generated, in their order, each with its own confidence.
-        token_groundings: what the image adds to the log-probability of each token of token_ids; None
-            unless output_grounding was set or rerank is "grounding", and where the deadline came first.
+        token_groundings: what the image adds to the log-probability of each token of token_ids, in
+            nats; None unless output_grounding was set or rerank is "grounding", and where the
+            deadline came first.
         grounding: their mean; None likewise.
         needs_review: whether a person should look at it; False unless min_confidence was set.
         review_reasons: why.

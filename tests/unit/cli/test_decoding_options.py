@@ -217,8 +217,16 @@ def test_json_holds_the_whole_result(server: Server, caption: Caption, images: l
         "degenerate": False,
         "attention": [[[0.5, 0.25]], [[0.0, 1.0]], [[0.125, 0.125]]],
         "words": [
-            {**{"text": "red", "first_token": 0, "tokens": 1}, "confidence": 0.875, "grounding": 2.0},
-            {**{"text": "apple", "first_token": 1, "tokens": 1}, "confidence": 0.5, "grounding": 4.0},
+            {
+                **{"text": "red", "first_token": 0, "tokens": 1},
+                "confidence": 0.875,
+                "grounding": 2.0,
+            },
+            {
+                **{"text": "apple", "first_token": 1, "tokens": 1},
+                "confidence": 0.5,
+                "grounding": 4.0,
+            },
         ],
         "token_groundings": [2.0, 4.0, 0.0],
         "grounding": 2.0,

@@ -57,7 +57,7 @@ def with_attention() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
 
 
 def with_grounding() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
-    """The same with what the image adds to each token, and reasons to look at the second caption."""
+    """The same with what the image adds to each token, and reasons to doubt the second caption."""
     return good_outputs() | {
         wire.TOKEN_GROUNDINGS: np.array([[2.0, 4.0, 0.0], [-1.0, 0, 0]], "<f4"),
         wire.REVIEW_REASONS: encode_strings([b"", b"low_confidence not_grounded"]),

@@ -46,7 +46,7 @@ def calibrate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Fit the confidence in captions and words to held-out demo scenes, and measure it on others."""
+    """Fit confidences in captions and words to held-out demo scenes, and measure them on others."""
     options = GenerationOptions(num_beams=num_beams, output_grounding=True)
     with asked_service(service, checkpoint) as asked:
         fitting = _judged_captions(asked, scenes, seed, options)
@@ -126,14 +126,16 @@ def _signals_table(title: str, fit: FitReport) -> Table:
     kinds = [kind.replace("_", " ") for kind in fit.signals]
     table = Table("AUC of each signal alone", *kinds, title=title)
     for signal in next(iter(fit.signals.values())):
-        table.add_row(signal.replace("_", " "), *(_as_text(own[signal]) for own in fit.signals.values()))
+        table.add_row(
+            signal.replace("_", " "), *(_as_text(own[signal]) for own in fit.signals.values())
+        )
     return table
 
 
 def _bins_table(title: str, bins: Sequence[ReliabilityBin]) -> Table:
     table = Table("confidence", "how many", "mean confidence", "right", title=title)
     for one in bins:
-        values = (one.captions, one.mean_confidence, one.right)
+        values = (one.count, one.mean_confidence, one.right)
         table.add_row(f"{one.lower:.1f} to {one.upper:.1f}", *map(_as_text, values))
     return table
 

@@ -222,9 +222,7 @@ def captions_as_json(result: CaptionResult) -> list[dict[str, object]]:
 
 
 def _caption_as_json(found: Caption) -> Answer:
-    values: Answer = {
-        field.name: getattr(found, field.name) for field in dataclasses.fields(found)
-    }
+    values: Answer = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     values["finish_reason"] = found.finish_reason.value
     values["words"] = [_without_none(dataclasses.asdict(word)) for word in found.words]
     values["review_reasons"] = [reason.value for reason in found.review_reasons]

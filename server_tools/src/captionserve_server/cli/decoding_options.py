@@ -12,6 +12,7 @@ from captionserve import GenerationOptions
 from captionserve_server.cli.parameters import with_parameters
 from captionserve_server.core.options import OPTIONS, Option
 
+
 def with_decoding_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each decoding option; it gets them all as `options`.
 
@@ -72,7 +73,5 @@ def _meaning(name: str, said: Option, text: str) -> bool | str:
     if text not in meanings:
         flag = said.flag or "--" + name.replace("_", "-")
         *others, last = meanings
-        raise typer.BadParameter(
-            f"must be {', '.join(others)} or {last}", param_hint=flag
-        )
+        raise typer.BadParameter(f"must be {', '.join(others)} or {last}", param_hint=flag)
     return meanings[text]

@@ -93,8 +93,8 @@ class DecodedCaption:
         finish_reason: "eos", "length", or "deadline" for the best so far.
         attention: float32 [tokens, image tokens], mean over layers and heads of the cross-attention
             that chose each token; None when not asked for.
-        token_groundings: log-probability of each token with the image less that without it, both the
-            model's own; None when not asked for, or when the deadline came first.
+        token_groundings: log-probability of each token with the image less that without it, both
+            the model's own; None when not asked for, or when the deadline came first.
     """
 
     token_ids: tuple[int, ...]

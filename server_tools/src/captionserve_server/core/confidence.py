@@ -117,7 +117,7 @@ class Calibration:
         return (fit or self.word).confidence(word_signals(own, token_logprobs, token_groundings))
 
     def as_values(self) -> dict[str, dict[str, float]]:
-        """The fits there are as JSON values: each one's intercept, and its weights by their names."""
+        """The fits there are as JSON values: the intercept of each, and its weights by name."""
         fits = {name: fit for name, fit in vars(self).items() if fit is not None}
         return {name: {"intercept": fit.intercept, **fit.weights} for name, fit in fits.items()}
 
@@ -138,9 +138,16 @@ class Calibration:
     def from_values(cls, values: object) -> Calibration:
         """Read what `as_values` gave; ValueError as `from_json`."""
         if isinstance(values, dict) and values.keys() == {"slope", "intercept"}:
-            raise ValueError("is of an older captionserve; `captionserve calibrate` writes a new one")
-        if not isinstance(values, dict) or not {"caption", "word"} <= values.keys() <= SIGNALS.keys():
-            raise ValueError(f"must be a JSON object of {', '.join(SIGNALS)}, the first two at least")
+            raise ValueError(
+                "is of an older captionserve; `captionserve calibrate` writes a new one"
+            )
+        if (
+            not isinstance(values, dict)
+            or not {"caption", "word"} <= values.keys() <= SIGNALS.keys()
+        ):
+            raise ValueError(
+                f"must be a JSON object of {', '.join(SIGNALS)}, the first two at least"
+            )
         return cls(**{name: _fit(name, fit) for name, fit in values.items()})
 
 

@@ -15,10 +15,9 @@ from captionserve_server.core.captions import CaptionPlan, DecodedCaption, Finis
 from captionserve_server.core.confidence import is_degenerate, spoken_words
 from captionserve_server.core.detokenise import Decode, caption_text, token_texts
 
-
 ReviewReason = Literal["low_confidence", "degenerate", "unfinished", "not_grounded"]
-"""Why a person should look at a caption: its confidence is below min_confidence, it looks broken, the
-deadline came before its end, or the image makes it no likelier than no image does."""
+"""Why a person should look at a caption: its confidence is below min_confidence, it looks broken,
+the deadline came before its end, or the image makes it no likelier than no image does."""
 
 
 @dataclass(frozen=True)

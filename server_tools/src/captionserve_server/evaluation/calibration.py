@@ -66,19 +66,19 @@ class JudgedCaption:
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """The captions whose confidence is in [lower, upper); the last bin's upper end belongs to it.
+    """Those whose confidence is in [lower, upper); the last bin's upper end belongs to it.
 
     Attributes:
         lower: lower end, 0..1.
         upper: upper end, 0..1.
-        captions: how many there are.
+        count: how many there are.
         mean_confidence: their mean confidence, 0..1; None if there are none.
         right: the share of them that is right, 0..1; None if there are none.
     """
 
     lower: float
     upper: float
-    captions: int
+    count: int
     mean_confidence: float | None
     right: float | None
 
@@ -88,7 +88,7 @@ class Reliability:
     """How well confidences agree with what turned out right.
 
     Attributes:
-        captions: how many were judged.
+        count: how many captions, or words, were judged.
         right: the share of them that is right, 0..1.
         mean_confidence: 0..1; above `right` where the captioner thinks too well of itself.
         expected_calibration_error: over the bins, the mean distance between mean confidence and
@@ -100,7 +100,7 @@ class Reliability:
         bins: ten of equal width, from confidence 0 to 1.
     """
 
-    captions: int
+    count: int
     right: float
     mean_confidence: float
     expected_calibration_error: float
@@ -117,7 +117,8 @@ class FitReport:
         uncalibrated: of the probabilities as they are, over all kinds of captions.
         calibrated: of the fit, over all kinds of captions.
         by_kind: of the fit, on each kind of captions alone.
-        signals: by kind of captions, the AUC of each signal alone; None where all are right, or wrong.
+        signals: by kind of captions, the AUC of each signal alone; None unless there are right and
+            wrong ones.
     """
 
     uncalibrated: Reliability
@@ -173,10 +174,12 @@ def fit_calibration(captions: Sequence[JudgedCaption]) -> Calibration:
         CannotCalibrateError: unless there are right and wrong ones, and the right ones tend to have
             likelier tokens.
     """
-    return Calibration(**{name: _fit(name, _observations(name, captions)) for name in SIGNALS})
+    return Calibration(**{name: fit_one(name, captions) for name in SIGNALS})
 
 
-def _fit(name: str, observations: Sequence[_Observation]) -> Logistic:
+def fit_one(name: str, captions: Sequence[JudgedCaption]) -> Logistic:
+    """One fit of a calibration, by its name; CannotCalibrateError as `fit_calibration`."""
+    observations = _observations(name, captions)
     labels = np.array([each.right for each in observations], dtype=np.bool_)
     if labels.all() or not labels.any():
         raise CannotCalibrateError("both right and wrong captions are needed")
@@ -210,13 +213,13 @@ def _observations(name: str, captions: Sequence[JudgedCaption]) -> list[_Observa
 def _fit_report(
     name: str, calibration: Calibration, measuring: Mapping[str, Sequence[JudgedCaption]]
 ) -> FitReport:
-    fit: Logistic = getattr(calibration, name)
+    fitted: Logistic = getattr(calibration, name)
     by_kind = {kind: _observations(name, captions) for kind, captions in measuring.items()}
     together = [each for observations in by_kind.values() for each in observations]
     return FitReport(
         uncalibrated=_reliability(AS_IT_IS, together),
-        calibrated=_reliability(fit, together),
-        by_kind={kind: _reliability(fit, own) for kind, own in by_kind.items()},
+        calibrated=_reliability(fitted, together),
+        by_kind={kind: _reliability(fitted, own) for kind, own in by_kind.items()},
         signals={
             kind: {signal: _signal_auc(signal, own) for signal in SIGNALS[name]}
             for kind, own in by_kind.items()
@@ -254,7 +257,7 @@ def measure_reliability(confidences: Sequence[float], right: Sequence[bool]) -> 
     confidence, labels = np.array(confidences), np.array(right, dtype=np.bool_)
     bins = _bins(confidence, labels)
     return Reliability(
-        captions=len(confidence),
+        count=len(confidence),
         right=float(labels.mean()),
         mean_confidence=float(confidence.mean()),
         expected_calibration_error=_expected_calibration_error(bins),
@@ -309,7 +312,7 @@ def _bin(number: int, confidence: Float64Array, labels: BoolArray) -> Reliabilit
     return ReliabilityBin(
         lower=number / NUM_BINS,
         upper=(number + 1) / NUM_BINS,
-        captions=len(confidence),
+        count=len(confidence),
         mean_confidence=float(confidence.mean()) if len(confidence) else None,
         right=float(labels.mean()) if len(labels) else None,
     )
@@ -317,11 +320,11 @@ def _bin(number: int, confidence: Float64Array, labels: BoolArray) -> Reliabilit
 
 def _expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     distances = (
-        one.captions * abs(one.mean_confidence - one.right)
+        one.count * abs(one.mean_confidence - one.right)
         for one in bins
         if one.mean_confidence is not None and one.right is not None
     )
-    return sum(distances) / sum(one.captions for one in bins)
+    return sum(distances) / sum(one.count for one in bins)
 
 
 def _auc(confidence: Float64Array, labels: BoolArray) -> float | None:

@@ -102,7 +102,7 @@ class GraphStepModel:
             self._cache.remove(int(slot))
 
     def forced_logprobs(self, slot: int | None, rows: ForcedRows) -> Float32Array:
-        """Run all rows at once, as those of one caption that remembers nothing; KeyError as `step`."""
+        """Run all rows at once, as those of a caption without memory; KeyError as `step`."""
         count, layers = len(rows.tokens), self._geometry.layers
         cross = self._no_image if slot is None else self._cache.cross_of(slot)
         inputs: dict[str, Array] = {

@@ -92,9 +92,7 @@ samples = st.builds(
     **common,
 )
 # Each reads its captions once more at the end, some with their image too.
-readers = st.builds(
-    DecodingOptions, num_beams=st.just(3), rerank=st.just("grounding"), **common
-)
+readers = st.builds(DecodingOptions, num_beams=st.just(3), rerank=st.just("grounding"), **common)
 # Without what could forbid the words themselves.
 forced = st.builds(
     DecodingOptions,
@@ -112,9 +110,7 @@ def as_plan(options: DecodingOptions, prefix: tuple[int, ...]) -> CaptionPlan:
     return CaptionPlan(options, WordTokens(prefix=prefix, bad=((6,), (8, 9)), forced=words))
 
 
-plans = st.builds(
-    as_plan, st.one_of(greedy, beams, groups, samples, forced, readers), prefixes
-)
+plans = st.builds(as_plan, st.one_of(greedy, beams, groups, samples, forced, readers), prefixes)
 
 
 @dataclass(frozen=True)
@@ -329,9 +325,7 @@ def test_groundings_are_what_the_image_adds_to_the_models_own_log_probabilities(
         likeliest = dataclasses.replace(
             plan.options, rerank="likelihood", num_return_sequences=plan.options.rows
         )
-        everything = captions_alone(
-            image, dataclasses.replace(plan, options=likeliest)
-        )
+        everything = captions_alone(image, dataclasses.replace(plan, options=likeliest))
         found = {caption.token_ids for caption in captions}
         assert found <= {caption.token_ids for caption in everything}
 

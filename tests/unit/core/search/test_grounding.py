@@ -1,4 +1,4 @@
-"""Whole captions as rows of one run, and what follows from reading them with and without an image."""
+"""Whole captions as rows of one run, and what reading them with and without an image says."""
 
 from __future__ import annotations
 

@@ -376,7 +376,7 @@ class Scheduler:
         return ended
 
     def _read(self) -> dict[Hashable, Outcome]:
-        """Read complete captions for their grounding, as many as the rows allow; what became of them."""
+        """Read complete captions, as many as the rows allow; what became of them."""
         now: list[_Reading] = []
         rows = 0
         while self._readings:
@@ -401,7 +401,7 @@ class Scheduler:
         return ended
 
     def _grounded(self, reading: _Reading, without: Float32Array) -> Outcome:
-        """A request's captions with their groundings, given their log-probabilities over no image."""
+        """A request's captions with their groundings, given what is known without its image."""
         plan = reading.request.plan
         if has_own_logprobs(plan):
             logprobs = [caption.token_logprobs for caption in reading.captions]
@@ -415,7 +415,7 @@ class Scheduler:
     def _forced_logprobs(
         self, slot: int | None, readings: Sequence[_Reading]
     ) -> list[Float32Array]:
-        """The model's own log-probabilities of all tokens of each reading, over a slot's image or none."""
+        """The model's own log-probabilities of what is read, over a slot's image or none."""
         start = self._vocabulary.special.start
         rows = forced_rows([text for reading in readings for text in reading.texts(start)])
         logprobs = self._step_model.forced_logprobs(slot, rows)

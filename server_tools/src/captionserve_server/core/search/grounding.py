@@ -1,7 +1,7 @@
 """Grounding: what the image adds to the likelihood of captions that are there already.
 
-A search asks for one token of each row at a time. Of finished captions all tokens are known, so all of
-them are rows of one run, in which each sees those before it (teacher forcing): once without an
+A search asks for one token of each row at a time. Of finished captions all tokens are known, so all
+of them are rows of one run, in which each sees those before it (teacher forcing): once without an
 image, and with it where the log-probabilities of the search are not the model's own.
 """
 
