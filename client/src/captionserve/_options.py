@@ -51,8 +51,8 @@ class GenerationOptions:
         output_attentions: return where in the image each token looked.
         allow_partial: when the deadline comes first, return the best so far instead of failing.
         output_grounding: return how much likelier the image makes each token than no image does.
-        rerank: what puts the captions of a search in order and says which are returned: their
-            score, or their grounding, of all that num_beams or num_return_sequences made.
+        rerank: what puts captions in order and says which are returned: "likelihood", which is
+            their score, or "grounding", of all that num_beams or num_return_sequences made.
         min_confidence: captions of a lower confidence say needs_review; 0 for none.
     """
 
@@ -181,21 +181,21 @@ def _plain(field: FieldDescriptor, value: object) -> object:
 
 def _number(field: FieldDescriptor, value: object) -> int:
     """The number of an enum's value; ValueError for a value that it does not have."""
-    # True equals 1, but nobody means the one by the other.
-    numbers_of = _values(field) if isinstance(value, (bool, str)) else {}
-    if value not in numbers_of:
-        wanted = ["true or false" if True in _values(field) else ""]
-        wanted += [f'"{word}"' for word in _values(field) if isinstance(word, str)]
-        shown = repr(_short(value)) if isinstance(value, str) else _type_name(value)
-        raise ValueError(f"must be {' or '.join(filter(None, wanted))}, is {shown}")
-    return numbers_of[value]
+    values = _values(field)
+    # 1 equals True, but nobody means the one by the other.
+    if isinstance(value, (bool, str)) and value in values:
+        return values[value]
+    wanted = ["true or false"] if True in values else []
+    wanted += [f'"{word}"' for word in values if isinstance(word, str)]
+    shown = repr(_short(value)) if isinstance(value, str) else _type_name(value)
+    raise ValueError(f"must be {' or '.join(wanted)}, is {shown}")
 
 
 def _values(field: FieldDescriptor) -> dict[bool | str, int]:
     """What an option of an enum may be, and its numbers, whose names say it behind the option's."""
     words = {
         value.name.removeprefix(f"{field.name.upper()}_").lower(): value.number
-        for value in field.enum_type.values
+        for value in (field.enum_type.values if field.enum_type is not None else ())
         if value.number
     }
     return {{"true": True, "false": False}.get(word, word): at for word, at in words.items()}

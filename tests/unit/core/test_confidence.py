@@ -9,7 +9,10 @@ import pytest
 from captionserve_server.core.confidence import (
     SIGNALS,
     Calibration,
+    Evidence,
     Logistic,
+    SpokenWord,
+    caption_signals,
     is_degenerate,
     spoken_words,
 )
@@ -36,6 +39,7 @@ calibrations = st.builds(
     fits("word"),
     st.none() | fits("grounded_caption"),
     st.none() | fits("grounded_word"),
+    st.dictionaries(st.text(max_size=5), numbers, max_size=5),
 )
 
 words = st.text("abcdefgh", min_size=1, max_size=6)
@@ -54,12 +58,19 @@ def tokens_of(text: str) -> list[str]:
     return [first, *(f" {word}" for word in others)]
 
 
+def evidence(logprobs: list[float], groundings: list[float] | None = None) -> Evidence:
+    """Of a caption whose tokens are words."""
+    spoken = [SpokenWord(f"word {number}", number, 1) for number in range(len(logprobs))]
+    return Evidence(logprobs, spoken, groundings)
+
+
 @given(token_logprobs)
 def test_uncalibrated_confidence_is_the_geometric_mean_of_the_probabilities(
     logprobs: list[float],
 ) -> None:
     mean = math.prod(math.exp(logprob / len(logprobs)) for logprob in logprobs)
-    assert Calibration().caption_confidence(logprobs) == pytest.approx(mean, abs=2e-6)
+    confidence = Calibration().caption_confidence(evidence(logprobs))
+    assert confidence == pytest.approx(mean, abs=2e-6)
 
 
 @given(token_logprobs, st.integers(0, 39), st.integers(1, 40))
@@ -67,9 +78,10 @@ def test_uncalibrated_confidence_in_a_word_is_the_product_of_its_tokens_probabil
     logprobs: list[float], first: int, count: int
 ) -> None:
     assume(first < len(logprobs))
-    own = slice(first, first + count)
-    product = math.prod(map(math.exp, logprobs[own]))
-    assert Calibration().word_confidence(own, logprobs) == pytest.approx(product, abs=2e-6)
+    word = SpokenWord("word", first, count)
+    product = math.prod(map(math.exp, logprobs[word.own]))
+    confidence = Calibration().word_confidence(evidence(logprobs), word)
+    assert confidence == pytest.approx(product, abs=2e-6)
 
 
 def test_a_fit_moves_the_log_odds() -> None:
@@ -77,23 +89,48 @@ def test_a_fit_moves_the_log_odds() -> None:
     logprobs = [math.log(0.8), math.log(0.45)]
     odds = math.exp(-1.0) * (3 / 2) ** 2
     calibration = Calibration(caption=Logistic(-1.0, {"log_odds": 2.0}))
-    assert calibration.caption_confidence(logprobs) == pytest.approx(odds / (1 + odds))
+    assert calibration.caption_confidence(evidence(logprobs)) == pytest.approx(odds / (1 + odds))
 
 
 def test_groundings_count_where_they_are_known_and_something_was_fitted_to_them() -> None:
-    logprobs, groundings = [-0.1, -0.2], [1.0, 3.0]
-    plain = Calibration()
-    assert plain.caption_confidence(logprobs, groundings) == plain.caption_confidence(logprobs)
-    own = slice(1, 2)
-    assert plain.word_confidence(own, logprobs, groundings) == plain.word_confidence(own, logprobs)
-    weights = dict.fromkeys(SIGNALS["grounded_caption"], 0.0) | {"log_odds": 1.0}
+    plain, asked = evidence([-0.1, -0.2]), evidence([-0.1, -0.2], [1.0, 3.0])
+    word = asked.words[1]
+    unfitted = Calibration()
+    assert unfitted.caption_confidence(asked) == unfitted.caption_confidence(plain)
+    assert unfitted.word_confidence(asked, word) == unfitted.word_confidence(plain, word)
     fitted = Calibration(
-        grounded_caption=Logistic(-2.0, weights), grounded_word=Logistic(2.0, {"log_odds": 1.0})
+        grounded_caption=Logistic(
+            0.0, {"log_odds": 1.0, "grounding": 0.25, "least_grounding": -2.0}
+        ),
+        grounded_word=Logistic(0.0, {"log_odds": 1.0, "grounding": 0.5}),
     )
-    assert fitted.caption_confidence(logprobs) == plain.caption_confidence(logprobs)
-    assert fitted.caption_confidence(logprobs, groundings) < plain.caption_confidence(logprobs)
-    assert fitted.word_confidence(own, logprobs) == plain.word_confidence(own, logprobs)
-    assert fitted.word_confidence(own, logprobs, groundings) > plain.word_confidence(own, logprobs)
+    assert fitted.caption_confidence(plain) == unfitted.caption_confidence(plain)
+    assert fitted.word_confidence(plain, word) == unfitted.word_confidence(plain, word)
+    # 0.25 x the mean 2 - 2 x the least 1; 0.5 x 3.
+    before = unfitted.caption_confidence(plain)
+    odds = before / (1 - before) * math.exp(-1.5)
+    assert fitted.caption_confidence(asked) == pytest.approx(odds / (1 + odds))
+    before = unfitted.word_confidence(plain, word)
+    odds = before / (1 - before) * math.exp(1.5)
+    assert fitted.word_confidence(asked, word) == pytest.approx(odds / (1 + odds))
+
+
+def test_words_have_their_records_in_any_case_and_others_that_of_the_unseen() -> None:
+    records = {"dog": 1.5, "": -0.5}
+    fit = Logistic(0.0, {"log_odds": 1.0, "record": 2.0})
+    calibration = Calibration(word=fit, records=records)
+    asked = evidence([-0.5])
+    found = {
+        text: math.log(confidence / (1 - confidence))
+        for text in ("dog", "Dog", "cat")
+        for confidence in [calibration.word_confidence(asked, SpokenWord(text, 0, 1))]
+    }
+    assert found["dog"] == found["Dog"] == pytest.approx(found["cat"] + 2 * 2.0)
+    assert Calibration().record(SpokenWord("dog", 0, 1)) == 0.0
+    # Of a caption: the log-probability that all are right, were each as often as it has been.
+    both = Evidence([-0.5], [SpokenWord("dog", 0, 1), SpokenWord("cat", 0, 1)])
+    right = 1 / (1 + math.exp(-1.5)) / (1 + math.exp(0.5))
+    assert caption_signals(both, calibration.record)["record"] == pytest.approx(math.log(right))
 
 
 @given(calibrations, token_logprobs, st.integers(min_value=0), st.floats(0, 50))
@@ -102,13 +139,10 @@ def test_a_likelier_token_never_lowers_the_confidence(
 ) -> None:
     likelier = list(logprobs)
     likelier[which % len(logprobs)] = min(0.0, likelier[which % len(logprobs)] + added)
-    for confidence in (
-        calibration.caption_confidence,
-        lambda logprobs: calibration.word_confidence(slice(0, 3), logprobs),
-    ):
-        before, after = confidence(logprobs), confidence(likelier)
-        assert 0.0 <= before <= 1.0
-        assert after >= before - 1e-12
+    before = calibration.caption_confidence(evidence(logprobs))
+    after = calibration.caption_confidence(evidence(likelier))
+    assert 0.0 <= before <= 1.0
+    assert after >= before - 1e-12
 
 
 EXTREME = Logistic(-1e6, {"log_odds": 1e6})
@@ -119,8 +153,9 @@ EXTREME = Logistic(-1e6, {"log_odds": 1e6})
 def test_the_ends_of_the_scale_give_a_confidence(
     calibration: Calibration, logprobs: list[float]
 ) -> None:
-    assert 0.0 <= calibration.caption_confidence(logprobs) <= 1.0
-    assert 0.0 <= calibration.word_confidence(slice(0, 1), logprobs) <= 1.0
+    asked = evidence(logprobs)
+    assert 0.0 <= calibration.caption_confidence(asked) <= 1.0
+    assert 0.0 <= calibration.word_confidence(asked, asked.words[0]) <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -159,13 +194,20 @@ PLAIN = '{"intercept": 0.0, "log_odds": 1.0}'
         "[]",
         "1.0",
         "{}",
-        f'{{"caption": {PLAIN}}}',
-        f'{{"caption": {PLAIN}, "word": {PLAIN}, "bins": []}}',
-        f'{{"caption": {PLAIN}, "word": []}}',
-        f'{{"caption": {PLAIN}, "word": {{"log_odds": 1.0}}}}',
-        f'{{"caption": {PLAIN}, "word": {PLAIN}, "grounded_word": {PLAIN}}}',
+        f'{{"caption": {PLAIN}, "word": {PLAIN}}}',
+        f'{{"caption": {PLAIN}, "records": {{}}}}',
+        f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": {{}}, "bins": {{}}}}',
+        f'{{"caption": {PLAIN}, "word": [], "records": {{}}}}',
+        f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": []}}',
+        f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": {{"dog": "often"}}}}',
+        f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": {{"dog": NaN}}}}',
+        f'{{"caption": {PLAIN}, "word": {{"log_odds": 1.0}}, "records": {{}}}}',
+        f'{{"caption": {PLAIN}, "word": {{"intercept": 1.0}}, "records": {{}}}}',
+        # A signal that there is, but not of captions without groundings.
+        f'{{"caption": {PLAIN[:-1]}, "grounding": 1.0}}, "word": {PLAIN}, "records": {{}}}}',
         *(
-            f'{{"caption": {PLAIN}, "word": {{"intercept": {intercept}, "log_odds": {weight}}}}}'
+            f'{{"caption": {PLAIN}, "records": {{}}, "word": {{"intercept": {intercept}, '
+            f'"log_odds": {weight}}}}}'
             for intercept, weight in (
                 ("0.0", '"1.0"'),
                 ("0.0", "true"),
@@ -191,7 +233,7 @@ def test_the_file_of_an_older_version_is_refused_by_name() -> None:
 
 def test_whole_numbers_are_numbers() -> None:
     fit = '{"intercept": -3, "log_odds": 2}'
-    calibration = Calibration.from_json(f'{{"caption": {fit}, "word": {fit}}}')
+    calibration = Calibration.from_json(f'{{"caption": {fit}, "word": {fit}, "records": {{}}}}')
     expected = Logistic(-3.0, {"log_odds": 2.0})
     assert calibration == Calibration(expected, expected)
 

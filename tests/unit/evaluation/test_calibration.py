@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
-from captionserve_server.core.confidence import SIGNALS, Calibration, Logistic, log_odds
+from captionserve_server.core.confidence import (
+    SIGNALS,
+    Calibration,
+    Evidence,
+    Logistic,
+    SpokenWord,
+    caption_signals,
+    log_odds,
+)
 from captionserve_server.evaluation.calibration import (
     CannotCalibrateError,
     JudgedCaption,
-    JudgedWord,
+    _fit,
+    _Observation,
+    _Tally,
     calibrate,
     fit_calibration,
     fit_logistic,
-    fit_one,
     measure_reliability,
 )
 
-WORDS = (slice(0, 1), slice(1, 3))
+WORDS = (SpokenWord("dog", 0, 1), SpokenWord("cat", 1, 2))
 TRUE_CALIBRATION = Calibration(
     caption=Logistic(-3.0, {"log_odds": 0.7}), word=Logistic(-1.0, {"log_odds": 0.5})
 )
 
 
-def judged(logprobs: list[float], right: bool, *, word_right: bool | None = None) -> JudgedCaption:
-    """A caption of which every word is as right as the whole, or as it is said."""
-    groundings = [1.0 + len(logprobs) % 3 - 5 * logprobs[0], *[0.5] * (len(logprobs) - 1)]
-    is_right = right if word_right is None else word_right
-    return JudgedCaption(logprobs, groundings, right, [JudgedWord(slice(0, 1), is_right)])
+def judged(logprobs: list[float], right: bool) -> JudgedCaption:
+    """A caption without words."""
+    return JudgedCaption(Evidence(logprobs, (), [0.0] * len(logprobs)), right, ())
 
 
 def synthetic_captions(count: int, seed: int, highest: float = -1e-4) -> list[JudgedCaption]:
@@ -36,14 +45,13 @@ def synthetic_captions(count: int, seed: int, highest: float = -1e-4) -> list[Ju
     for _ in range(count):
         typical = -np.exp(rng.uniform(np.log(-highest), 0.0))
         logprobs = (typical * rng.uniform(0.2, 1.8, size=int(rng.integers(5, 15)))).tolist()
-        right = bool(rng.random() < TRUE_CALIBRATION.caption_confidence(logprobs))
-        words = [
-            JudgedWord(own, bool(rng.random() < TRUE_CALIBRATION.word_confidence(own, logprobs)))
-            for own in WORDS
+        # Groundings have nothing to do with being right.
+        evidence = Evidence(logprobs, WORDS, rng.normal(2, 1, len(logprobs)).tolist())
+        right = bool(rng.random() < TRUE_CALIBRATION.caption_confidence(evidence))
+        right_words = [
+            bool(rng.random() < TRUE_CALIBRATION.word_confidence(evidence, word)) for word in WORDS
         ]
-        # What has nothing to do with being right.
-        groundings = rng.normal(2, 1, len(logprobs)).tolist()
-        captions.append(JudgedCaption(logprobs, groundings, right, words))
+        captions.append(JudgedCaption(evidence, right, right_words))
     return captions
 
 
@@ -66,17 +74,40 @@ def test_logistic_regression_finds_the_best_where_full_newton_steps_overshoot() 
 
 def test_the_fit_recovers_the_calibration_behind_the_captions() -> None:
     fitted = fit_calibration(synthetic_captions(8000, seed=1))
-    for found, true in (
-        (fitted.caption, TRUE_CALIBRATION.caption),
-        (fitted.word, TRUE_CALIBRATION.word),
-    ):
-        assert found.intercept == pytest.approx(true.intercept, rel=0.1)
-        assert found.weights == pytest.approx(true.weights, rel=0.1)
+    true = TRUE_CALIBRATION.caption
+    assert fitted.caption.intercept == pytest.approx(true.intercept, rel=0.1)
+    assert fitted.caption.weights == pytest.approx(true.weights, rel=0.1)
+    true = TRUE_CALIBRATION.word
+    assert fitted.word.weights["log_odds"] == pytest.approx(true.weights["log_odds"], rel=0.2)
+    assert fitted.word.weights["caption_log_odds"] == pytest.approx(0.0, abs=0.1)
+
+
+def test_words_have_the_records_of_all_and_are_fitted_to_those_of_the_other_captions() -> None:
+    said = [("dog", True), ("Dog", True), ("cat", False), ("dog", False), ("cat", True)]
+    captions = [
+        JudgedCaption(
+            Evidence([-0.1 - number / 10], [SpokenWord(text, 0, 1)], [number / 2]), right, [right]
+        )
+        for number, (text, right) in enumerate(said)
+    ]
+    tally = _Tally.of(captions)
+    records = tally.records()
+    assert set(records) == {"", "dog", "cat"}
+    # Two words more, of which as many are right as of all: 4 of 7.
+    assert records["dog"] == pytest.approx(math.log((2 + 8 / 7) / (1 + 6 / 7)))
+    assert records[""] == pytest.approx(math.log(4 / 3))
+    without = tally.record_without(_Tally.of(captions[:1]))
+    assert without(SpokenWord("DOG", 0, 1)) == pytest.approx(math.log((1 + 8 / 7) / (1 + 6 / 7)))
+    assert without(SpokenWord("cat", 0, 1)) == records["cat"]
 
 
 def test_captions_told_apart_without_fault_leave_a_doubt() -> None:
     captions = [judged([-0.01], True)] * 8 + [judged([-2.0], False)] * 8
-    fitted = fit_one("caption", captions)
+    observations = [
+        _Observation(caption_signals(each.evidence, lambda word: 0.0), each.right)
+        for each in captions
+    ]
+    fitted = _fit("caption", observations)
     # Platt's targets for 8 and 8: 9 / 10 and 1 / 10.
     assert fitted.confidence({"log_odds": log_odds(-0.01)}) == pytest.approx(0.9)
     assert fitted.confidence({"log_odds": log_odds(-2.0)}) == pytest.approx(0.1)

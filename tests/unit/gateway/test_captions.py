@@ -168,7 +168,10 @@ def options_sent(**options: Any) -> Any:
         ({"early_stopping": caption_pb2.EARLY_STOPPING_NEVER}, {"early_stopping": "never"}),
         ({"early_stopping": caption_pb2.EARLY_STOPPING_TRUE}, {"early_stopping": True}),
         ({"early_stopping": caption_pb2.EARLY_STOPPING_FALSE}, {"early_stopping": False}),
-        ({"rerank": caption_pb2.RERANK_GROUNDING}, {"rerank": "grounding"}),
+        (
+            {"num_beams": 2, "rerank": caption_pb2.RERANK_GROUNDING},
+            {"num_beams": 2, "rerank": "grounding"},
+        ),
         ({"min_confidence": 0.5}, {"min_confidence": 0.5}),
         ({"do_sample": False}, {"do_sample": False}),
         ({"do_sample": True, "seed": 2**62 + 1}, {"do_sample": True, "seed": 2**62 + 1}),

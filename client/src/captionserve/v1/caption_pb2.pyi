@@ -88,7 +88,9 @@ class _RerankEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rerank.ValueTy
     RERANK_LIKELIHOOD: _Rerank.ValueType  # 1
     """Their score."""
     RERANK_GROUNDING: _Rerank.ValueType  # 2
-    """Their grounding, of all that the search or the draws have found; needs more than one."""
+    """The mean over their tokens of 0.8 x log-probability and 0.2 x grounding, of all captions that the
+    search or the draws have found; needs more than one.
+    """
 
 class Rerank(_Rerank, metaclass=_RerankEnumTypeWrapper):
     """Rerank says what puts captions in order."""
@@ -98,7 +100,9 @@ RERANK_UNSPECIFIED: Rerank.ValueType  # 0
 RERANK_LIKELIHOOD: Rerank.ValueType  # 1
 """Their score."""
 RERANK_GROUNDING: Rerank.ValueType  # 2
-"""Their grounding, of all that the search or the draws have found; needs more than one."""
+"""The mean over their tokens of 0.8 x log-probability and 0.2 x grounding, of all captions that the
+search or the draws have found; needs more than one.
+"""
 Global___Rerank: _TypeAlias = Rerank  # noqa: Y015
 
 class _EarlyStopping:

@@ -14,12 +14,12 @@ from rich.table import Table
 from captionserve_server.cli.captioning import asked_service, caption_all
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
 from captionserve_server.cli.service_options import ServiceOptions, with_service_options
+from captionserve_server.core.confidence import Evidence, SpokenWord
 from captionserve_server.evaluation.calibration import (
     CalibrationReport,
     CannotCalibrateError,
     FitReport,
     JudgedCaption,
-    JudgedWord,
     Reliability,
     ReliabilityBin,
 )
@@ -85,24 +85,21 @@ def _judged_split(
     judged = []
     for scene, result in zip(scenes, results, strict=True):
         best = result.captions[0]
-        right = right_words([word.text for word in best.words], scene.caption)
-        words = [
-            JudgedWord(slice(word.first_token, word.first_token + word.tokens), is_right)
-            for word, is_right in zip(best.words, right, strict=True)
-        ]
+        words = [SpokenWord(word.text, word.first_token, word.tokens) for word in best.words]
         judged.append(
             JudgedCaption(
-                best.token_logprobs,
-                best.token_groundings or (),
-                is_exact(result.text, scene.caption),
-                words,
+                Evidence(best.token_logprobs, words, best.token_groundings),
+                is_exact(best.text, scene.caption),
+                right_words([word.text for word in words], scene.caption),
             )
         )
     return judged
 
 
 def _print(report: CalibrationReport) -> None:
-    output.print(report.calibration.to_json(), end="")
+    for name, values in report.calibration.as_values().items():
+        if name in report.fits:
+            output.print(name.replace("_", " "), values)
     for name, fit in report.fits.items():
         title = name.replace("_", " ")
         output.print(_figures_table(title, fit))

@@ -66,7 +66,7 @@ def _options(**given: Any) -> GenerationOptions:
     return GenerationOptions(**values)
 
 
-def _meaning(name: str, said: Option, text: str) -> bool | str:
+def _meaning(name: str, said: Option, text: Any) -> bool | str:
     """What a word means; true and false too where these are values of the option."""
     meanings: dict[str, bool | str] = {"true": True, "false": False} if said.kind is bool else {}
     meanings |= {word: word for word in said.words}

@@ -12,7 +12,7 @@ import math
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 # Nearer to probability 0 or 1 than this, a mean log-probability in float32 says nothing more.
@@ -25,6 +25,26 @@ _WORD = re.compile(r"[\w'\u2019-]+")
 _INCOMPLETE_CHARACTER = "\ufffd"
 _PHRASE_WORDS = 3
 _REPEATS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class SpokenWord:
+    """A word of a text, and where in its tokens it stands.
+
+    Attributes:
+        text: the word.
+        first_token: the first token that has a part of it, as an index.
+        tokens: how many there are from there to the last that has one.
+    """
+
+    text: str
+    first_token: int
+    tokens: int
+
+    @property
+    def own(self) -> slice:
+        """Its tokens among all."""
+        return slice(self.first_token, self.first_token + self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,46 +100,35 @@ class Calibration:
         grounded_caption: of a caption whose groundings are known; None where nothing was fitted to
             them, and they change no confidence.
         grounded_word: likewise of a word.
+        records: the log-odds with which each word has been right among those of the fit, by the
+            word in lower case; "" is for those that the fit has not seen.
     """
 
     caption: Logistic = AS_IT_IS
     word: Logistic = AS_IT_IS
     grounded_caption: Logistic | None = None
     grounded_word: Logistic | None = None
+    records: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    def caption_confidence(
-        self, token_logprobs: Sequence[float], token_groundings: Sequence[float] | None = None
-    ) -> float:
-        """Return the confidence in a caption, 0..1.
+    def caption_confidence(self, evidence: Evidence) -> float:
+        """Return the confidence in a caption, 0..1."""
+        fit = self.grounded_caption if evidence.token_groundings is not None else None
+        return (fit or self.caption).confidence(caption_signals(evidence, self.record))
 
-        Args:
-            token_logprobs: natural log-probability of each generated token, the end token's
-                included; at least one.
-            token_groundings: likewise, where they are known.
-        """
-        fit = self.grounded_caption if token_groundings is not None else None
-        return (fit or self.caption).confidence(caption_signals(token_logprobs, token_groundings))
+    def word_confidence(self, evidence: Evidence, word: SpokenWord) -> float:
+        """Return the confidence in a word of a caption, 0..1."""
+        fit = self.grounded_word if evidence.token_groundings is not None else None
+        return (fit or self.word).confidence(word_signals(evidence, word, self.record))
 
-    def word_confidence(
-        self,
-        own: slice,
-        token_logprobs: Sequence[float],
-        token_groundings: Sequence[float] | None = None,
-    ) -> float:
-        """Return the confidence in a word of a caption, 0..1.
-
-        Args:
-            own: the word's tokens among the caption's.
-            token_logprobs: of all tokens of the caption.
-            token_groundings: likewise, where they are known.
-        """
-        fit = self.grounded_word if token_groundings is not None else None
-        return (fit or self.word).confidence(word_signals(own, token_logprobs, token_groundings))
+    def record(self, word: SpokenWord) -> float:
+        """The log-odds with which a word has been right; 0 where nothing is known."""
+        return self.records.get(word.text.lower(), self.records.get("", 0.0))
 
     def as_values(self) -> dict[str, dict[str, float]]:
-        """The fits there are as JSON values: the intercept of each, and its weights by name."""
-        fits = {name: fit for name, fit in vars(self).items() if fit is not None}
-        return {name: {"intercept": fit.intercept, **fit.weights} for name, fit in fits.items()}
+        """What there is as JSON values: of each fit the intercept, and its weights by name."""
+        fits = {name: fit for name in SIGNALS if (fit := getattr(self, name)) is not None}
+        values = {name: {"intercept": fit.intercept, **fit.weights} for name, fit in fits.items()}
+        return values | {_RECORDS: dict(self.records)}
 
     def to_json(self) -> str:
         """Write as JSON."""
@@ -141,58 +150,91 @@ class Calibration:
             raise ValueError(
                 "is of an older captionserve; `captionserve calibrate` writes a new one"
             )
-        if (
-            not isinstance(values, dict)
-            or not {"caption", "word"} <= values.keys() <= SIGNALS.keys()
-        ):
-            raise ValueError(
-                f"must be a JSON object of {', '.join(SIGNALS)}, the first two at least"
-            )
-        return cls(**{name: _fit(name, fit) for name, fit in values.items()})
+        needed, known = {"caption", "word", _RECORDS}, {*SIGNALS, _RECORDS}
+        if not isinstance(values, dict) or not needed <= values.keys() <= known:
+            raise ValueError(f"must be a JSON object of {', '.join(sorted(known))}")
+        if not all(map(_are_numbers, values.values())):
+            raise ValueError("must be a JSON object of objects of numbers")
+        records = values[_RECORDS]
+        if not all(abs(record) <= _LARGEST_WEIGHT for record in records.values()):
+            raise ValueError(f"{_RECORDS} must be at most {_LARGEST_WEIGHT:g}")
+        fits = {name: _fit(name, values[name]) for name in SIGNALS if name in values}
+        return cls(**fits, records=records)
 
 
-def _fit(name: str, values: object) -> Logistic:
-    wanted = ("intercept", *SIGNALS[name])
-    if not isinstance(values, dict) or values.keys() != set(wanted):
-        raise ValueError(f"{name} must be a JSON object of {', '.join(wanted)}, nothing else")
-    if not all(isinstance(value, float) for value in values.values()):
-        raise ValueError(f"{name} must have numbers")
-    weights = {signal: values[signal] for signal in SIGNALS[name]}
-    return Logistic(values["intercept"], weights)
+def _are_numbers(values: object) -> bool:
+    """Whether this is an object of numbers."""
+    return isinstance(values, dict) and all(isinstance(each, float) for each in values.values())
 
 
-def caption_signals(
-    token_logprobs: Sequence[float], token_groundings: Sequence[float] | None
-) -> dict[str, float]:
-    """What speaks for a caption and against it, by name.
+def _fit(name: str, values: Mapping[str, float]) -> Logistic:
+    weights = dict(values)
+    if not {"intercept", "log_odds"} <= weights.keys() <= {"intercept", *SIGNALS[name]}:
+        raise ValueError(
+            f"{name} must have intercept and log_odds, and may have {', '.join(SIGNALS[name][1:])}"
+        )
+    return Logistic(weights.pop("intercept"), weights)
 
-    Args:
-        token_logprobs: at least one.
-        token_groundings: likewise, where they are known.
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What a confidence is read from.
+
+    Attributes:
+        token_logprobs: natural log-probability of each generated token, the end token's included;
+            at least one.
+        words: the words of what was generated.
+        token_groundings: what the image adds to each token's log-probability; None where that is
+            not known.
     """
-    signals = {"log_odds": mean_log_odds(token_logprobs)}
-    if token_groundings is not None:
-        signals["grounding"] = math.fsum(token_groundings) / len(token_groundings)
+
+    token_logprobs: Sequence[float]
+    words: Sequence[SpokenWord] = ()
+    token_groundings: Sequence[float] | None = None
+
+
+Record = Callable[[SpokenWord], float]
+"""Gives the log-odds with which a word has been right."""
+
+
+def caption_signals(evidence: Evidence, record: Record) -> dict[str, float]:
+    """What speaks for a caption and against it, by name."""
+    signals = {
+        "log_odds": mean_log_odds(evidence.token_logprobs),
+        # The log-probability that all of them are right, were each as often right as it has been.
+        "record": -math.fsum(_softplus(-record(word)) for word in evidence.words),
+    }
+    if evidence.token_groundings is not None:
+        signals["grounding"] = math.fsum(evidence.token_groundings) / len(evidence.token_groundings)
+        signals["least_grounding"] = min(evidence.token_groundings)
     return signals
 
 
-def word_signals(
-    own: slice, token_logprobs: Sequence[float], token_groundings: Sequence[float] | None
-) -> dict[str, float]:
-    """What speaks for a word and against it, by name; arguments as of `word_confidence`."""
-    signals = {"log_odds": log_odds(math.fsum(token_logprobs[own]))}
-    if token_groundings is not None:
-        signals["grounding"] = math.fsum(token_groundings[own])
+def word_signals(evidence: Evidence, word: SpokenWord, record: Record) -> dict[str, float]:
+    """What speaks for a word and against it, by name."""
+    signals = {
+        "log_odds": log_odds(math.fsum(evidence.token_logprobs[word.own])),
+        "caption_log_odds": mean_log_odds(evidence.token_logprobs),
+        "record": record(word),
+    }
+    if evidence.token_groundings is not None:
+        signals["grounding"] = math.fsum(evidence.token_groundings[word.own])
     return signals
 
 
 SIGNALS: Mapping[str, tuple[str, ...]] = {
     "caption": ("log_odds",),
-    "word": ("log_odds",),
-    "grounded_caption": ("log_odds", "grounding"),
-    "grounded_word": ("log_odds", "grounding"),
+    "word": ("log_odds", "caption_log_odds", "record"),
+    "grounded_caption": ("log_odds", "record", "grounding", "least_grounding"),
+    "grounded_word": ("log_odds", "caption_log_odds", "record", "grounding"),
 }
-"""The signals that each fit of a Calibration has weights for."""
+"""The signals that each fit of a Calibration may have weights for."""
+_RECORDS = "records"
+
+
+def _softplus(number: float) -> float:
+    """log(1 + exp(number))."""
+    return max(number, 0.0) + math.log1p(math.exp(-abs(number)))
 
 
 def mean_log_odds(token_logprobs: Sequence[float]) -> float:
@@ -208,26 +250,6 @@ def log_odds(logprob: float) -> float:
     """Return the log-odds of a probability, -100 to 14, from its natural logarithm."""
     logprob = min(max(logprob, _LOWEST_LOGPROB), _HIGHEST_LOGPROB)
     return logprob - math.log(-math.expm1(logprob))
-
-
-@dataclasses.dataclass(frozen=True)
-class SpokenWord:
-    """A word of a text, and where in its tokens it stands.
-
-    Attributes:
-        text: the word.
-        first_token: the first token that has a part of it, as an index.
-        tokens: how many there are from there to the last that has one.
-    """
-
-    text: str
-    first_token: int
-    tokens: int
-
-    @property
-    def own(self) -> slice:
-        """Its tokens among all."""
-        return slice(self.first_token, self.first_token + self.tokens)
 
 
 def spoken_words(token_texts: Sequence[str]) -> list[SpokenWord]:

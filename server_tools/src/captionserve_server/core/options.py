@@ -314,8 +314,8 @@ class DecodingOptions:
     rerank: Rerank = _option(  # noqa: RUF009  # It is a dataclass field.
         "likelihood",
         str,
-        "What puts the captions of a search in order and says which are returned: their score, or "
-        "their grounding, of all that num_beams or num_return_sequences made.",
+        "What puts captions in order and says which are returned: likelihood, which is their "
+        "score, or grounding, of all that num_beams or num_return_sequences made.",
         words=get_args(Rerank),
     )
     min_confidence: float = _option(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +11,12 @@ from numpy.typing import NDArray
 
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption, FinishReason
-from captionserve_server.core.confidence import is_degenerate, spoken_words
+from captionserve_server.core.confidence import (
+    Evidence,
+    SpokenWord,
+    is_degenerate,
+    spoken_words,
+)
 from captionserve_server.core.detokenise import Decode, caption_text, token_texts
 
 ReviewReason = Literal["low_confidence", "degenerate", "unfinished", "not_grounded"]
@@ -106,9 +110,9 @@ class Finisher:
         prefix, token_ids = plan.words.prefix, caption.token_ids
         parts = token_texts(self._decode, prefix, token_ids)
         ended = caption.finish_reason == "eos"
-        confidence = self._bundle.calibration.caption_confidence(
-            caption.token_logprobs, caption.token_groundings
-        )
+        words = spoken_words(parts)
+        evidence = Evidence(caption.token_logprobs, words, caption.token_groundings)
+        confidence = self._bundle.calibration.caption_confidence(evidence)
         degenerate = is_degenerate([self._decode(prefix), *parts], finished=ended)
         return FinishedCaption(
             text=caption_text(self._decode, [*prefix, *token_ids]),
@@ -119,7 +123,7 @@ class Finisher:
             token_texts=tuple(parts),
             confidence=confidence,
             degenerate=degenerate,
-            words=self._words(caption, parts),
+            words=tuple(self._word(word, evidence) for word in words),
             token_groundings=caption.token_groundings,
             grounding=caption.grounding,
             review_reasons=_review_reasons(
@@ -128,18 +132,14 @@ class Finisher:
             attention=self._over_patches(caption.attention),
         )
 
-    def _words(self, caption: DecodedCaption, parts: Sequence[str]) -> tuple[CaptionWord, ...]:
-        """The words of a caption, given each token's part of its text."""
-        logprobs, groundings = caption.token_logprobs, caption.token_groundings
-        return tuple(
-            CaptionWord(
-                text=word.text,
-                first_token=word.first_token,
-                tokens=word.tokens,
-                confidence=self._bundle.calibration.word_confidence(word.own, logprobs, groundings),
-                grounding=None if groundings is None else math.fsum(groundings[word.own]),
-            )
-            for word in spoken_words(parts)
+    def _word(self, word: SpokenWord, evidence: Evidence) -> CaptionWord:
+        groundings = evidence.token_groundings
+        return CaptionWord(
+            text=word.text,
+            first_token=word.first_token,
+            tokens=word.tokens,
+            confidence=self._bundle.calibration.word_confidence(evidence, word),
+            grounding=None if groundings is None else math.fsum(groundings[word.own]),
         )
 
     def _over_patches(self, attention: NDArray[np.float32] | None) -> NDArray[np.float32] | None:

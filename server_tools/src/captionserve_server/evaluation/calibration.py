@@ -7,6 +7,9 @@ signals tell apart without fault, do not give a confidence without doubt.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +20,10 @@ from captionserve_server.core.confidence import (
     AS_IT_IS,
     SIGNALS,
     Calibration,
+    Evidence,
     Logistic,
+    Record,
+    SpokenWord,
     caption_signals,
     word_signals,
 )
@@ -25,6 +31,8 @@ from captionserve_server.core.confidence import (
 NUM_BINS = 10
 _MOST_NEWTON_STEPS = 100
 _CONVERGED = 1e-9
+# A word said once or twice says little of itself.
+_FEW_WORDS = 2.0
 
 Float64Array = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -35,33 +43,18 @@ class CannotCalibrateError(ValueError):
 
 
 @dataclass(frozen=True)
-class JudgedWord:
-    """A word of which it is known whether it is right.
-
-    Attributes:
-        own: its tokens among the caption's.
-        right: whether it is right.
-    """
-
-    own: slice
-    right: bool
-
-
-@dataclass(frozen=True)
 class JudgedCaption:
-    """A caption of which it is known whether it is right.
+    """A caption of which it is known whether it and its words are right.
 
     Attributes:
-        token_logprobs: natural log-probability of each generated token.
-        token_groundings: what the image adds to each.
+        evidence: what is known of it otherwise, its groundings among that.
         right: whether it is right.
-        words: its words.
+        right_words: of each of its words, whether it is right.
     """
 
-    token_logprobs: Sequence[float]
-    token_groundings: Sequence[float]
+    evidence: Evidence
     right: bool
-    words: Sequence[JudgedWord]
+    right_words: Sequence[bool]
 
 
 @dataclass(frozen=True)
@@ -170,16 +163,60 @@ def calibrate(
 def fit_calibration(captions: Sequence[JudgedCaption]) -> Calibration:
     """Fit a calibration to captions and their words.
 
+    What a word's record says of a caption it was taken from would be too good, so that of each
+    caption is of all the others.
+
     Raises:
         CannotCalibrateError: unless there are right and wrong ones, and the right ones tend to have
             likelier tokens.
     """
-    return Calibration(**{name: fit_one(name, captions) for name in SIGNALS})
+    tally = _Tally.of(captions)
+    records = [tally.record_without(_Tally.of([caption])) for caption in captions]
+    fits = {name: _fit(name, _observations(name, captions, records)) for name in SIGNALS}
+    return Calibration(**fits, records=tally.records())
 
 
-def fit_one(name: str, captions: Sequence[JudgedCaption]) -> Logistic:
-    """One fit of a calibration, by its name; CannotCalibrateError as `fit_calibration`."""
-    observations = _observations(name, captions)
+@dataclass(frozen=True)
+class _Tally:
+    """How often each word, in lower case, has been said, and right."""
+
+    said: Counter[str]
+    right: Counter[str]
+
+    @classmethod
+    def of(cls, captions: Sequence[JudgedCaption]) -> _Tally:
+        """That of captions."""
+        tally = cls(Counter(), Counter())
+        for caption in captions:
+            for word, right in zip(caption.evidence.words, caption.right_words, strict=True):
+                tally.said[word.text.lower()] += 1
+                tally.right[word.text.lower()] += right
+        return tally
+
+    def records(self) -> dict[str, float]:
+        """Each word's log-odds of being right; under "" those of a word that is not among them."""
+        words = ("", *sorted(self.said))
+        return {word: self._log_odds(self.said[word], self.right[word]) for word in words}
+
+    def record_without(self, own: _Tally) -> Record:
+        """What gives words their records, without those of a caption that is among these."""
+
+        def record(word: SpokenWord) -> float:
+            text = word.text.lower()
+            return self._log_odds(
+                self.said[text] - own.said[text], self.right[text] - own.right[text]
+            )
+
+        return record
+
+    def _log_odds(self, said: int, right: int) -> float:
+        """The log-odds of being right, with a few words more that are right as often as all."""
+        share = (self.right.total() + 1) / (self.said.total() + 2)
+        wrong = said - right
+        return math.log(right + _FEW_WORDS * share) - math.log(wrong + _FEW_WORDS * (1 - share))
+
+
+def _fit(name: str, observations: Sequence[_Observation]) -> Logistic:
     labels = np.array([each.right for each in observations], dtype=np.bool_)
     if labels.all() or not labels.any():
         raise CannotCalibrateError("both right and wrong captions are needed")
@@ -195,18 +232,22 @@ def fit_one(name: str, captions: Sequence[JudgedCaption]) -> Logistic:
     return Logistic(intercept, by_name)
 
 
-def _observations(name: str, captions: Sequence[JudgedCaption]) -> list[_Observation]:
-    """What a fit of this name learns from, or is measured on."""
+def _observations(
+    name: str, captions: Sequence[JudgedCaption], records: Sequence[Record]
+) -> list[_Observation]:
+    """What a fit of this name learns from, or is measured on, with a record of words a caption."""
     found = []
-    for caption in captions:
-        groundings = caption.token_groundings if name.startswith("grounded") else None
+    for caption, record in zip(captions, records, strict=True):
+        evidence = caption.evidence
+        if not name.startswith("grounded"):
+            evidence = dataclasses.replace(evidence, token_groundings=None)
         if name.endswith("caption"):
-            signals = caption_signals(caption.token_logprobs, groundings)
-            found.append(_Observation(signals, caption.right))
+            found.append(_Observation(caption_signals(evidence, record), caption.right))
         else:
-            for word in caption.words:
-                signals = word_signals(word.own, caption.token_logprobs, groundings)
-                found.append(_Observation(signals, word.right))
+            found += [
+                _Observation(word_signals(evidence, word, record), right)
+                for word, right in zip(evidence.words, caption.right_words, strict=True)
+            ]
     return found
 
 
@@ -214,7 +255,10 @@ def _fit_report(
     name: str, calibration: Calibration, measuring: Mapping[str, Sequence[JudgedCaption]]
 ) -> FitReport:
     fitted: Logistic = getattr(calibration, name)
-    by_kind = {kind: _observations(name, captions) for kind, captions in measuring.items()}
+    by_kind = {
+        kind: _observations(name, captions, [calibration.record] * len(captions))
+        for kind, captions in measuring.items()
+    }
     together = [each for observations in by_kind.values() for each in observations]
     return FitReport(
         uncalibrated=_reliability(AS_IT_IS, together),

@@ -261,8 +261,8 @@ def model_message(description: Description, *, is_default: bool) -> caption_pb2.
     )
     for name, value in defaults.items():
         if name in ENUM_OPTIONS:
-            numbers = {meaning: number for number, meaning in ENUM_OPTIONS[name].items()}
-            setattr(message.defaults, name, numbers[value])
+            numbers = ENUM_OPTIONS[name].items()
+            setattr(message.defaults, name, next(at for at, word in numbers if word == value))
         elif isinstance(value, list):
             getattr(message.defaults, name).values.extend(value)
         else:

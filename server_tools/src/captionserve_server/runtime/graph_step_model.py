@@ -118,8 +118,10 @@ class GraphStepModel:
         logits, normalisers, *_ = self.graphs.step.run(
             _doubled_if_alone(inputs), into=self._large_outputs(max(count, _FEWEST_ROWS))
         )
-        logprobs: Float32Array = logits[rows.probe_rows, rows.probe_tokens]
-        return logprobs - normalisers[rows.probe_rows]
+        logprobs: Float32Array = (
+            logits[rows.probe_rows, rows.probe_tokens] - normalisers[rows.probe_rows]
+        )
+        return logprobs
 
     @cached_property
     def _no_image(self) -> list[Array]:

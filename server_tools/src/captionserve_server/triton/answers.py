@@ -211,8 +211,9 @@ def caption_tensors(captions: Sequence[FinishedCaption]) -> dict[wire.TensorSpec
     if any(caption.review_reasons for caption in captions):
         reasons = (" ".join(caption.review_reasons) for caption in captions)
         tensors[wire.REVIEW_REASONS] = text_array(*reasons)
-    groundings = [caption.token_groundings for caption in captions]
-    if None not in groundings:
+    groundings = [each.token_groundings for each in captions if each.token_groundings is not None]
+    # All captions of an answer have them, or none.
+    if groundings:
         tensors[wire.TOKEN_GROUNDINGS] = _padded(groundings, np.float32)
     grids = [caption.attention for caption in captions if caption.attention is not None]
     if grids:

@@ -320,8 +320,15 @@ def test_groundings_are_what_the_image_adds_to_the_models_own_log_probabilities(
         assert caption.grounding == pytest.approx(np.mean(expected), abs=1e-5)
     if plan.options.rerank == "grounding":
         assert len(captions) <= plan.options.num_return_sequences
-        order = [caption.grounding or 0.0 for caption in captions]
-        assert order == sorted(order, reverse=True)
+        order = []
+        for caption in captions:
+            history = (START, *plan.words.prefix)
+            own = []
+            for token in caption.token_ids:
+                own.append(float(logprobs(image, history)[token]))
+                history = (*history, token)
+            order.append(0.8 * float(np.mean(own)) + 0.2 * (caption.grounding or 0.0))
+        assert order == pytest.approx(sorted(order, reverse=True), abs=1e-5)
         likeliest = dataclasses.replace(
             plan.options, rerank="likelihood", num_return_sequences=plan.options.rows
         )

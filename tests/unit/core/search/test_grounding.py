@@ -85,7 +85,11 @@ def test_each_token_has_what_the_image_adds() -> None:
     assert [each.token_ids for each in found] == [each.token_ids for each in CAPTIONS]
 
 
-def test_captions_are_reranked_by_the_mean_and_equals_stay_in_their_order() -> None:
+def test_captions_are_reranked_by_likelihood_and_grounding_and_equals_stay_in_their_order() -> None:
     plan = CaptionPlan(DecodingOptions(num_beams=3, num_return_sequences=2, rerank="grounding"))
+    # By 0.8 x log-probability + 0.2 x grounding: -0.65, 0.1 and -0.05.
     found = grounded(CAPTIONS, plan, WITH_IMAGE, WITHOUT)
-    assert [each.token_ids for each in found] == [(3,), (1, 2)]
+    assert [each.token_ids for each in found] == [(3,), (4, 5)]
+    same = [caption(1), caption(2), caption(3)]
+    found = grounded(same, plan, np.full(3, -1, np.float32), np.full(3, -2, np.float32))
+    assert [each.token_ids for each in found] == [(1,), (2,)]

@@ -16,6 +16,10 @@ from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.search.logits_processors import LOGITS_PROCESSORS
 from captionserve_server.core.step_model import Float32Array, ForcedRows
 
+GROUNDING_SHARE = 0.2
+"""Of the grounding in what reranks captions. With all of it the most unusual words win, right or
+wrong; docs/adr/0021 has what was measured."""
+
 Text = tuple[tuple[int, ...], tuple[int, ...]]
 """The tokens that were given to a caption, the start token first, and those that were generated."""
 
@@ -80,8 +84,9 @@ def grounded(
         without: likewise, over no image.
 
     Returns:
-        the best num_return_sequences; in their own order, or by their grounding where the plan
-        reranks by it, of which equals stay in their order.
+        the best num_return_sequences; in their own order, or, where the plan reranks by grounding,
+        by the mean over their tokens of GROUNDING_SHARE x grounding + (1 - GROUNDING_SHARE) x
+        log-probability with the image. Equals stay in their order.
     """
     ends = np.cumsum([len(caption.token_ids) for caption in captions])[:-1]
     differences = np.split(with_image - without, ends)
@@ -90,5 +95,8 @@ def grounded(
         for caption, own in zip(captions, differences, strict=True)
     ]
     if plan.options.rerank == "grounding":
-        found.sort(key=lambda caption: -(caption.grounding or 0.0))
+        mixed = with_image - np.float32(GROUNDING_SHARE) * without
+        means = [float(own.mean()) for own in np.split(mixed, ends)]
+        order = sorted(range(len(found)), key=lambda number: -means[number])
+        found = [found[number] for number in order]
     return found[: plan.options.num_return_sequences]
