@@ -15,7 +15,8 @@ Rules, which tests/unit/core/engine/test_scheduler.py holds on any mixture of re
     7. A failure ends those whom it concerns: of encoder and prefill the images given to them, of a
        step all that are running, of a search the one caption in which it lies, of a reading those
        that are read.
-    8. Readings cost running requests at most `max_rows` rows at a step, or one request's.
+    8. Readings cost running requests at most `max_rows` rows at a step, or one request's, and as
+       many again where what is read has to be read over its image too.
 """
 
 from __future__ import annotations
