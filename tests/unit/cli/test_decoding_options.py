@@ -53,6 +53,9 @@ TYPED: dict[str, tuple[list[str], Any]] = {
     "suppress_tokens": (["--suppress-token", "0", "--suppress-token", "7"], [0, 7]),
     "output_attentions": (["--attention"], True),
     "allow_partial": (["--allow-partial"], True),
+    "output_grounding": (["--grounding"], True),
+    "rerank": (["--rerank", "grounding"], "grounding"),
+    "min_confidence": (["--min-confidence", "0.5"], 0.5),
 }
 
 
@@ -197,7 +200,7 @@ def test_captions_are_printed_as_they_are(
     response.captions[0].text = "[bold] a :cat:"
     servicer.answer = lambda request, context: response
     assert caption(images[0], "--target", target).stdout.splitlines() == [
-        f"{images[0]}: [bold] a :cat: (-0.500)",
+        f"{images[0]}: [bold] a :cat: (-0.500) needs review: low_confidence",
         f"{images[0]}: an apple (-0.750)",
     ]
 

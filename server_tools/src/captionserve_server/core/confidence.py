@@ -18,6 +18,9 @@ from itertools import accumulate
 # Nearer to probability 0 or 1 than this, a mean log-probability in float32 says nothing more.
 _LOWEST_LOGPROB = -100.0
 _HIGHEST_LOGPROB = -1e-6
+# A word's log-probability nearer to 0 counts as this: what is left is float32's rounding of logits, of
+# which the log-odds would make much, and a confidence must not depend on who computed it.
+_SUREST_WORD = -1e-4
 _LARGEST_WEIGHT = 1e6
 
 # With the straight apostrophe and the typographic one.
@@ -213,7 +216,7 @@ def caption_signals(evidence: Evidence, record: Record) -> dict[str, float]:
 def word_signals(evidence: Evidence, word: SpokenWord, record: Record) -> dict[str, float]:
     """What speaks for a word and against it, by name."""
     signals = {
-        "log_odds": log_odds(math.fsum(evidence.token_logprobs[word.own])),
+        "log_odds": log_odds(min(math.fsum(evidence.token_logprobs[word.own]), _SUREST_WORD)),
         "caption_log_odds": mean_log_odds(evidence.token_logprobs),
         "record": record(word),
     }
