@@ -18,8 +18,8 @@ from itertools import accumulate
 # Nearer to probability 0 or 1 than this, a mean log-probability in float32 says nothing more.
 _LOWEST_LOGPROB = -100.0
 _HIGHEST_LOGPROB = -1e-6
-# A word's log-probability nearer to 0 counts as this: what is left is float32's rounding of logits, of
-# which the log-odds would make much, and a confidence must not depend on who computed it.
+# A word's log-probability nearer to 0 counts as this: what is left is float32's rounding, of which
+# the log-odds would make much, and a confidence must not depend on who computed it.
 _SUREST_WORD = -1e-4
 _LARGEST_WEIGHT = 1e6
 
