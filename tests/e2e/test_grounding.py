@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_what_is_below_the_confidence_asked_for_needs_a_review(
 
 def test_kserve_callers_have_the_same_as_tensors(service: Callable[[str], ReadyReport]) -> None:
     (image,) = pictures(DEMO, 1)
-    given = {"num_beams": 2, "output_grounding": True, "min_confidence": 1.0}
+    given: dict[str, Any] = {"num_beams": 2, "output_grounding": True, "min_confidence": 1.0}
     inputs = []
     for spec, value in ((wire.IMAGE, png(image)), (wire.OPTIONS, json.dumps(given).encode())):
         tensor = InferInput(spec.name, [1], "BYTES")

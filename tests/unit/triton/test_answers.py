@@ -137,7 +137,7 @@ def test_captions_of_any_lengths_can_be_read_from_their_tensors(
             np.full((len(each), 2, 3), row + 1, np.float32) if grids else None,
             grounded=grounded,
             # The first has none.
-            reasons=("low_confidence", "degenerate")[: 2 * row] if reasons else (),
+            reasons=("low_confidence", "degenerate") if reasons and row else (),
         )
         for row, each in enumerate(ids)
     ]

@@ -342,7 +342,7 @@ READER = CaptionPlan(DecodingOptions(num_beams=3, max_length=8, rerank="groundin
 
 def until_read(scheduler: Scheduler) -> None:
     """Step until captions are complete, and withhold what reads them."""
-    scheduler._read = dict  # type: ignore[method-assign, assignment]
+    scheduler._read = dict  # type: ignore[method-assign]
     for _ in range(20):
         scheduler.step()
     del scheduler._read
