@@ -22,6 +22,9 @@ from tests.reference import reference
 IMAGES = 4
 TOGETHER = 12
 MOST_DIFFERENCE = 1e-4
+# MatMulNBits adds in an order that depends on the number of rows, of which quantised activations
+# make more; a reading's rows depend on what else is read.
+MOST_IN_COMPANY = {Precision.INT8: 1e-4, Precision.INT4: 1e-2}
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"num_beams": 1},
     "beams": {"num_beams": 4, "num_return_sequences": 3},
@@ -129,7 +132,7 @@ def test_alone_or_among_many_groundings_are_the_same_in_whole_numbers(
                 alone = captioner.caption(image, **options)
                 assert alone.captions[0].token_ids == among.captions[0].token_ids
                 assert alone.captions[0].token_groundings == pytest.approx(
-                    among.captions[0].token_groundings, abs=MOST_DIFFERENCE
+                    among.captions[0].token_groundings, abs=MOST_IN_COMPANY[precision]
                 ), way
 
 
