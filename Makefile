@@ -2,9 +2,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 # The first Python 3.10 to 3.12 found; override with make PYTHON=...
+IS_SUPPORTED := 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))'
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
-	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null \
-	&& echo $$python && break; done)
+	$$python -c $(IS_SUPPORTED) 2>/dev/null && echo $$python && break; done)
 
 # Every target is one in name only, but for files, whose names have a slash.
 .PHONY: $(shell sed -n 's/^\([a-z][a-z-]*\):.*/\1/p' $(firstword $(MAKEFILE_LIST)))
@@ -12,9 +12,14 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 setup: $(VENV)/installed
 
 $(VENV)/installed: client/pyproject.toml server_tools/pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed"; exit 1; }
+	@$(or $(PYTHON),false) -c $(IS_SUPPORTED) 2>/dev/null || { \
+		echo "error: Python 3.10, 3.11 or 3.12 is needed, and $(if $(PYTHON),$(PYTHON) is none of them,none is on" \
+		"PATH): install one, or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+		exit 1; }
+	@echo "setting up $(VENV) with $(PYTHON), once: Triton, PyTorch and what else is needed, 2 GB," \
+		"some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt \
+	$(BIN)/pip install --constraint constraints.txt \
 		--editable './client[images]' \
 		--editable './server_tools[service,embedded,export,evaluation,bulk,bench,dev]'
 	touch $@
@@ -28,10 +33,22 @@ test: setup  ## Every test, against a real Triton and a real gateway.
 test-wheels: setup  ## The wheels installed outside the checkout, without constraints, in work.
 	.ci/wheels
 
+# Its packages are not among the others: who runs a service does without them, and so do its tests.
+RAY := build/ray
+
+$(RAY)/installed: client/pyproject.toml server_tools/pyproject.toml constraints.txt | setup
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet --constraint constraints.txt \
+		--editable './client[images]' --editable './server_tools[service,ray]'
+	touch $@
+
+test-ray: $(RAY)/installed  ## Bulk captioning on a Ray cluster of this machine, whose processes are killed.
+	TEST_RAY=1 $(BIN)/python -m pytest tests/ray
+
 lint: setup  ## Style, types and the API definition.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py docker
+	$(BIN)/mypy client/src server_tools/src tests proto docs/generate_pages.py docs/api_page.py docker
 	$(BIN)/python proto/lint.py
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate_pages.py --check
@@ -46,6 +63,17 @@ $(TOOLS)/installed: docker/tools.txt | setup
 
 lint-deploy: $(TOOLS)/installed  ## Images, compose and manifests; placeholders for digests are refused with RELEASE=1.
 	LINT_DEPLOY=1 $(BIN)/python -m pytest tests/deploy --ignore-glob "*/test_images*" $(if $(RELEASE),--release)
+
+DOCS_TOOLS := $(VENV)/docs
+
+$(DOCS_TOOLS)/installed: docs/tools.txt client/pyproject.toml | setup
+	$(PYTHON) -m venv $(DOCS_TOOLS)
+	$(DOCS_TOOLS)/bin/pip install --quiet --requirement docs/tools.txt --editable './client[images]'
+	touch $@
+
+docs: $(DOCS_TOOLS)/installed  ## The documentation as a site in build/site, without a warning, and its notebook run.
+	$(DOCS_TOOLS)/bin/zensical build --clean --strict
+	$(BIN)/python -m pytest tests/docs
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -81,7 +109,8 @@ soak-many: setup  ## 10,000 images, some of them broken, while Triton is killed 
 		--log-cli-level INFO
 
 soak-bulk: setup  ## 20,000 images in bulk, killed five times: each has its row once.
-	$(BIN)/python -m pytest tests/faults/test_bulk_soak.py --soak-bulk 20000
+	$(BIN)/python -m pytest tests/faults/test_bulk_soak.py --soak-bulk 20000 \
+		--log-cli-level INFO
 
 soak-overload: setup  ## Ten times as many calls as can be answered; another's with REPOSITORY=folder.
 	$(BIN)/python -m pytest tests/faults/test_overload.py --soak-overload 24 \
@@ -149,7 +178,7 @@ sbom: setup  ## What is in the images, as CycloneDX, in build/sbom.
 	$(BUILD_IMAGES) sbom
 	rm -rf build/sbom
 	container=$$(docker create captionserve-sbom:$(VERSION) none) \
-		&& docker cp $$container:/ build/sbom && docker rm $$container > /dev/null
+		&& docker cp $$container:/sbom build/sbom && docker rm $$container > /dev/null
 
 LOCK_TOOLS := build/lock-tools
 

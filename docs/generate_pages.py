@@ -1,4 +1,4 @@
-"""Write the pages of options, settings and metrics from what the code says of each.
+"""Write the pages of options, settings, metrics and interfaces from what the code says of each.
 
 usage: python docs/generate_pages.py [--check]
 """
@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from itertools import starmap
 from pathlib import Path
 
+import captionserve
+from api_page import api_page
 from captionserve_server.cli.settings_options import flag, variable
 from captionserve_server.core.options import OPTIONS, DecodingOptions
 from captionserve_server.gateway.metrics import SHOWN, GatewayMetrics
@@ -20,6 +22,11 @@ from captionserve_server.settings import Settings
 from pydantic.fields import FieldInfo
 
 DOCS = Path(__file__).resolve().parent
+_PUBLIC = (
+    *(f"captionserve.{name}" for name in captionserve.__all__),
+    "captionserve_server.local.LocalCaptioner",
+)
+
 _OPTIONS_HEAD = """# Decoding options
 
 Names, meanings and defaults are those of transformers' GenerationConfig; a checkpoint's own
@@ -30,6 +37,13 @@ writes this page.
 |---|---|---|---|---|
 """
 
+
+_PYTHON_HEAD = """# The Python client
+
+`pip install ./client`; it needs grpcio, grpcio-status and protobuf only. [Clients](clients.md) is
+the guide, [options](options.md) says what each option means, [errors](errors.md) what can go wrong.
+The edge mode's `LocalCaptioner` comes last. `make generate` writes this page.
+"""
 
 _SETTINGS_HEAD = """# Settings of a service
 
@@ -90,7 +104,14 @@ def pages() -> dict[Path, str]:
         DOCS / "options.md": _OPTIONS_HEAD + "".join(map(_row, options)),
         DOCS / "settings.md": _SETTINGS_HEAD + "".join(map(_row, settings)),
         DOCS / "metrics.md": _metrics(),
+        DOCS / "python.md": _PYTHON_HEAD + "".join(map(_documented, _PUBLIC)),
+        DOCS / "api.md": api_page(),
     }
+
+
+def _documented(name: str) -> str:
+    """What the site's builder replaces by the docstrings of a name."""
+    return f"\n::: {name}\n"
 
 
 def _metrics() -> str:

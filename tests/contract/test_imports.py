@@ -38,6 +38,7 @@ ALLOWED = {
         "export",
         "demo",
         "evaluation",
+        "bulk",
     },
     "cli": {
         "captionserve",

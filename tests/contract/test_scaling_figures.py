@@ -36,3 +36,10 @@ def test_the_prediction_follows_from_one_replica() -> None:
     one, _ = knee("measurements/load/demo-1x1.json")
     two, _ = knee("measurements/load/demo-2x1.json")
     assert f"{2 * one:.1f}: they held {two:.0f}, {two / (2 * one):.0%}".replace("%", " %") in PAGE
+
+
+def test_what_the_cache_was_to_bring_follows_from_a_service_without() -> None:
+    none, _ = knee("measurements/load/amx-full-int8.json")
+    most, _ = knee("measurements/load/amx-full-int8-cached.json")
+    said = f"10 times as much, {10 * none:.1f}, and held {most}:\n  {most / (10 * none):.0%}"
+    assert said.replace("%", " %") in PAGE

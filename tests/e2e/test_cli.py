@@ -112,6 +112,27 @@ def _without_numbers(answer: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "captions": captions}
 
 
+def test_alt_text_is_the_same_with_and_without_a_service(
+    service: Callable[[str], ReadyReport], model_repository: Callable[[str], Path]
+) -> None:
+    arguments = ("caption", *IMAGES, "--num-beams", "4", "--alt-text")
+    served = run(*arguments, "--target", service(DEMO).grpc, "--json")
+    assert served.returncode == 0, served.stderr
+    for answer, caption in zip(json.loads(served.stdout), CAPTIONS.values(), strict=True):
+        assert answer["captions"][0]["text"] == caption
+        alt_text = answer["alt_text"]
+        assert set(alt_text) == {"text", "removed", "hedged", "truncated", "warnings"}
+        assert alt_text["text"] == caption[0].upper() + caption[1:]
+    local = run(*arguments, "--local", str(model_repository(DEMO)), "--alt-text-chars", "9")
+    assert local.returncode == 0, local.stderr
+    for line, (name, caption) in zip(local.stdout.splitlines(), CAPTIONS.items(), strict=True):
+        image, _, text = line.partition(": ")
+        assert image.endswith(name)
+        assert 0 < len(text) <= 9
+        assert caption.startswith(text.lower())
+    assert "penguin.jpg: warning: too short" in local.stderr
+
+
 def test_over_tls_with_a_certificate_and_a_token(
     model_repository: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -171,6 +192,9 @@ def test_no_service_is_an_error_in_words() -> None:
 
 
 def test_wrong_usage_is_exit_code_2() -> None:
+    for wrong in (["--alt-text", "--stream"], ["--alt-text-chars", "9"]):
+        assert run("caption", IMAGES[0], *wrong).returncode == 2
+    assert run("caption", IMAGES[0], "--alt-text", "--alt-text-chars", "0").returncode == 2
     assert run("caption", IMAGES[0], "--early-stopping", "sometimes").returncode == 2
     assert run("export").returncode == 2
 
@@ -220,14 +244,21 @@ def test_evaluate_scores_a_running_service(service: Callable[[str], ReadyReport]
     assert 0 < trained["cider_d"] <= 10
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/clients.md", "docs/pipeline.md"])
+SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
+WITH_SNIPPETS = [
+    str(page.relative_to(ROOT))
+    for page in sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+    if SNIPPET.search(page.read_text())
+]
+
+
+@pytest.mark.parametrize("page", WITH_SNIPPETS)
 def test_the_snippets_run(
     page: str,
     service: Callable[[str], ReadyReport],
     model_repository: Callable[[str], Path],
 ) -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert snippets
+    snippets = SNIPPET.findall((ROOT / page).read_text())
     places = {
         "127.0.0.1:9000": service(DEMO).grpc,
         "model_repository_dir": str(model_repository(DEMO)),

@@ -16,7 +16,6 @@ import grpc
 from captionserve import (
     AsyncCaptionClient,
     CaptionClient,
-    CaptionError,
     GenerationOptions,
     Outcome,
 )
@@ -43,8 +42,6 @@ PAUSE_SECONDS = 0.4
 # Whatever happens meanwhile a call is answered in this time, which is half of what gRPC would let
 # pass before it looks a name up again.
 TIMEOUT_SECONDS = 15.0
-# What a stream ends with whose replica is killed; the latter is what Envoy makes of it.
-_LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}
 
 
 class Who(NamedTuple):
@@ -78,9 +75,6 @@ class Callers:
         answered: right answers, by caller; each image of many is one.
         slowest: seconds of the longest call, likewise.
         failed: calls that failed or were answered wrongly, in words.
-        killing: whether somebody is being killed.
-        torn: streams that were lost meanwhile behind a word that they had given, likewise: no
-            client makes them again.
     """
 
     tokens: Mapping[Who, str]
@@ -92,8 +86,6 @@ class Callers:
     answered: Counter[Who] = field(default_factory=Counter)
     slowest: dict[Who, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
-    killing: bool = False
-    torn: list[str] = field(default_factory=list)
     _ended: threading.Event = field(default_factory=threading.Event)
     # How many calls of each caller have ended.
     _calls: Counter[Who] = field(default_factory=Counter)
@@ -190,9 +182,7 @@ class Callers:
             else:
                 self.failed.append(f"{who.name}: {told} instead of {expected}")
         except Exception as error:  # Whatever it is, the caller goes on.
-            lost = self.killing and isinstance(error, CaptionError) and error.code in _LOST
-            found = self.torn if lost and streaming and said else self.failed
-            found.append(f"{who.name}: {error!r} after {time.monotonic() - begin:.1f} s")
+            self.failed.append(f"{who.name}: {error!r} after {time.monotonic() - begin:.1f} s")
         took = round(time.monotonic() - begin, 1)
         self.slowest[who] = max(took, self.slowest.get(who, 0.0))
         self._calls[who] += 1

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 ACK, END_STREAM, END_HEADERS = 1, 1, 4
-CANCEL, ENHANCE_YOUR_CALM = 8, 11
+INTERNAL_ERROR, CANCEL, ENHANCE_YOUR_CALM = 2, 8, 11
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

@@ -1,11 +1,13 @@
 """Bulk captioning that is killed again and again: in the end each image has its row, once.
 
-The suite captions some hundred images; `make soak-bulk` 20,000 (--soak-bulk).
+The suite captions some hundred images; `make soak-bulk` 20,000 (--soak-bulk), and holds the memory
+of the command and of the service at the end to what it was after a tenth of them.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import random
 import sqlite3
 import subprocess
@@ -17,6 +19,7 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+from captionserve_server.bench.processes import family_memory_mib
 from captionserve_server.bulk.journal import Journal
 from captionserve_server.bulk.rows import COLUMNS
 from captionserve_server.serving.ready import ReadyReport
@@ -25,7 +28,12 @@ from tests.conftest import DEMO
 from tests.faults.served import wait_until
 from tests.pictures import numbered, pictures, png
 
+logger = logging.getLogger(__name__)
+
 KILLS = 5
+# So many images are enough to see whether memory grows with them.
+MANY = 20_000
+MOST_GROWTH = 1.1
 PICTURES = 24
 BROKEN_EVERY = 100
 # Of the other outputs, a tenth.
@@ -77,6 +85,22 @@ def killed_and_resumed(command: list[str], count: int, done: Callable[[], int]) 
     assert subprocess.run(command, check=False, timeout=3600).returncode == 3
 
 
+def memory_of(
+    command: list[str], count: int, done: Callable[[], int], service: int
+) -> list[tuple[float, float]]:
+    """MiB of a command and of a service, after a tenth of the images and at last."""
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    seen = []
+    for images in (count // 10, count - count // 100):
+        wait_until(
+            lambda images=images: done() >= images or process.poll() is not None,  # type: ignore[misc]
+            seconds=3600.0,
+        )
+        seen.append((family_memory_mib(process.pid), family_memory_mib(service)))
+    process.wait(timeout=3600)
+    return seen
+
+
 def broken(count: int) -> int:
     return len(range(BROKEN_EVERY // 2, count, BROKEN_EVERY))
 
@@ -85,9 +109,19 @@ def test_each_image_has_its_row_once(
     count: int, service: Callable[[str], ReadyReport], tmp_path: Path
 ) -> None:
     images = folder_of(count, tmp_path / "images")
-    target = ("--target", service(DEMO).grpc)
+    ready = service(DEMO)
+    target = ("--target", ready.grpc)
     undisturbed, output = tmp_path / "undisturbed.jsonl", tmp_path / "killed.jsonl"
-    subprocess.run([*COMMAND, str(images), *target, "--output", str(undisturbed)], check=False)
+    after_a_tenth, at_the_end = memory_of(
+        [*COMMAND, str(images), *target, "--output", str(undisturbed)],
+        count,
+        lambda: kept(Journal.of(undisturbed)),
+        ready.pids["gateway"],
+    )
+    logger.info("MiB after a tenth: %s, at the end: %s", after_a_tenth, at_the_end)
+    if count >= MANY:
+        for before, after in zip(after_a_tenth, at_the_end, strict=True):
+            assert after <= MOST_GROWTH * before
     killed_and_resumed(
         [*COMMAND, str(images), *target, "--output", str(output)],
         count,

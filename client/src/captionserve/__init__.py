@@ -1,8 +1,10 @@
 """Typed Python client of the captionserve image-captioning service."""
 
 from captionserve._aio import AsyncCaptionClient
+from captionserve._alt_text import AltText, AltTextWarning
 from captionserve._client import CaptionClient
 from captionserve._errors import CaptionError
+from captionserve._framing import Framing
 from captionserve._images import ImageInput
 from captionserve._many import Outcome
 from captionserve._options import GenerationOptions
@@ -12,6 +14,7 @@ from captionserve._results import (
     Caption,
     CaptionResult,
     CaptionUpdate,
+    DescribedRegion,
     FinishReason,
     ModelInfo,
     Models,
@@ -22,6 +25,8 @@ from captionserve._results import (
 from captionserve._transport import tls_credentials
 
 __all__ = [
+    "AltText",
+    "AltTextWarning",
     "AsyncCaptionClient",
     "Attention",
     "Caption",
@@ -29,7 +34,9 @@ __all__ = [
     "CaptionError",
     "CaptionResult",
     "CaptionUpdate",
+    "DescribedRegion",
     "FinishReason",
+    "Framing",
     "GenerationOptions",
     "ImageInput",
     "ImageToTextPipeline",

@@ -15,12 +15,13 @@ from collections.abc import (
 from contextlib import aclosing, contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from captionserve._errors import CaptionError, from_rpc_error
+from captionserve._framing import Framing
 from captionserve._images import ImageInput, each_image, images_of
 from captionserve._many import (
     DEFAULT_WINDOW,
@@ -39,6 +40,7 @@ from captionserve._results import (
     models_from_proto,
     update_from_proto,
 )
+from captionserve._resumption import Resumption
 from captionserve._retry import Attempts
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
@@ -49,6 +51,9 @@ from captionserve._transport import (
     channel_options,
 )
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Of the generated code's two kinds of stub only the type checker knows.
 Stub: TypeAlias = "caption_pb2_grpc.CaptionServiceAsyncStub"
@@ -102,12 +107,13 @@ class AsyncCaptionClient:
         *,
         timeout: float | None = None,
         bypass_cache: bool = False,
+        **framing: Unpack[Framing],
     ) -> CaptionResult:
         """Describe one image; cancelling the task cancels the work on the server."""
         attempts = self._connection.attempts(timeout)
         # Reading a file and encoding a picture would hold the loop up.
         request = await asyncio.to_thread(
-            self._connection.request, image, options, bypass_cache=bypass_cache
+            self._connection.request, image, options, framing, bypass_cache=bypass_cache
         )
         return from_proto(await self._answer(self._stub.Caption, request, attempts))
 
@@ -118,6 +124,7 @@ class AsyncCaptionClient:
         *,
         timeout: float | None = None,
         bypass_cache: bool = False,
+        **framing: Unpack[Framing],
     ) -> AsyncGenerator[CaptionUpdate, None]:
         """Describe one image and yield the words as they become certain, at last the result.
 
@@ -126,11 +133,12 @@ class AsyncCaptionClient:
         attempts = self._connection.attempts(timeout)
         request = caption_pb2.StreamCaptionRequest(
             request=await asyncio.to_thread(
-                self._connection.request, image, options, bypass_cache=bypass_cache
+                self._connection.request, image, options, framing, bypass_cache=bypass_cache
             )
         )
-        begun = False
+        resumption = Resumption()
         while True:
+            resumption.begin_anew()
             try:
                 with self._errors_mapped():
                     call = self._stub.StreamCaption(
@@ -140,14 +148,13 @@ class AsyncCaptionClient:
                     )
                     try:
                         async for response in call:
-                            begun = True
-                            yield update_from_proto(response)
+                            update = resumption.fresh(update_from_proto(response))
+                            if update is not None:
+                                yield update
                         return
                     finally:
                         call.cancel()
             except CaptionError as error:
-                if begun:
-                    raise
                 await self._wait(attempts.delay_after(error))
 
     async def caption_many(
@@ -159,13 +166,19 @@ class AsyncCaptionClient:
         ordered: bool = True,
         timeout: float | None = None,
         bypass_cache: bool = False,
+        **framing: Unpack[Framing],
     ) -> AsyncGenerator[Outcome, None]:
         """Describe many images over one connection, and yield what becomes of each, exactly once.
 
         As `CaptionClient.caption_many`; images may come from an asynchronous iterable.
         """
         batch = Batch(
-            self._connection, options, timeout=timeout, ordered=ordered, bypass_cache=bypass_cache
+            self._connection,
+            options,
+            framing,
+            timeout=timeout,
+            ordered=ordered,
+            bypass_cache=bypass_cache,
         )
         many = _Many(self._stub, self._connection, batch, images, window)
         async with aclosing(many):

@@ -8,12 +8,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
 from captionserve._errors import CaptionError, from_rpc_error
+from captionserve._framing import Framing
 from captionserve._images import ImageInput, each_image
 from captionserve._many import (
     DEFAULT_WINDOW,
@@ -32,6 +33,7 @@ from captionserve._results import (
     models_from_proto,
     update_from_proto,
 )
+from captionserve._resumption import Resumption
 from captionserve._retry import Attempts
 from captionserve._transport import (
     DEFAULT_TIMEOUT_SECONDS,
@@ -42,6 +44,9 @@ from captionserve._transport import (
     channel_options,
 )
 from captionserve.v1 import caption_pb2, caption_pb2_grpc
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Response = TypeVar("Response")
 
@@ -99,6 +104,7 @@ class CaptionClient:
         *,
         timeout: float | None = None,
         bypass_cache: bool = False,
+        **framing: Unpack[Framing],
     ) -> CaptionResult:
         """Describe one image.
 
@@ -109,6 +115,9 @@ class CaptionClient:
             options: how to decode; None leaves everything to the server.
             timeout: seconds the call may take, retries included; None takes the client's.
             bypass_cache: have the answer computed anew, whatever the server remembers.
+            **framing: `regions`, parts to be described beside the whole, each (left, top, right,
+                bottom) in pixels of the upright image; `tiles`, (rows, columns) of a grid whose
+                cells are, too; `resize`, "checkpoint", "center_crop" or "letterbox". See Framing.
 
         Raises:
             CaptionError: if the call failed, or an option cannot be sent.
@@ -117,7 +126,7 @@ class CaptionClient:
             OSError: if the image's file cannot be read.
         """
         attempts = self._connection.attempts(timeout)
-        request = self._connection.request(image, options, bypass_cache=bypass_cache)
+        request = self._connection.request(image, options, framing, bypass_cache=bypass_cache)
         return from_proto(self._answer(self._stub.Caption, request, attempts))
 
     def caption_stream(
@@ -127,21 +136,26 @@ class CaptionClient:
         *,
         timeout: float | None = None,
         bypass_cache: bool = False,
+        **framing: Unpack[Framing],
     ) -> Generator[CaptionUpdate, None, None]:
         """Describe one image and yield the words as they become certain, at last the result.
 
         The words of greedy search and sampling come one by one, those of beam search when all beams
         that are left share them. Closing the generator, which leaving a loop over it does unless
-        somebody else holds it, ends the work on the server. Errors are raised from within the loop;
-        once a word was given, a stream that breaks is not tried again. Streams are not remembered,
-        so that bypass_cache changes nothing. Arguments and errors are those of `caption`.
+        somebody else holds it, ends the work on the server. Errors are raised from within the loop.
+        A stream that breaks is asked for again, and goes on behind the words that were given; where
+        the service tells another caption then, as it does when sampling without a seed, it fails
+        with STREAM_BROKEN. Streams are not remembered, so that bypass_cache changes nothing.
+        The words are the whole image's; what its parts show comes with the result. Arguments and
+        errors are those of `caption`.
         """
         attempts = self._connection.attempts(timeout)
         request = caption_pb2.StreamCaptionRequest(
-            request=self._connection.request(image, options, bypass_cache=bypass_cache)
+            request=self._connection.request(image, options, framing, bypass_cache=bypass_cache)
         )
-        begun = False
+        resumption = Resumption()
         while True:
+            resumption.begin_anew()
             try:
                 with self._errors_mapped():
                     call = self._stub.StreamCaption(
@@ -151,14 +165,13 @@ class CaptionClient:
                     )
                     try:
                         for response in call:
-                            begun = True
-                            yield update_from_proto(response)
+                            update = resumption.fresh(update_from_proto(response))
+                            if update is not None:
+                                yield update
                         return
                     finally:
                         call.cancel()
             except CaptionError as error:
-                if begun:
-                    raise
                 self._wait(attempts.delay_after(error))
 
     def caption_many(
@@ -170,6 +183,7 @@ class CaptionClient:
         ordered: bool = True,
         timeout: float | None = None,
         bypass_cache: bool = False,
+        **framing: Unpack[Framing],
     ) -> Generator[Outcome, None, None]:
         """Describe many images over one connection, and yield what becomes of each, exactly once.
 
@@ -186,13 +200,19 @@ class CaptionClient:
             ordered: whether outcomes come in the images' order, else as they are finished.
             timeout: as for `caption`, for each image, once it has been read.
             bypass_cache: as for `caption`.
+            **framing: as for `caption`, for all images.
 
         Raises:
             CaptionError: if the service refuses all calls, or the client is closed.
             ValueError: if the window or the timeout is not positive.
         """
         batch = Batch(
-            self._connection, options, timeout=timeout, ordered=ordered, bypass_cache=bypass_cache
+            self._connection,
+            options,
+            framing,
+            timeout=timeout,
+            ordered=ordered,
+            bypass_cache=bypass_cache,
         )
         many = _Many(self._stub, self._connection, batch, images, window)
         with closing(many):

@@ -17,11 +17,16 @@ NOT_CAPTIONSERVE = "NOT_CAPTIONSERVE"
 TLS_FAILED = "TLS_FAILED"
 CLIENT_CLOSED = "CLIENT_CLOSED"
 OVERLOADED = "OVERLOADED"
+STREAM_BROKEN = "STREAM_BROKEN"
 
 # What no later attempt will do better, although gRPC calls it UNAVAILABLE.
-FINAL_REASONS = {NOT_CAPTIONSERVE, TLS_FAILED}
+FINAL_REASONS = {NOT_CAPTIONSERVE, TLS_FAILED, STREAM_BROKEN}
 
-_NO_CAPTIONSERVE = "what answers at this address is no captionserve"
+_NO_CAPTIONSERVE = (
+    "what answers at this address is no captionserve: the HOST:PORT that `captionserve serve "
+    "--listen` was given is wanted"
+)
+_NOBODY = "nobody listens at this address: is the service started, and is this its port?"
 _CLOSED = (
     "the connection was closed: the service has ended, or wants TLS, or a client's certificate"
 )
@@ -34,20 +39,24 @@ _OF_CONNECTIONS: tuple[tuple[str, str | None, str], ...] = (
     ("CERTIFICATE_VERIFY_FAILED", TLS_FAILED, "no known authority vouches for the certificate"),
     ("Hostname Verification", TLS_FAILED, "the certificate is of another name"),
     ("create security handshaker", TLS_FAILED, "the certificates given for TLS cannot be used"),
-    ("Connection refused", None, "nobody listens at this address"),
+    ("Connection refused", None, _NOBODY),
     ("errors resolving", None, "this address is not known"),
     ("Socket closed", None, _CLOSED),
     ("Connection reset", None, _CLOSED),
     ("Deadline Exceeded", None, "the deadline passed before the service answered"),
 )
+# How Envoy ends a stream whose service it has lost. gRPC makes INTERNAL of it, which a service of
+# ours says with details only.
+_RESET_BY_A_PROXY = "RST_STREAM with error code 2"
 
 
 class CaptionError(Exception):
     """A call failed.
 
     A call on a client that is closed, or is closed meanwhile, fails with the reason CLIENT_CLOSED,
-    one to an address where something else listens with NOT_CAPTIONSERVE, and one whose two ends do
-    not agree on TLS with TLS_FAILED.
+    one to an address where something else listens with NOT_CAPTIONSERVE, one whose two ends do not
+    agree on TLS with TLS_FAILED, and a stream that cannot go on where it broke off with
+    STREAM_BROKEN.
 
     Attributes:
         code: gRPC's status code.
@@ -92,6 +101,9 @@ def from_rpc_error(error: grpc.RpcError) -> CaptionError:
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return CaptionError(code, NOT_CAPTIONSERVE, _NO_CAPTIONSERVE)
     if not status.details:  # Else a service has said it.
+        if _RESET_BY_A_PROXY in text:
+            lost = grpc.StatusCode.UNAVAILABLE
+            return CaptionError(lost, lost.name, "a proxy has lost the service")
         for words, reason, sentence in _OF_CONNECTIONS:
             if words in text:
                 return CaptionError(code, reason or code.name, sentence)

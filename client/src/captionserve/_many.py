@@ -18,6 +18,7 @@ import grpc
 from google.rpc import status_pb2
 
 from captionserve._errors import FINAL_REASONS, CaptionError, from_status
+from captionserve._framing import Framing
 from captionserve._images import ImageInput
 from captionserve._options import GenerationOptions
 from captionserve._results import CaptionResult, from_proto
@@ -88,6 +89,7 @@ class Batch:
         self,
         connection: Connection,
         options: GenerationOptions | None,
+        framing: Framing,
         *,
         timeout: float | None,
         ordered: bool,
@@ -100,7 +102,9 @@ class Batch:
         """
         self._attempts = partial(connection.attempts, timeout)
         self._attempts()  # Raises before anything is pulled.
-        self._request = partial(connection.request, options=options, bypass_cache=bypass_cache)
+        self._request = partial(
+            connection.request, options=options, framing=framing, bypass_cache=bypass_cache
+        )
         self._ordered = ordered
         # By id.
         self._waiting: dict[str, _Item] = {}

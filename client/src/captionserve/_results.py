@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 
+from captionserve._alt_text import (
+    DEFAULT_HEDGE_BELOW,
+    DEFAULT_MAX_CHARS,
+    AltText,
+    alt_text_of,
+)
 from captionserve._options import options_from_proto
 from captionserve.v1 import caption_pb2
 
@@ -143,23 +150,67 @@ class Caption:
 
 
 @dataclasses.dataclass(frozen=True)
+class DescribedRegion:
+    """The captions of a part of an image.
+
+    Attributes:
+        box: left, top, right and bottom, in pixels of the upright image.
+        captions: as those of an image of its own, best first; none where allow_partial was set and
+            the deadline came before the first word.
+    """
+
+    box: tuple[int, int, int, int]
+    captions: tuple[Caption, ...]
+
+    @property
+    def text(self) -> str:
+        """The best caption's text; empty where there is none."""
+        return self.captions[0].text if self.captions else ""
+
+
+@dataclasses.dataclass(frozen=True)
 class CaptionResult:
     """The captions of one image.
 
     Attributes:
-        captions: at least one, best first.
+        captions: of the whole image; at least one, best first.
         model_version: the version of the model that answered.
         cached: whether the answer was there already, or was computed for an identical request.
+        regions: the parts that were asked for: the regions, then the tiles row by row.
     """
 
     captions: tuple[Caption, ...]
     model_version: int
     cached: bool
+    regions: tuple[DescribedRegion, ...] = ()
 
     @property
     def text(self) -> str:
         """The best caption's text."""
         return self.captions[0].text
+
+    def alt_text(
+        self,
+        max_chars: int = DEFAULT_MAX_CHARS,
+        nearby_text: str | None = None,
+        file_name: str | os.PathLike[str] | None = None,
+        hedge_below: float = DEFAULT_HEDGE_BELOW,
+    ) -> AltText:
+        """A draft of an alternative text, made of the best caption; a person decides on it.
+
+        Args:
+            max_chars: code points that it may have; it ends with a whole word, without the
+                beginning of a phrase.
+            nearby_text: what is to be read beside the image, such as its legend, so that a
+                repetition of it is warned of.
+            file_name: the image's, or its path, so that an alt text that is just this is warned of.
+            hedge_below: a caption of less confidence, 0 to 1, begins with "Possibly"; 0 for none.
+
+        Raises:
+            TypeError: if max_chars is no whole number.
+            ValueError: if it is below 1, or hedge_below not from 0 to 1.
+        """
+        return alt_text_of(self.captions[0], max_chars, nearby_text, file_name, hedge_below)
 
 
 def from_proto(response: caption_pb2.CaptionResponse) -> CaptionResult:
@@ -168,6 +219,7 @@ def from_proto(response: caption_pb2.CaptionResponse) -> CaptionResult:
         captions=tuple(_caption(message) for message in response.captions),
         model_version=response.model_version,
         cached=response.cached,
+        regions=tuple(map(_region, response.regions)),
     )
 
 
@@ -191,6 +243,13 @@ def update_from_proto(response: caption_pb2.StreamCaptionResponse) -> CaptionUpd
     if response.WhichOneof("update") == "response":
         return CaptionUpdate("", (), from_proto(response.response))
     return CaptionUpdate(response.part.text, tuple(response.part.token_ids), None)
+
+
+def _region(message: caption_pb2.DescribedRegion) -> DescribedRegion:
+    box = message.region
+    return DescribedRegion(
+        (box.left, box.top, box.right, box.bottom), tuple(map(_caption, message.captions))
+    )
 
 
 def _caption(message: caption_pb2.Caption) -> Caption:
@@ -276,6 +335,7 @@ class Models:
         deadline_cap_seconds: longest time a caption may take.
         window: images of one `caption_many` that the service works on at a time.
         options: what each decoding option may be, by name.
+        regions: regions and tiles that one image may have together.
         slots: captions that are decoded at once, at most.
         working: captions in work now.
         waiting: captions that wait for their turn.
@@ -287,6 +347,7 @@ class Models:
     deadline_cap_seconds: float
     window: int
     options: dict[str, OptionLimits]
+    regions: int
     slots: int
     working: int
     waiting: int
@@ -302,6 +363,7 @@ def models_from_proto(response: caption_pb2.GetModelsResponse) -> Models:
         deadline_cap_seconds=limits.deadline_cap.ToMilliseconds() / 1e3,
         window=limits.window,
         options={each.name: OptionLimits(each.help, each.range) for each in limits.options},
+        regions=limits.regions,
         slots=load.slots,
         working=load.working,
         waiting=load.waiting,

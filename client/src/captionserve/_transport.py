@@ -14,6 +14,7 @@ from typing import Literal
 import grpc
 
 from captionserve._errors import CLIENT_CLOSED, CaptionError
+from captionserve._framing import Framing, set_framing
 from captionserve._images import ImageInput, image_message
 from captionserve._options import GenerationOptions, to_proto
 from captionserve._retry import Attempts, RetryBudget
@@ -138,13 +139,18 @@ class Connection:
         return Attempts(self._budget, seconds)
 
     def request(
-        self, image: ImageInput, options: GenerationOptions | None, *, bypass_cache: bool
+        self,
+        image: ImageInput,
+        options: GenerationOptions | None,
+        framing: Framing,
+        *,
+        bypass_cache: bool,
     ) -> caption_pb2.CaptionRequest:
         """Read and encode the image and put beside it what is asked.
 
         Raises:
-            CaptionError: IMAGE_TOO_LARGE, if it does not fit into a message; otherwise as
-                `image_message` does.
+            CaptionError: IMAGE_TOO_LARGE, if it does not fit into a message; or if an option or the
+                framing cannot be sent; otherwise as `image_message` does.
         """
         request = caption_pb2.CaptionRequest(
             image=image_message(image),
@@ -153,6 +159,7 @@ class Connection:
             model_version=self._model_version,
             priority=_PRIORITIES[self._priority],
         )
+        set_framing(request, framing)
         if request.ByteSize() > _MAX_REQUEST_BYTES:
             raise too_large(request.ByteSize(), _MAX_REQUEST_BYTES)
         return request

@@ -10,7 +10,7 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, DirectoryPath, Field, FilePath, model_validator
+from pydantic import AfterValidator, Field, FilePath, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from captionserve_server.core.decode_budget import DEFAULT_DECODE_MEGABYTES
@@ -28,6 +28,18 @@ def _host_and_port(text: str) -> str:
 Address = Annotated[str, AfterValidator(_host_and_port)]
 
 
+def _model_repository(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}: `captionserve export CHECKPOINT --output {folder}` "
+            "makes one"
+        )
+    return folder
+
+
+ModelRepository = Annotated[Path, AfterValidator(_model_repository)]
+
+
 class Settings(BaseSettings):
     """How a service runs; what is not given comes from the environment, else from here."""
 
@@ -35,7 +47,7 @@ class Settings(BaseSettings):
         env_prefix=VARIABLE_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid"
     )
 
-    model_repository: DirectoryPath = Field(description="Model repository written by export.")
+    model_repository: ModelRepository = Field(description="Model repository written by export.")
     listen: Address = Field(
         "127.0.0.1:9000", description="HOST:PORT of the service; port 0 is any."
     )

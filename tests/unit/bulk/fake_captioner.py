@@ -44,7 +44,7 @@ def result(text: str) -> CaptionResult:
     caption = Caption(
         text=text,
         score=-1.0,
-        token_ids=(),
+        token_ids=tuple(text.encode()),
         token_logprobs=(),
         token_texts=(),
         finish_reason=FinishReason.EOS,

@@ -11,7 +11,17 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from captionserve_server.bulk.sources import Item, SourceError, check, items
+from captionserve_server.bulk.sources import (
+    Item,
+    SourceError,
+    check,
+    items,
+    table,
+    table_items,
+    tables,
+)
+from hypothesis import given
+from hypothesis import strategies as st
 
 PNG = b"\x89PNG not looked at here"
 
@@ -155,3 +165,66 @@ def test_what_is_not_there_is_refused_before_anything_is_read(tmp_path: Path) ->
         with pytest.raises(SourceError, match="no such file"):
             check([str(tmp_path / missing)])
     check(["-", str(tmp_path)])
+
+
+def parquet(path: Path, rows: list[dict[str, Any]], row_group_size: int | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(written, path, row_group_size=row_group_size)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows_in_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 rows in row groups of 70, more than are read at once and no multiple of that."""
+    path = tmp_path_factory.mktemp("rows") / "rows.parquet"
+    return parquet(path, [{"image": str(row).encode()} for row in range(200)], 70)
+
+
+@given(begin=st.integers(0, 200), end=st.integers(0, 200))
+def test_a_range_of_rows_is_that_part_of_the_table(
+    rows_in_groups: Path, begin: int, end: int
+) -> None:
+    whole = found(rows_in_groups)[begin:end]
+    some = list(table_items(rows_in_groups, range(begin, end)))
+    assert [(item.key, item.id, item.source) for item in some] == [
+        (item.key, item.id, item.source) for item in whole
+    ]
+    assert [item.read() for item in some] == [item.read() for item in whole]
+
+
+def test_row_groups_that_hold_none_of_the_rows_are_not_read(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", [{"image": b"%03d" % row * 50} for row in range(4)], 1)
+    offset = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    damaged = bytearray(path.read_bytes())
+    damaged[offset : offset + 20] = b"\xff" * 20
+    path.write_bytes(damaged)
+    assert [item.read()[:3] for item in table_items(path, range(2, 4))] == [b"002", b"003"]
+    with pytest.raises(OSError, match=r".+"):
+        list(table_items(path, range(1, 2)))
+
+
+def test_tables_are_files_folders_and_patterns(tmp_path: Path) -> None:
+    rows = [{"path": "x.png"}]
+    first = parquet(tmp_path / "in" / "a.parquet", rows)
+    second = parquet(tmp_path / "in" / "below" / "b.parquet", rows)
+    (tmp_path / "in" / "notes.txt").write_text("no table")
+    assert tables([str(tmp_path / "in")]) == [first, second]
+    assert tables([str(tmp_path / "*" / "*.parquet"), str(first), str(second)]) == [first, second]
+    for source in (first.with_name("notes.txt"), tmp_path / "in" / "no", tmp_path / "*" / "*.txt"):
+        with pytest.raises(SourceError):
+            tables([str(source)])
+
+
+def test_a_table_is_known_by_its_footer(tmp_path: Path) -> None:
+    rows = [{"path": f"{row}.png"} for row in range(30)]
+    one, same = (parquet(tmp_path / f"{name}.parquet", rows) for name in "ab")
+    other = parquet(tmp_path / "c.parquet", [{"path": "z.png"}, *rows[1:]])
+    assert table(one) == table(same)
+    assert table(one).rows == table(other).rows == 30
+    assert table(one).footer != table(other).footer
+    (tmp_path / "d.parquet").write_bytes(one.read_bytes()[:-9])
+    with pytest.raises(SourceError, match="damaged"):
+        table(tmp_path / "d.parquet")
+    with pytest.raises(SourceError, match="`path` or `image`"):
+        table(parquet(tmp_path / "e.parquet", [{"url": "x"}]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -22,6 +23,7 @@ from captionserve import (
 from captionserve.v1 import caption_pb2
 
 from tests.certificates import CertificateFiles, certificate_pem, issued, key_pem
+from tests.faults import http2
 from tests.unit.client.caption_server import (
     WAIT_SECONDS,
     RecordingServicer,
@@ -92,6 +94,43 @@ def answering(answer: bytes | None) -> Iterator[str]:
         thread.join(WAIT_SECONDS)
         for connection in kept:
             connection.close()
+
+
+@contextmanager
+def resetting() -> Iterator[str]:
+    """Ends every call as a proxy does that has lost the service behind it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        host, port = listener.getsockname()
+
+        def serve() -> None:
+            while True:
+                try:
+                    raw, _ = listener.accept()
+                except OSError:
+                    return
+                with raw:
+                    raw.recv(len(http2.PREFACE), socket.MSG_WAITALL)
+                    connection = http2.Connection(raw)
+                    connection.send(http2.frame(http2.SETTINGS, 0, 0, b""))
+                    for kind, stream, _ in connection.frames():
+                        if kind == http2.HEADERS:
+                            code = struct.pack(">I", http2.INTERNAL_ERROR)
+                            connection.send(http2.frame(http2.RST_STREAM, 0, stream, code))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"{host}:{port}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(WAIT_SECONDS)
+
+
+def test_a_service_that_a_proxy_has_lost_is_waited_for() -> None:
+    with resetting() as target:
+        found = failure(target, 0.5)
+    assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")
+    assert found.message == "a proxy has lost the service"
 
 
 def failure(target: str, seconds: float, **client: Any) -> CaptionError:
@@ -170,7 +209,7 @@ def test_whoever_wants_tls_may_be_restarting(files: CertificateFiles) -> None:
 def test_nobody_is_unavailable_in_the_end() -> None:
     error = failure(unused_address(), 0.5)
     assert (error.reason, error.code) == ("UNAVAILABLE", grpc.StatusCode.UNAVAILABLE)
-    assert error.message == "nobody listens at this address"
+    assert error.message.startswith("nobody listens at this address: is the service started")
     error = failure("nowhere.invalid:9000", 0.5)
     assert (error.reason, error.message) == ("UNAVAILABLE", "this address is not known")
 

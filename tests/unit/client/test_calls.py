@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import grpc
 import numpy as np
@@ -23,6 +23,7 @@ from captionserve import (
     Word,
     _transport,
 )
+from captionserve._framing import Resize
 from captionserve._transport import DEFAULT_TIMEOUT_SECONDS
 from captionserve.v1 import caption_pb2
 from google.protobuf.message import Message
@@ -258,6 +259,78 @@ def test_options_that_cannot_be_sent_are_refused_as_the_service_refuses_them(
     assert caught.value.field_violations == {
         f"options.{name}": text for name, text in faults.items()
     }
+
+
+BOX = (1, 2, 30, 40)
+
+
+def test_what_is_asked_of_an_image_is_sent(server: Server, caption: Call) -> None:
+    target, servicer = server
+    arrays: Any = np.array([BOX, (0, 0, 1, 1)])
+    for framing in (
+        {"regions": [BOX, [0, 0, 1, 1]], "tiles": (2, 3), "resize": "letterbox"},
+        {"regions": arrays, "tiles": np.array([2, 3]), "resize": "letterbox"},
+    ):
+        caption(target, IMAGE, **framing)
+        request = servicer.requests[-1]
+        assert [(r.left, r.top, r.right, r.bottom) for r in request.regions] == [BOX, (0, 0, 1, 1)]
+        assert (request.tiles.rows, request.tiles.cols) == (2, 3)
+        assert request.resize == caption_pb2.RESIZE_LETTERBOX
+
+
+def test_where_nothing_is_asked_of_an_image_nothing_is_sent(server: Server, caption: Call) -> None:
+    target, servicer = server
+    caption(target, IMAGE, regions=None, tiles=None, resize=None)
+    caption(target, IMAGE, regions=[])
+    bare = caption_pb2.CaptionRequest(image=caption_pb2.Image(encoded=IMAGE))
+    assert servicer.requests == [bare, bare]
+
+
+def test_every_way_of_resizing_can_be_asked_for(server: Server, caption: Call) -> None:
+    target, servicer = server
+    for name in get_args(Resize):
+        caption(target, IMAGE, resize=name)
+    sent = [caption_pb2.Resize.Name(request.resize) for request in servicer.requests]
+    assert sent == [f"RESIZE_{name.upper()}" for name in get_args(Resize)]
+    assert {*sent, "RESIZE_UNSPECIFIED"} == set(caption_pb2.Resize.keys())
+
+
+@pytest.mark.parametrize(
+    ("framing", "fields"),
+    [
+        ({"regions": [BOX, (0, 0, 1)]}, {"regions[1]"}),
+        ({"regions": [(0.0, 0, 1, 1), (0, 0, 1, 2**31), BOX]}, {"regions[0]", "regions[1]"}),
+        ({"regions": [(0, False, 1, 1)]}, {"regions[0]"}),
+        ({"regions": BOX}, {f"regions[{number}]" for number in range(4)}),
+        ({"tiles": "2x3"}, {"tiles"}),
+        ({"tiles": 2, "resize": "squash"}, {"tiles", "resize"}),
+    ],
+)
+def test_what_cannot_be_asked_of_an_image_is_refused_by_field(
+    server: Server, caption: Call, framing: dict[str, Any], fields: set[str]
+) -> None:
+    target, servicer = server
+    with pytest.raises(CaptionError) as caught:
+        caption(target, IMAGE, **framing)
+    assert servicer.requests == []
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.reason == "INVALID_FRAMING"
+    assert set(caught.value.field_violations) == fields
+
+
+def test_what_an_images_parts_show_is_read(server: Server, caption: Call) -> None:
+    target, servicer = server
+    response = good_response()
+    box = caption_pb2.Region(left=1, top=2, right=30, bottom=40)
+    response.regions.add(region=box, captions=response.captions)
+    response.regions.add(region=box)
+    servicer.answer = lambda request, context: response
+    result = caption(target, IMAGE, regions=[BOX, BOX])
+    assert result.captions == WHOLE.captions
+    described, empty = result.regions
+    assert (described.box, described.captions) == (BOX, WHOLE.captions)
+    assert described.text == "a red apple"
+    assert (empty.captions, empty.text) == ((), "")
 
 
 def test_every_call_has_a_deadline(server: Server, caption: Call) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from captionserve._images import ImageInput, each_image, encode_image, image_message
 from captionserve_server.core.preprocessing import PreprocessorConfig
-from captionserve_server.local.images import image_pixels
+from captionserve_server.local.images import image_views
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -296,7 +296,7 @@ def test_a_large_photo_is_compressed_without_loss(
     assert np.array_equal(np.asarray(decoded(encoded)), pixels)
 
 
-@pytest.mark.parametrize("read", [encode_image, lambda path: image_pixels(path, CONFIG)])
+@pytest.mark.parametrize("read", [encode_image, lambda path: image_views(path, CONFIG)])
 @pytest.mark.parametrize(
     ("path", "what"),
     [

@@ -83,6 +83,16 @@ def test_each_image_has_its_outcome_in_order(server: Server, many: Many) -> None
     assert all(outcome.error is None for outcome in outcomes)
 
 
+def test_what_is_asked_of_an_image_is_asked_of_each(server: Server, many: Many) -> None:
+    target, servicer = server
+    servicer.many = servicer.answer_each
+    many(target, images(3), regions=[(0, 0, 1, 1)], tiles=(1, 2), resize="letterbox")
+    assert len(servicer.requests) == 3
+    for request in servicer.requests:
+        assert (len(request.regions), request.tiles.cols) == (1, 2)
+        assert request.resize == caption_pb2.RESIZE_LETTERBOX
+
+
 def test_no_images_are_no_call(server: Server, many: Many) -> None:
     target, servicer = server
     assert many(target, []) == []

@@ -19,6 +19,7 @@ from captionserve import (
     CaptionError,
     CaptionResult,
     CaptionUpdate,
+    DescribedRegion,
     FinishReason,
     GenerationOptions,
 )
@@ -26,6 +27,8 @@ from captionserve import (
 
 def test_exports_exactly_the_public_names() -> None:
     assert set(captionserve.__all__) == {
+        "AltText",
+        "AltTextWarning",
         "AsyncCaptionClient",
         "Attention",
         "Caption",
@@ -33,7 +36,9 @@ def test_exports_exactly_the_public_names() -> None:
         "CaptionError",
         "CaptionResult",
         "CaptionUpdate",
+        "DescribedRegion",
         "FinishReason",
+        "Framing",
         "GenerationOptions",
         "ImageInput",
         "ImageToTextPipeline",
@@ -69,7 +74,8 @@ def test_both_clients_take_the_same_arguments(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value_type", [GenerationOptions, CaptionResult, Caption, Attention, CaptionUpdate]
+    "value_type",
+    [GenerationOptions, CaptionResult, DescribedRegion, Caption, Attention, CaptionUpdate],
 )
 def test_values_are_frozen(value_type: type) -> None:
     assert getattr(value_type, "__dataclass_params__").frozen  # noqa: B009

@@ -91,6 +91,14 @@ def test_image_and_options_are_sent(server: Server, collect: Collect) -> None:
     ]
 
 
+def test_what_is_asked_of_the_image_is_sent(server: Server, collect: Collect) -> None:
+    target, servicer = server
+    collect(target, tiles=(2, 3), resize="center_crop")
+    (request,) = servicer.requests
+    assert (request.tiles.rows, request.tiles.cols) == (2, 3)
+    assert request.resize == caption_pb2.RESIZE_CENTER_CROP
+
+
 def test_every_stream_has_a_deadline(server: Server, collect: Collect) -> None:
     target, servicer = server
     collect(target)
@@ -165,21 +173,72 @@ def test_unavailable_is_tried_again_before_the_first_word(server: Server, collec
     assert len(servicer.requests) == 2
 
 
-def test_no_word_comes_twice_because_of_a_retry(server: Server, collect: Collect) -> None:
-    target, servicer = server
+def breaking_off(
+    servicer: RecordingServicer,
+    *streams: list[caption_pb2.StreamCaptionResponse],
+) -> None:
+    """Say one of these in each call; break off at the end of all but the last."""
 
-    def vanish(
+    def said(
         request: object, context: grpc.ServicerContext
     ) -> Iterator[caption_pb2.StreamCaptionResponse]:
-        yield good_stream()[0]
-        context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
+        call = len(servicer.requests)
+        yield from streams[call - 1]
+        if call < len(streams):
+            context.abort(grpc.StatusCode.UNAVAILABLE, "restarting")
 
-    servicer.stream = vanish
+    servicer.stream = said
+
+
+def part(text: str, *token_ids: int) -> caption_pb2.StreamCaptionResponse:
+    return caption_pb2.StreamCaptionResponse(
+        part=caption_pb2.CaptionPart(text=text, token_ids=token_ids)
+    )
+
+
+@pytest.mark.parametrize("given", range(4))
+def test_a_stream_goes_on_where_it_broke_off(server: Server, collect: Collect, given: int) -> None:
+    target, servicer = server
+    breaking_off(servicer, good_stream()[:given], good_stream()[: max(0, given - 1)], good_stream())
+    updates, error = collect(target)
+    assert error is None
+    assert updates == [
+        CaptionUpdate("a red", (5,), None),
+        CaptionUpdate(" apple", (6,), None),
+        CaptionUpdate("", (2,), None),
+        CaptionUpdate("", (), WHOLE),
+    ]
+    assert len(servicer.requests) == 3
+
+
+def test_words_may_come_in_other_parts_the_next_time(server: Server, collect: Collect) -> None:
+    target, servicer = server
+    breaking_off(
+        servicer, [part("a red", 5)], [part("a", 5), part(" red apple", 6), *good_stream()[2:]]
+    )
+    updates, error = collect(target)
+    assert error is None
+    assert updates[:2] == [CaptionUpdate("a red", (5,), None), CaptionUpdate(" apple", (6,), None)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param([part("a green", 5)], id="other words"),
+        pytest.param([part("a red", 7)], id="other tokens"),
+        pytest.param(good_stream()[3:], id="a result before its words"),
+    ],
+)
+def test_a_stream_that_goes_on_otherwise_fails(
+    server: Server, collect: Collect, other: list[caption_pb2.StreamCaptionResponse]
+) -> None:
+    target, servicer = server
+    breaking_off(servicer, good_stream()[:1], other)
     updates, error = collect(target)
     assert [update.text for update in updates] == ["a red"]
     assert isinstance(error, CaptionError)
-    assert error.reason == "UNAVAILABLE"
-    assert len(servicer.requests) == 1
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "STREAM_BROKEN")
+    assert len(servicer.requests) == 2
 
 
 class OwnError(Exception):

@@ -11,10 +11,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from captionserve_server.core.errors import ImageTooManyPixelsError
+from captionserve_server.core.framing import MAX_REGIONS, WHOLE, Framing
 from captionserve_server.core.image_files import decoding_bytes, open_image_file
 from captionserve_server.core.preprocessing import (
     PreprocessorConfig,
@@ -22,7 +24,7 @@ from captionserve_server.core.preprocessing import (
     preprocess_array,
     preprocess_picture,
 )
-from captionserve_server.local.images import image_pixels
+from captionserve_server.local.images import image_views
 from PIL import Image
 
 CONFIG = PreprocessorConfig()
@@ -34,19 +36,22 @@ SLACK_BYTES = 12 << 20
 # Each file in a process of its own, since a peak never comes down again.
 PEAKS = """
 import json, os, pathlib, sys
+from captionserve_server.core.framing import Framing
 from captionserve_server.core.preprocessing import PreprocessorConfig, preprocess
 
-def peak(encoded):
+framing = Framing.of(**json.loads(sys.argv[1]))
+
+def peak(encoded, framing=framing):
     child = os.fork()
     if not child:
-        preprocess(encoded, PreprocessorConfig())
+        preprocess(encoded, PreprocessorConfig(), framing=framing)
         os._exit(0)
     _, status, usage = os.wait4(child, 0)
     assert status == 0
     return usage.ru_maxrss * 1024
 
-files = [path.read_bytes() for path in map(pathlib.Path, sys.argv[1:])]
-nothing = peak(b"P5 1 1 255 0")
+files = [path.read_bytes() for path in map(pathlib.Path, sys.argv[2:])]
+nothing = peak(b"P5 1 1 255 0", Framing())
 print(json.dumps([peak(encoded) - nothing for encoded in files]))
 """
 
@@ -125,13 +130,7 @@ def files() -> dict[str, tuple[int, bytes]]:
 def test_each_image_takes_what_was_reserved(
     files: dict[str, tuple[int, bytes]], tmp_path: Path
 ) -> None:
-    paths = []
-    for number, (_, encoded) in enumerate(files.values()):
-        paths.append(tmp_path / str(number))
-        paths[-1].write_bytes(encoded)
-    command = [sys.executable, "-c", PEAKS, *map(str, paths)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    peaks = dict(zip(files, json.loads(done.stdout), strict=True))
+    peaks = dict(zip(files, peaks_of([each for _, each in files.values()], tmp_path), strict=True))
     wrong = {}
     for name, (limit, encoded) in files.items():
         reserved = reserved_for(encoded)
@@ -141,7 +140,40 @@ def test_each_image_takes_what_was_reserved(
     assert wrong == {}
 
 
-def reserved_for(encoded: bytes) -> int:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"regions": [(0, 0, HEIGHT, HEIGHT)] * MAX_REGIONS},
+        {"tiles": (4, 4)},
+        {"resize": "letterbox"},
+        {"resize": "center_crop", "regions": [(0, 0, HEIGHT, 40)]},
+    ],
+    ids=["regions", "tiles", "letterbox", "center_crop"],
+)
+@pytest.mark.parametrize("kind", ["PNG", "RGBA turned"])
+def test_parts_take_what_was_reserved(
+    kind: str, asked: Any, files: dict[str, tuple[int, bytes]], tmp_path: Path
+) -> None:
+    _, encoded = files[kind]
+    (peak,) = peaks_of([encoded], tmp_path, asked)
+    reserved = reserved_for(encoded, Framing.of(**asked))
+    assert peak <= reserved + SLACK_BYTES
+    # One after the other: so many parts take one more picture, not sixteen.
+    assert reserved <= reserved_for(encoded) + 8 * PIXELS
+
+
+def peaks_of(encoded: list[bytes], folder: Path, asked: object = None) -> list[int]:
+    """The memory that each of the files takes in a process of its own, in bytes."""
+    paths = [folder / str(number) for number in range(len(encoded))]
+    for path, content in zip(paths, encoded, strict=True):
+        path.write_bytes(content)
+    command = [sys.executable, "-c", PEAKS, json.dumps(asked or {}), *map(str, paths)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    peaks: list[int] = json.loads(done.stdout)
+    return peaks
+
+
+def reserved_for(encoded: bytes, framing: Framing = WHOLE) -> int:
     sizes: list[int] = []
 
     def reserve(size: int) -> AbstractContextManager[None]:
@@ -149,7 +181,7 @@ def reserved_for(encoded: bytes) -> int:
         return refuse(size)
 
     with pytest.raises(RuntimeError, match="no room"):
-        preprocess(encoded, CONFIG, reserve)
+        preprocess(encoded, CONFIG, reserve, framing)
     return sizes[0]
 
 
@@ -191,7 +223,7 @@ def refuse(size: int) -> AbstractContextManager[None]:
 )
 def test_pixels_of_a_caller_are_copied_only_into_what_is_reserved(image: object) -> None:
     with pytest.raises(RuntimeError, match="no room"):
-        image_pixels(image, CONFIG, refuse)  # type: ignore[arg-type]
+        image_views(image, CONFIG, refuse)  # type: ignore[arg-type]
 
 
 def test_an_array_has_the_limit_of_files() -> None:

@@ -15,6 +15,7 @@ from captionserve_server.core.errors import (
     InvalidPixelValuesError,
     UnsupportedImageFormatError,
 )
+from captionserve_server.core.framing import Framing
 from captionserve_server.core.image_files import MAX_PIXELS
 from captionserve_server.core.preprocessing import (
     PreprocessorConfig,
@@ -86,7 +87,7 @@ def test_any_damage_is_an_image_or_an_error_of_ours(noise: bytes, position: int)
     content = png()
     damaged = content[:position] + noise + content[position + len(noise) :]
     try:
-        pixels = preprocess(damaged, CONFIG)
+        pixels = preprocess(damaged, CONFIG).whole
     except CaptionServeError:
         return
     assert pixels.shape == (3, 224, 224)
@@ -162,3 +163,30 @@ def test_values_that_no_pixel_has_are_refused() -> None:
     for each in wrong:
         with pytest.raises(InvalidPixelValuesError, match="not what the checkpoint's"):
             pixels_of_values(each, HALVES)
+
+
+def test_a_part_too_narrow_to_be_resized_is_refused_as_its_file_is() -> None:
+    config = PreprocessorConfig(height=None, width=None, shortest_edge=224, do_center_crop=True)
+    image = png(20_000, 224)
+    assert preprocess(image, config).whole.shape == (3, 224, 224)
+    with pytest.raises(ImageTooManyPixelsError):
+        preprocess(image, config, framing=Framing(regions=((0, 0, 20_000, 1),)))
+    with pytest.raises(ImageTooManyPixelsError):
+        preprocess(png(20_000, 1), CONFIG, framing=Framing(resize="center_crop"))
+    assert preprocess(png(20_000, 1), CONFIG, framing=Framing(resize="letterbox")).whole.any()
+
+
+@pytest.mark.parametrize(
+    ("config", "colour"),
+    [
+        (PreprocessorConfig(), (128, 128, 128)),
+        (PreprocessorConfig(image_mean=(0.485, 0.456, 0.406)), (124, 116, 104)),
+        (PreprocessorConfig(do_normalize=False), (0, 0, 0)),
+        (PreprocessorConfig(do_rescale=False, image_mean=(127.2, 300.0, -4.0)), (127, 255, 0)),
+        (PreprocessorConfig(rescale_factor=1 / 127.5, image_mean=(1.0, 1.0, 1.0)), (128, 128, 128)),
+    ],
+)
+def test_what_is_added_is_as_near_to_0_as_whole_pixels_allow(
+    config: PreprocessorConfig, colour: tuple[int, int, int]
+) -> None:
+    assert config.zero_colour() == colour

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -308,7 +309,7 @@ def test_a_checkpoint_may_be_a_hub_id(
     # The hub is out of reach of tests; a folder stands in for what it would download.
     folder = checkpoint_folder("projected")
 
-    def download(_: str, name: str) -> str:
+    def download(_: str, name: str, **kwargs: object) -> str:
         if not (folder / name).is_file():
             raise RemoteEntryNotFoundError(name, response=Mock())
         return str(folder / name)
@@ -323,14 +324,16 @@ def test_a_hub_checkpoint_may_have_a_calibration(
 ) -> None:
     calibration = Calibration(Logistic(-4.5, {"log_odds": 0.8}))
     (tmp_path / "confidence.json").write_text(calibration.to_json())
-    monkeypatch.setattr(checkpoint_module, "hf_hub_download", lambda _, name: tmp_path / name)
+    monkeypatch.setattr(
+        checkpoint_module, "hf_hub_download", lambda _, name, **kwargs: tmp_path / name
+    )
     assert checkpoint_module._load_calibration("someone/a-captioner") == calibration
 
 
 def test_a_cached_hub_checkpoint_without_calibration_loads_offline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def offline(_: str, name: str) -> str:
+    def offline(_: str, name: str, **kwargs: object) -> str:
         raise LocalEntryNotFoundError(f"no network, and {name} is not in the cache")
 
     monkeypatch.setattr(checkpoint_module, "hf_hub_download", offline)
@@ -341,3 +344,30 @@ def test_a_cached_hub_checkpoint_without_calibration_loads_offline(
 def test_what_is_neither_folder_nor_hub_id_is_refused_in_words(name: str) -> None:
     with pytest.raises(UnsupportedCheckpointError, match="neither a local folder nor a hub id"):
         load_checkpoint(name)
+
+
+@pytest.mark.parametrize(
+    ("resolves", "proxies", "asks"),
+    [(True, {}, True), (False, {}, False), (False, {"https": "http://proxy:3128"}, True)],
+)
+def test_the_hub_is_not_asked_where_its_name_leads_nowhere(
+    resolves: bool, proxies: dict[str, str], asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def resolve(*_: object) -> None:
+        if not resolves:
+            raise socket.gaierror(-2, "Name or service not known")
+
+    def download(_: str, name: str, *, local_files_only: bool) -> str:
+        asked.append(not local_files_only)
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(checkpoint_module, "getproxies", lambda: proxies)
+    monkeypatch.setattr(checkpoint_module, "hf_hub_download", download)
+    checkpoint_module._hub_is_known.cache_clear()
+    with pytest.raises(UnsupportedCheckpointError, match="the Hugging Face hub cannot be reached"):
+        load_checkpoint("someone/a-captioner")
+    checkpoint_module._hub_is_known.cache_clear()
+    assert asked == [asks]

@@ -26,10 +26,6 @@ Stream = Callable[
 ]
 
 
-OPTIONAL = (wire.ATTENTIONS, wire.TOKEN_GROUNDINGS, wire.REVIEW_REASONS)
-"""Missing where they were not asked for."""
-
-
 def good_outputs() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
     """Two captions of different lengths; strings are already encoded."""
     return {
@@ -61,6 +57,14 @@ def with_grounding() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
     return good_outputs() | {
         wire.TOKEN_GROUNDINGS: np.array([[2.0, 4.0, 0.0], [-1.0, 0, 0]], "<f4"),
         wire.REVIEW_REASONS: encode_strings([b"", b"low_confidence not_grounded"]),
+    }
+
+
+def with_region() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
+    """The same two captions, of which the second is that of a part of the image."""
+    return good_outputs() | {
+        wire.REGION_BOXES: np.array([[1, 2, 30, 40]], "<i4"),
+        wire.REGION_CAPTIONS: np.array([1], "<i4"),
     }
 
 

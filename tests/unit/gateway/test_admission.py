@@ -74,13 +74,13 @@ class Queue:
         self.going: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    def come(self, name: str, *, bulk: bool = False, deadline: float = FAR) -> None:
+    def come(self, name: str, *, views: int = 1, bulk: bool = False, deadline: float = FAR) -> None:
         """A call whose identity is the name's first letter."""
         self.going[name] = asyncio.Event()
-        self.tasks[name] = asyncio.create_task(self._work(name, bulk, deadline))
+        self.tasks[name] = asyncio.create_task(self._work(name, views, bulk, deadline))
 
-    async def _work(self, name: str, bulk: bool, deadline: float) -> None:
-        async with self.turns.turn(name[0], bulk=bulk, deadline=deadline):
+    async def _work(self, name: str, views: int, bulk: bool, deadline: float) -> None:
+        async with self.turns.turn(name[0], views=views, bulk=bulk, deadline=deadline):
             self.begun.append(name)
             await self.going[name].wait()
 
@@ -111,6 +111,63 @@ def test_turns_are_fair_among_callers() -> None:
             await queue.finish(name)
 
     assert run(scenario) == ["a1", "b1", "c1", "a2", "a3", "a4"]
+
+
+def test_parts_count_in_what_a_caller_has_in_work() -> None:
+    async def scenario(queue: Queue) -> None:
+        queue.come("a1", views=3)
+        queue.come("b1")
+        await settle()
+        assert queue.turns.working == 4
+        for name in ("a2", "b2"):
+            queue.come(name)
+            await settle()
+        assert queue.turns.waiting == 2
+        # B, whose three are one less than A's, is next twice.
+        await queue.finish("b1")
+        await queue.finish("b2")
+
+    assert run(scenario, at_once=4) == ["a1", "b1", "b2", "a2"]
+
+
+def test_smaller_ones_do_not_pass_a_larger_one_by() -> None:
+    async def scenario(queue: Queue) -> None:
+        for name, views in (("a1", 1), ("b1", 3), ("c1", 4), ("d1", 1)):
+            queue.come(name, views=views)
+            await settle()
+        await queue.finish("a1")
+        assert queue.begun == ["a1", "b1"]
+        await queue.finish("b1")
+        assert queue.begun == ["a1", "b1", "c1"]
+        await queue.finish("c1")
+
+    assert run(scenario, at_once=4) == ["a1", "b1", "c1", "d1"]
+
+
+def test_what_is_larger_than_all_there_is_works_alone() -> None:
+    async def scenario(queue: Queue) -> None:
+        for name, views in (("a1", 1), ("b1", 9), ("c1", 1)):
+            queue.come(name, views=views)
+            await settle()
+        assert (queue.turns.working, queue.turns.waiting) == (1, 10)
+        await queue.finish("a1")
+        assert (queue.turns.working, queue.turns.waiting) == (9, 1)
+        await queue.finish("b1")
+
+    assert run(scenario, at_once=4) == ["a1", "b1", "c1"]
+
+
+def test_who_gives_up_at_the_head_lets_those_behind_it_in() -> None:
+    async def scenario(queue: Queue) -> None:
+        for name, views in (("a1", 3), ("b1", 2), ("c1", 1)):
+            queue.come(name, views=views)
+            await settle()
+        assert queue.begun == ["a1"]
+        queue.tasks["b1"].cancel()
+        await settle()
+        assert queue.begun == ["a1", "c1"]
+
+    assert run(scenario, at_once=4) == ["a1", "c1"]
 
 
 def test_whoever_has_the_least_in_work_is_next() -> None:
@@ -155,9 +212,9 @@ def test_a_turn_that_does_not_come_in_time_is_an_error() -> None:
     async def go() -> None:
         turns = Turns(1)
         clock = asyncio.get_running_loop().time
-        async with turns.turn("a", bulk=False, deadline=FAR):
+        async with turns.turn("a", views=1, bulk=False, deadline=FAR):
             with pytest.raises(DeadlineExceededError):
-                async with turns.turn("b", bulk=False, deadline=clock() + 0.05):
+                async with turns.turn("b", views=1, bulk=False, deadline=clock() + 0.05):
                     pass
         assert (turns.working, turns.waiting) == (0, 0)
 
@@ -167,7 +224,7 @@ def test_a_turn_that_does_not_come_in_time_is_an_error() -> None:
 async def answered(turns: Turns, seconds: float, *, times: int = 3) -> None:
     """So many answers that take so long."""
     for _ in range(times):
-        async with turns.turn("a", bulk=False, deadline=FAR):
+        async with turns.turn("a", views=1, bulk=False, deadline=FAR):
             await asyncio.sleep(seconds)
 
 
@@ -176,10 +233,10 @@ def test_who_cannot_be_answered_in_time_is_refused_at_once() -> None:
         turns = Turns(1)
         clock = asyncio.get_running_loop().time
         await answered(turns, 0.05)
-        async with turns.turn("a", bulk=False, deadline=FAR):
+        async with turns.turn("a", views=1, bulk=False, deadline=FAR):
             begin = clock()
             with pytest.raises(OverloadedError):
-                async with turns.turn("b", bulk=False, deadline=begin + 0.06):
+                async with turns.turn("b", views=1, bulk=False, deadline=begin + 0.06):
                     pass
             assert clock() - begin < 0.05
 
@@ -190,7 +247,9 @@ def test_where_nobody_waits_nobody_is_refused_for_what_took_long_once() -> None:
     async def go() -> None:
         turns = Turns(1)
         await answered(turns, 0.1)
-        async with turns.turn("a", bulk=False, deadline=asyncio.get_running_loop().time() + 0.01):
+        async with turns.turn(
+            "a", views=1, bulk=False, deadline=asyncio.get_running_loop().time() + 0.01
+        ):
             pass
 
     asyncio.run(go())
@@ -204,11 +263,11 @@ def test_a_turn_that_comes_too_late_for_an_answer_is_given_to_the_next() -> None
         await answered(turns, 0.05)
 
         async def work(name: str, deadline: float) -> None:
-            async with turns.turn(name, bulk=False, deadline=deadline):
+            async with turns.turn(name, views=1, bulk=False, deadline=deadline):
                 begun.append(name)
                 await asyncio.sleep(0)
 
-        async with turns.turn("a", bulk=False, deadline=FAR):
+        async with turns.turn("a", views=1, bulk=False, deadline=FAR):
             late = asyncio.create_task(work("b", clock() + 0.2))
             next_one = asyncio.create_task(work("c", FAR))
             await asyncio.sleep(0.16)  # Longer than it was reckoned to take.
@@ -226,15 +285,15 @@ def test_what_is_given_up_late_counts_as_taking_long() -> None:
         clock = asyncio.get_running_loop().time
 
         async def give_up() -> None:
-            async with turns.turn("a", bulk=False, deadline=FAR):
+            async with turns.turn("a", views=1, bulk=False, deadline=FAR):
                 await asyncio.sleep(0.02)
                 raise DeadlineExceededError("too late")
 
         await answered(turns, 0.0)
         await asyncio.gather(*(give_up() for _ in range(20)), return_exceptions=True)
-        async with turns.turn("a", bulk=False, deadline=FAR):
+        async with turns.turn("a", views=1, bulk=False, deadline=FAR):
             with pytest.raises(OverloadedError):
-                async with turns.turn("b", bulk=False, deadline=clock() + 0.02):
+                async with turns.turn("b", views=1, bulk=False, deadline=clock() + 0.02):
                     pass
 
     asyncio.run(go())
@@ -268,5 +327,52 @@ def test_no_turn_is_lost_whatever_happens(steps: list[tuple[str, bool, str]], at
             event.set()
         await asyncio.gather(*queue.tasks.values(), return_exceptions=True)
         assert (queue.turns.working, queue.turns.waiting) == (0, 0)
+
+    asyncio.run(go())
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from("abc"),
+            st.integers(1, 6),
+            st.booleans(),
+            st.sampled_from(["come", "come", "go", "leave"]),
+        ),
+        max_size=40,
+    ),
+    at_once=st.integers(1, 5),
+)
+@settings(max_examples=100, deadline=None)
+def test_no_more_views_are_at_work_than_fit_and_none_is_lost(
+    steps: list[tuple[str, int, bool, str]], at_once: int
+) -> None:
+    async def go() -> None:
+        queue = Queue(at_once)
+        sizes: dict[str, int] = {}
+        for number, (identity, views, bulk, what) in enumerate(steps):
+            running = [name for name, task in queue.tasks.items() if not task.done()]
+            if what == "come":
+                sizes[f"{identity}{number}"] = views
+                queue.come(f"{identity}{number}", views=views, bulk=bulk)
+            elif running and what == "go":
+                queue.going[running[0]].set()
+            elif running:
+                queue.tasks[running[-1]].cancel()
+            await settle()
+            live = {name for name, task in queue.tasks.items() if not task.done()}
+            at_work = live & set(queue.begun)
+            assert queue.turns.working == sum(sizes[name] for name in at_work)
+            assert queue.turns.waiting == sum(sizes[name] for name in live - at_work)
+            assert queue.turns.working <= at_once or len(at_work) == 1
+            # Of those who wait at least one does not fit.
+            largest = max((sizes[name] for name in live - at_work), default=None)
+            if largest is not None:
+                assert queue.turns.working + min(largest, at_once) > at_once
+        for event in queue.going.values():
+            event.set()
+        await asyncio.gather(*queue.tasks.values(), return_exceptions=True)
+        assert (queue.turns.working, queue.turns.waiting) == (0, 0)
+        assert not queue.turns._callers
 
     asyncio.run(go())

@@ -15,6 +15,7 @@ from captionserve_server.core.errors import (
     ModelFaultError,
     OverloadedError,
 )
+from captionserve_server.core.framing import WHOLE, Framing
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.gateway.cache import (
     ENTRY_OVERHEAD_BYTES,
@@ -32,6 +33,13 @@ from tests.unit.gateway.fake_triton import WAIT_SECONDS
 from tests.unit.gateway.harness import Setup, gateway_setup, request_of
 from tests.unit.gateway.test_failures import failure_of, violations_of
 from tests.unit.gateway.test_lifecycle import metrics_of
+
+
+def framed(**framing: Any) -> caption_pb2.CaptionRequest:
+    """The same image and options, and what else is asked of it."""
+    request = caption_pb2.CaptionRequest(**framing)
+    request.MergeFrom(request_of())
+    return request
 
 
 def bypassing(request: caption_pb2.CaptionRequest) -> caption_pb2.CaptionRequest:
@@ -60,6 +68,10 @@ def calls_in_turn(
         (request_of(num_beams=1), True),
         (request_of(num_beams=2), False),
         (request_of(b"another"), False),
+        (framed(resize=caption_pb2.RESIZE_CHECKPOINT), True),
+        (framed(resize=caption_pb2.RESIZE_LETTERBOX), False),
+        (framed(regions=[caption_pb2.Region(right=1, bottom=1)]), False),
+        (framed(tiles=caption_pb2.Tiles(rows=1, cols=1)), False),
         (bypassing(request_of()), False),
     ],
 )
@@ -409,23 +421,29 @@ def tensor(raw: bytes, shape: tuple[int, ...] = (1,)) -> InputTensor:
     return InputTensor(wire.PIXEL_VALUES, shape, raw)
 
 
-def test_a_key_tells_images_shapes_options_and_versions_apart() -> None:
+def test_a_key_tells_images_framings_options_and_versions_apart() -> None:
     plain, beams = DecodingOptions(), DecodingOptions(num_beams=2)
-    asked: list[tuple[list[InputTensor], DecodingOptions, int, str]] = [
-        ([tensor(b"ab")], plain, 1, ""),
-        ([tensor(b"ab")], plain, 1, "alice"),
-        ([tensor(b"ab")], plain, 2, ""),
-        ([tensor(b"ab")], beams, 1, ""),
-        ([tensor(b"ab", (2,))], plain, 1, ""),
-        ([tensor(b"a"), tensor(b"b")], plain, 1, ""),
-        ([tensor(b"ac")], plain, 1, ""),
-        ([tensor(bytes(2**21))], plain, 1, ""),
+    image, box = tensor(b"ab"), (0, 0, 1, 2)
+    asked: list[tuple[InputTensor, Framing, DecodingOptions, int, str]] = [
+        (image, WHOLE, plain, 1, ""),
+        (image, WHOLE, plain, 1, "alice"),
+        (image, WHOLE, plain, 2, ""),
+        (image, WHOLE, beams, 1, ""),
+        (image, Framing(regions=(box,)), plain, 1, ""),
+        (image, Framing(regions=(box, box)), plain, 1, ""),
+        (image, Framing(tiles=(1, 2)), plain, 1, ""),
+        (image, Framing(tiles=(2, 1)), plain, 1, ""),
+        (image, Framing(resize="letterbox"), plain, 1, ""),
+        (image, Framing(resize="center_crop"), plain, 1, ""),
+        (tensor(b"ab", (2,)), WHOLE, plain, 1, ""),
+        (tensor(b"ac"), WHOLE, plain, 1, ""),
+        (tensor(bytes(2**21)), WHOLE, plain, 1, ""),
     ]
 
     async def run() -> list[bytes]:
         return [
-            answer_key(await image_digest(image), options, version, scope)
-            for image, options, version, scope in asked
+            answer_key(await image_digest(each), framing, options, version, scope)
+            for each, framing, options, version, scope in asked
             for _ in range(2)
         ]
 

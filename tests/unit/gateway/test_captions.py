@@ -11,10 +11,12 @@ import grpc
 import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
+from captionserve_server.core.framing import MAX_REGIONS, RESIZES
 from captionserve_server.gateway.conversion import ENUM_OPTIONS
 from captionserve_server.gateway.kserve import decode_strings, encode_strings
 from captionserve_server.triton import wire
 from captionserve_server.triton.wire import TensorSpec
+from google.rpc import error_details_pb2
 from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
@@ -23,8 +25,9 @@ from tests.unit.gateway.fake_triton import (
     infer_response,
     with_attention,
     with_grounding,
+    with_region,
 )
-from tests.unit.gateway.harness import IMAGE, gateway_setup, request_of
+from tests.unit.gateway.harness import IMAGE, detail_of, gateway_setup, request_of
 
 
 def ask(request: caption_pb2.CaptionRequest) -> service_pb2.ModelInferRequest:
@@ -232,14 +235,99 @@ def test_pixel_values_are_sent_as_they_are() -> None:
     assert raw_inputs(ask(request)) == {"PIXEL_VALUES": ("FP32", [3, 1, 2], values)}
 
 
-def test_regions_and_resize_are_for_the_model_to_take_or_refuse() -> None:
+def framed(**framing: Any) -> caption_pb2.CaptionRequest:
     request = request_of()
-    request.regions.add(left=1, top=2, right=3, bottom=4)
-    request.regions.add(left=5, top=6, right=7, bottom=8)
-    request.resize = caption_pb2.RESIZE_LETTERBOX
+    request.MergeFrom(caption_pb2.CaptionRequest(**framing))
+    return request
+
+
+def region(*corners: int) -> caption_pb2.Region:
+    return caption_pb2.Region(**dict(zip(("left", "top", "right", "bottom"), corners, strict=True)))
+
+
+def test_what_is_asked_of_the_image_is_sent() -> None:
+    request = framed(
+        regions=[region(1, 2, 3, 4), region(5, 6, 7, 8)],
+        tiles=caption_pb2.Tiles(rows=2, cols=3),
+        resize=caption_pb2.RESIZE_LETTERBOX,
+    )
     sent = raw_inputs(ask(request))
     assert sent["REGIONS"] == ("INT32", [2, 4], struct.pack("<8i", *range(1, 9)))
+    assert sent["TILES"] == ("INT32", [2], struct.pack("<2i", 2, 3))
     assert sent["RESIZE"] == ("BYTES", [1], encode_strings([b"letterbox"]))
+
+
+def test_every_way_of_resizing_has_its_name_and_the_checkpoints_is_not_sent() -> None:
+    resizes = set(caption_pb2.Resize.values())
+    sent = {each: raw_inputs(ask(framed(resize=each))).get("RESIZE") for each in resizes}
+    assert sent.pop(caption_pb2.RESIZE_UNSPECIFIED) is None
+    assert sent.pop(caption_pb2.RESIZE_CHECKPOINT) is None
+    names = [decode_strings(resize[2])[0].decode() for resize in sent.values() if resize]
+    assert sorted(names) == sorted(set(RESIZES) - {"checkpoint"})
+
+
+@pytest.mark.parametrize(
+    ("framing", "fields"),
+    [
+        ({"regions": [region(0, 0, 1, 1), region(3, 0, 3, 1)]}, {"regions[1]"}),
+        ({"regions": [region(-1, 0, 3, 1)]}, {"regions[0]"}),
+        ({"regions": [region(0, 0, 1, 1)] * (MAX_REGIONS + 1)}, {"regions"}),
+        ({"tiles": caption_pb2.Tiles(rows=2)}, {"tiles"}),
+        ({"tiles": caption_pb2.Tiles()}, {"tiles"}),
+        ({"tiles": caption_pb2.Tiles(rows=5, cols=5)}, {"tiles"}),
+        ({"resize": 99}, {"resize"}),
+    ],
+)
+def test_what_no_image_has_is_refused_by_field_before_the_model_is_asked(
+    framing: dict[str, Any], fields: set[str]
+) -> None:
+    assert refusal(framed(**framing)) == fields
+
+
+@pytest.mark.parametrize(
+    ("framing", "fields"),
+    [
+        ({"regions": [region(0, 0, 1, 1)]}, {"regions"}),
+        ({"tiles": caption_pb2.Tiles(rows=1, cols=1)}, {"tiles"}),
+        ({"resize": caption_pb2.RESIZE_CENTER_CROP}, {"resize"}),
+    ],
+)
+def test_pixel_values_have_no_parts_and_one_size(framing: dict[str, Any], fields: set[str]) -> None:
+    request = caption_pb2.CaptionRequest(**framing)
+    values = struct.pack("<6f", *range(6))
+    request.image.pixel_values.MergeFrom(caption_pb2.PixelValues(height=1, width=2, values=values))
+    assert refusal(request) == fields
+
+
+def refusal(request: caption_pb2.CaptionRequest) -> set[str]:
+    """The fields with which a request is refused, by the gateway alone."""
+
+    async def run() -> grpc.aio.AioRpcError:
+        async with gateway_setup() as setup:
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await setup.stub.Caption(request, timeout=10)
+            assert setup.triton.requests == []
+            return raised.value
+
+    error = asyncio.run(run())
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert detail_of(error, error_details_pb2.ErrorInfo()).reason == "INVALID_FRAMING"
+    violations = detail_of(error, error_details_pb2.BadRequest()).field_violations
+    return {violation.field for violation in violations}
+
+
+def test_captions_of_parts_come_back_with_where_they_are() -> None:
+    whole, second = answer_to(good_outputs()).captions
+    answer = answer_to(with_region())
+    assert list(answer.captions) == [whole]
+    assert list(answer.regions) == [
+        caption_pb2.DescribedRegion(region=region(1, 2, 30, 40), captions=[second])
+    ]
+    without = with_region() | {
+        wire.REGION_BOXES: np.array([[1, 2, 3, 4], [0, 0, 1, 1]], "<i4"),
+        wire.REGION_CAPTIONS: np.array([0, 1], "<i4"),
+    }
+    assert [len(each.captions) for each in answer_to(without).regions] == [0, 1]
 
 
 def test_attention_is_cut_to_each_captions_tokens() -> None:

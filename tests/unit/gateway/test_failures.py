@@ -17,11 +17,11 @@ from captionserve_server.triton import wire
 from google.rpc import error_details_pb2, status_pb2
 
 from tests.unit.gateway.fake_triton import (
-    OPTIONAL,
     WAIT_SECONDS,
     FakeTriton,
     good_outputs,
     infer_response,
+    with_region,
 )
 from tests.unit.gateway.harness import detail_of, gateway_setup, request_of
 
@@ -35,7 +35,7 @@ def every_error() -> list[errors.CaptionServeError]:
     """One of each type of the tree."""
     return [
         error_type({"num_beams": "must be 1 to 16, is 99"})
-        if issubclass(error_type, errors.InvalidOptionsError)
+        if issubclass(error_type, (errors.InvalidFramingError, errors.InvalidOptionsError))
         else error_type("a sentence")
         for error_type in errors.all_error_types()
     ]
@@ -187,7 +187,7 @@ def without(spec: wire.TensorSpec) -> dict[Any, Any]:
 @pytest.mark.parametrize(
     "outputs",
     [
-        *(without(spec) for spec in wire.ANSWER if spec not in (wire.TEXT, *OPTIONAL)),
+        *(without(spec) for spec in wire.ANSWER if spec not in (wire.TEXT, *wire.WHERE_ASKED_FOR)),
         good_outputs() | {wire.TOKEN_LOGPROBS: np.zeros((2, 1), "<f4")},
         good_outputs() | {wire.TOKEN_TEXTS: np.full((2, 2), b"", np.object_)},
         good_outputs() | {wire.DEGENERATE: np.zeros(1, "?")},
@@ -200,6 +200,11 @@ def without(spec: wire.TensorSpec) -> dict[Any, Any]:
         good_outputs() | {wire.TOKEN_GROUNDINGS: np.zeros((2, 2), "<f4")},
         good_outputs() | {wire.REVIEW_REASONS: encode_strings([b"", b"a bad day"])},
         good_outputs() | {wire.REVIEW_REASONS: encode_strings([b""])},
+        {key: value for key, value in with_region().items() if key is not wire.REGION_CAPTIONS},
+        with_region() | {wire.REGION_CAPTIONS: np.array([2], "<i4")},
+        with_region() | {wire.REGION_CAPTIONS: np.array([3], "<i4")},
+        with_region() | {wire.REGION_CAPTIONS: np.array([1, 0], "<i4")},
+        with_region() | {wire.REGION_BOXES: np.zeros((1, 3), "<i4")},
         good_outputs() | {wire.TEXT: b"\x05\x00\x00\x00cut"},
         good_outputs() | {wire.TEXT: b"\x05\x00"},
         good_outputs() | {wire.TEXT: encode_strings([b"\xff", b"no UTF-8"])},

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 from captionserve.v1 import caption_pb2
+from captionserve_server.core.framing import MAX_REGIONS
 from google.rpc import error_details_pb2, status_pb2
 
 from tests.unit.gateway.fake_triton import WAIT_SECONDS
@@ -216,6 +217,7 @@ def test_models_say_what_is_served() -> None:
     assert model.defaults.num_beams == 4
     assert model.defaults.early_stopping == caption_pb2.EARLY_STOPPING_TRUE
     assert answer.limits.window == 7
+    assert answer.limits.regions == MAX_REGIONS
     assert answer.limits.message_bytes == 64 * 2**20
     assert answer.limits.deadline_cap.ToMilliseconds() == 1500
     assert "num_beams" in {option.name for option in answer.limits.options}

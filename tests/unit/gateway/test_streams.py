@@ -19,7 +19,6 @@ from google.rpc import error_details_pb2
 from tritonclient.grpc import service_pb2
 
 from tests.unit.gateway.fake_triton import (
-    OPTIONAL,
     WAIT_SECONDS,
     FakeTriton,
     good_outputs,
@@ -235,7 +234,7 @@ def test_no_triton_is_model_unavailable() -> None:
         part_outputs("a", 5) | {wire.NEW_TEXT: b"\x05\x00\x00\x00cut"},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros((1, 1), "<i4")},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros(1, "<i8")},
-        *(without(spec) for spec in wire.ANSWER if spec not in OPTIONAL),
+        *(without(spec) for spec in wire.ANSWER if spec not in wire.WHERE_ASKED_FOR),
     ],
 )
 def test_an_answer_that_makes_no_sense_is_a_model_fault(outputs: dict[Any, Any]) -> None:

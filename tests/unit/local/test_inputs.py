@@ -12,7 +12,7 @@ import pytest
 from captionserve._images import encode_image, image_message
 from captionserve_server.core.errors import ImageTooManyPixelsError
 from captionserve_server.core.preprocessing import PreprocessorConfig, preprocess
-from captionserve_server.local.images import image_pixels
+from captionserve_server.local.images import image_views
 from PIL import Image
 
 from tests.pictures import grey_png
@@ -61,23 +61,23 @@ def test_an_image_is_what_the_client_takes(
     path = tmp_path / "image.png"
     path.write_bytes(content)
     np.testing.assert_array_equal(
-        image_pixels(given(path, content), CONFIG), preprocess(content, CONFIG)
+        image_views(given(path, content), CONFIG).whole, preprocess(content, CONFIG).whole
     )
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_picture_of_any_mode_is_seen_as_the_service_sees_it(mode: str) -> None:
     image = in_mode(mode)
-    sent = preprocess(encode_image(image), CONFIG)
-    np.testing.assert_array_equal(image_pixels(image, CONFIG), sent)
+    sent = preprocess(encode_image(image), CONFIG).whole
+    np.testing.assert_array_equal(image_views(image, CONFIG).whole, sent)
 
 
 def test_a_picture_with_a_transparent_colour_is_seen_as_the_service_sees_it() -> None:
     image = picture(seed=3).convert("P")
     image.info["transparency"] = image.getpixel((0, 0))
-    opaque = image_pixels(picture(seed=3).convert("P"), CONFIG)
-    seen = image_pixels(image, CONFIG)
-    np.testing.assert_array_equal(seen, preprocess(encode_image(image), CONFIG))
+    opaque = image_views(picture(seed=3).convert("P"), CONFIG).whole
+    seen = image_views(image, CONFIG).whole
+    np.testing.assert_array_equal(seen, preprocess(encode_image(image), CONFIG).whole)
     assert (seen != opaque).any()
 
 
@@ -86,9 +86,9 @@ def test_a_picture_is_turned_upright() -> None:
     exif[0x0112] = 6
     file = io.BytesIO()
     picture(seed=4).save(file, "PNG", exif=exif)
-    turned = image_pixels(Image.open(file), CONFIG)
-    np.testing.assert_array_equal(turned, preprocess(file.getvalue(), CONFIG))
-    assert (turned != image_pixels(picture(seed=4), CONFIG)).any()
+    turned = image_views(Image.open(file), CONFIG).whole
+    np.testing.assert_array_equal(turned, preprocess(file.getvalue(), CONFIG).whole)
+    assert (turned != image_views(picture(seed=4), CONFIG).whole).any()
 
 
 @pytest.mark.parametrize("depth", [2, 4, 16])
@@ -97,11 +97,11 @@ def test_a_colour_key_of_a_picture_not_yet_read_is_the_files(depth: int) -> None
         depth, b"\0" + bytes(8) + b"\0" + b"\x11" * 8, 64 // depth, 2, 0x1111 % 2**depth
     )
     image = Image.open(io.BytesIO(content))
-    seen = image_pixels(image, AS_IT_IS)
+    seen = image_views(image, AS_IT_IS).whole
     assert (seen[:, 0] == 0).all()
     assert (seen == 255).any()
-    np.testing.assert_array_equal(seen, preprocess(content, AS_IT_IS))
-    np.testing.assert_array_equal(seen, preprocess(encode_image(image), AS_IT_IS))
+    np.testing.assert_array_equal(seen, preprocess(content, AS_IT_IS).whole)
+    np.testing.assert_array_equal(seen, preprocess(encode_image(image), AS_IT_IS).whole)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_what_is_no_image_is_refused_as_the_client_refuses_it(wrong: Any) -> Non
     with pytest.raises((TypeError, ValueError, OSError)) as client:
         image_message(wrong)
     with pytest.raises(type(client.value)) as local:
-        image_pixels(wrong, CONFIG)
+        image_views(wrong, CONFIG)
     assert str(local.value) == str(client.value)
 
 
 def test_pictures_in_memory_have_the_files_limit() -> None:
     with pytest.raises(ImageTooManyPixelsError):
-        image_pixels(Image.new("1", (10_000, 5_001)), CONFIG)
+        image_views(Image.new("1", (10_000, 5_001)), CONFIG)

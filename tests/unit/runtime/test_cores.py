@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from captionserve_server.runtime.control_groups import ControlGroup, control_groups
 from captionserve_server.runtime.cores import (
     THREADS_VARIABLE,
-    CpuGroup,
     available_cores,
-    cpu_groups,
     default_threads,
     parse_cfs_quota,
     parse_cpu_max,
@@ -81,25 +80,29 @@ def test_only_whole_cores_count_and_at_least_one(
 
 
 def test_groups_of_version_2() -> None:
-    assert cpu_groups("0::/system.slice/us.service\n", V2_MOUNTS.format(mount="/sys/c")) == [
-        CpuGroup(2, Path("/sys/c/system.slice/us.service"), Path("/sys/c"))
-    ]
+    assert control_groups(
+        "0::/system.slice/us.service\n", V2_MOUNTS.format(mount="/sys/c"), "cpu"
+    ) == [ControlGroup(2, Path("/sys/c/system.slice/us.service"), Path("/sys/c"))]
 
 
 def test_groups_of_version_1_lie_below_what_is_mounted() -> None:
     mount = Path("/sys/c/cpu,cpuacct")
-    assert cpu_groups(V1_CGROUP, V1_MOUNTS.format(mount="/sys/c")) == [CpuGroup(1, mount, mount)]
+    assert control_groups(V1_CGROUP, V1_MOUNTS.format(mount="/sys/c"), "cpu") == [
+        ControlGroup(1, mount, mount)
+    ]
 
 
 def test_groups_of_both_versions_side_by_side() -> None:
     mounts = V1_MOUNTS + V2_MOUNTS.replace("{mount}", "{mount}/unified")
-    found = cpu_groups(V1_CGROUP, mounts.format(mount="/sys/c"))
+    found = control_groups(V1_CGROUP, mounts.format(mount="/sys/c"), "cpu")
     assert [group.version for group in found] == [1, 2]
 
 
 @pytest.mark.parametrize("path", ["/../../other", "/elsewhere"])
 def test_a_group_that_is_not_to_be_seen_is_taken_for_the_topmost(path: str) -> None:
-    (group,) = cpu_groups(f"0::{path}\n", "31 23 0:28 /mine /sys/c ro - cgroup2 cgroup rw\n")
+    (group,) = control_groups(
+        f"0::{path}\n", "31 23 0:28 /mine /sys/c ro - cgroup2 cgroup rw\n", "cpu"
+    )
     assert group.folder == Path("/sys/c")
 
 

@@ -55,7 +55,7 @@ class Setup:
         self.answering = Answering(self.finisher, ROOM, self.died.append)
 
     def accept(
-        self, *, streams: bool = False, prefix: tuple[int, ...] = ()
+        self, *, streams: bool = False, prefix: tuple[int, ...] = (), views: int = 1
     ) -> tuple[InferenceRequest, Any]:
         """A request that has entered, and its captioning."""
         from captionserve_server.triton.answers import Captioning
@@ -63,9 +63,9 @@ class Setup:
 
         request = request_of()
         plan = CaptionPlan(DecodingOptions(), WordTokens(prefix))
-        self.answering.enter()
+        self.answering.enter(views)
         stream = TextStream(decode) if streams else None
-        return request, Captioning(self.answering, Caller(request), plan, stream)
+        return request, Captioning(self.answering, Caller(request), plan, views, stream)
 
 
 @pytest.fixture
@@ -143,13 +143,13 @@ def test_captions_of_any_lengths_can_be_read_from_their_tensors(
     ]
     tensors = caption_tensors(told)
     longest = max(map(len, ids))
-    optional = {
+    asked_for = {
         wire.ATTENTIONS: grids,
         wire.TOKEN_GROUNDINGS: grounded,
         wire.REVIEW_REASONS: reasons and len(ids) > 1,
     }
-    left_out = {spec for spec, is_there in optional.items() if not is_there}
-    assert set(tensors) == set(wire.CAPTIONS) - left_out
+    wanted = set(wire.CAPTIONS).difference(wire.WHERE_ASKED_FOR)
+    assert set(tensors) == wanted | {spec for spec, is_there in asked_for.items() if is_there}
     for row, caption in enumerate(told):
         length = len(caption.token_ids)
         assert tensors[wire.TEXT][row] == caption.text.encode()
@@ -201,11 +201,34 @@ def test_tensors_have_the_types_that_their_specs_say() -> None:
         "TYPE_FP64": np.float64,
     }
     grid = np.zeros((2, 2, 2), np.float32)
-    tensors = caption_tensors([finished((1, 2), grid, grounded=True, reasons=("degenerate",))])
+    told = [finished((1, 2), grid, grounded=True, reasons=("degenerate",))]
+    tensors = caption_tensors(told, [((0, 0, 1, 1), told)])
     assert set(tensors) == set(wire.CAPTIONS)
     for spec, array in tensors.items():
         assert array.dtype == types[spec.data_type], spec.name
         assert array.ndim == len(spec.dims), spec.name
+
+
+def test_an_image_with_parts_takes_the_room_of_each(setup: Setup) -> None:
+    with pytest.raises(OverloadedError):
+        setup.accept(views=ROOM + 1)
+    request, captioning = setup.accept(views=ROOM)
+    with pytest.raises(OverloadedError):
+        setup.accept()
+    captioning.end(CancelledError("the caller has gone"))
+    assert error_of(request).reason == "CANCELLED"
+    wait_until(lambda: has_room(setup))
+
+
+def test_captions_of_parts_follow_those_of_the_whole(setup: Setup) -> None:
+    request, captioning = setup.accept(views=2)
+    captioning.boxes = [(0, 1, 2, 3), (4, 5, 6, 7), (1, 1, 2, 2)]
+    captioning.end([[decoded(1), decoded(2)], [decoded(3, 4, 5)], [], [decoded(6)]])
+    outputs = outputs_of(answer_of(request))
+    assert outputs["TEXT"].tolist() == [b"b", b"c", b"def", b"g"]
+    assert outputs["TOKEN_IDS"][2].tolist() == [3, 4, 5]
+    assert outputs["REGION_BOXES"].tolist() == [list(box) for box in captioning.boxes]
+    assert outputs["REGION_CAPTIONS"].tolist() == [1, 0, 1]
 
 
 def test_one_more_than_there_is_room_for_is_refused_until_one_is_answered(setup: Setup) -> None:
@@ -215,7 +238,7 @@ def test_one_more_than_there_is_room_for_is_refused_until_one_is_answered(setup:
     with pytest.raises(OverloadedError):
         setup.accept()
     assert setup.answering.unanswered == ROOM
-    captioning.end([decoded(1)])
+    captioning.end([[decoded(1)]])
     answer_of(first)
     wait_until(lambda: setup.answering.unanswered == ROOM - 1)
     setup.accept()
@@ -223,7 +246,7 @@ def test_one_more_than_there_is_room_for_is_refused_until_one_is_answered(setup:
 
 def test_all_captions_of_an_image_are_one_answer(setup: Setup) -> None:
     request, captioning = setup.accept()
-    captioning.end([decoded(1, 2), decoded(3)])
+    captioning.end([[decoded(1, 2), decoded(3)]])
     assert outputs_of(answer_of(request))["TEXT"].tolist() == [b"bc", b"d"]
     assert len(request.sender.responses) == 1
 
@@ -240,7 +263,7 @@ def test_words_heard_at_any_pace_make_the_caption(
     request, captioning = setup.accept(streams=True, prefix=prefix)
     for certain in heard:
         captioning.hear(lambda certain=certain: tokens[:certain])
-    captioning.end([decoded(*tokens)])
+    captioning.end([[decoded(*tokens)]])
     assert not answer_of(request).has_error()
     parts = parts_of(request)
     news = [part["NEW_TOKEN_IDS"].tolist() for part in parts]
@@ -258,7 +281,7 @@ def test_who_wants_no_words_is_told_none_and_costs_no_search_of_them(setup: Setu
         raise AssertionError("it was asked for")
 
     captioning.hear(certain)
-    captioning.end([decoded(1)])
+    captioning.end([[decoded(1)]])
     answer_of(request)
     assert parts_of(request) == []
 
@@ -287,29 +310,29 @@ def test_a_failure_of_ours_is_told_and_any_other_is_a_fault(setup: Setup) -> Non
 def test_a_caption_that_cannot_be_told_is_a_fault_and_its_room_comes_back(setup: Setup) -> None:
     setup.finisher.fails = True
     request, captioning = setup.accept()
-    captioning.end([decoded(1)])
+    captioning.end([[decoded(1)]])
     assert error_of(request).reason == "MODEL_FAULT"
     wait_until(lambda: has_room(setup))
     setup.finisher.fails = False
     request, captioning = setup.accept()
-    captioning.end([decoded(1)])
+    captioning.end([[decoded(1)]])
     assert not answer_of(request).has_error()
 
 
-@pytest.mark.parametrize("outcome", [[decoded(1)], OverloadedError("no room")])
+@pytest.mark.parametrize("answer", [[[decoded(1)]], OverloadedError("no room")])
 def test_an_answer_that_cannot_be_sent_gives_its_room_back(
-    setup: Setup, outcome: list[DecodedCaption] | CaptionServeError
+    setup: Setup, answer: list[list[DecodedCaption]] | CaptionServeError
 ) -> None:
     lost, captioning = setup.accept(streams=True)
     lost.sender.fails = True
     captioning.hear(lambda: (1,))
-    captioning.end(outcome)
+    captioning.end(answer)
     wait_until(lambda: has_room(setup))
     assert lost.sender.final.is_set()
     line = "an answer could not be sent: RuntimeError: the response cannot be sent"
     wait_until(lambda: Logger.lines == [line] * 2)
     request, captioning = setup.accept()
-    captioning.end([decoded(1)])
+    captioning.end([[decoded(1)]])
     assert not answer_of(request).has_error()
 
 
@@ -323,7 +346,7 @@ def test_what_is_to_be_sent_at_closing_is_sent(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(setup.finisher, "finished", finished_while_closing)
     accepted = [setup.accept() for _ in range(ROOM)]
     for _, captioning in accepted:
-        captioning.end([decoded(1)])
+        captioning.end([[decoded(1)]])
     setup.answering.close(WAIT_SECONDS)
     for request, _ in accepted:
         assert request.sender.final.is_set()
@@ -334,6 +357,6 @@ def test_what_is_to_be_sent_at_closing_is_sent(monkeypatch: pytest.MonkeyPatch) 
 def test_the_engine_sees_of_a_captioning_what_its_caller_is(setup: Setup) -> None:
     _, captioning = setup.accept()
     assert not captioning.has_gone
-    captioning._caller.has_gone, captioning._caller.deadline = True, 5.0
+    captioning.caller.has_gone, captioning.caller.deadline = True, 5.0
     assert captioning.has_gone
     assert captioning.deadline == 5.0

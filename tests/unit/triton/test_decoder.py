@@ -99,8 +99,8 @@ def test_a_message_is_answered_with_every_tensor_of_a_caption(setup: Setup) -> N
     outputs = outputs_of(answer_of(setup.ask()))
     from captionserve_server.triton import wire
 
-    asked_for = {wire.ATTENTIONS, wire.TOKEN_GROUNDINGS, wire.REVIEW_REASONS}
-    assert set(outputs) == {spec.name for spec in set(wire.ANSWER) - asked_for}
+    names = {spec.name for spec in wire.ANSWER} - {spec.name for spec in wire.WHERE_ASKED_FOR}
+    assert set(outputs) == names
     assert outputs["TOKEN_IDS"].shape == outputs["TOKEN_LOGPROBS"].shape
     assert setup.unanswered == 0
 
@@ -172,7 +172,7 @@ def test_pixel_values_of_the_processor_give_the_caption_of_the_file(setup: Setup
     from captionserve_server.core.preprocessing import preprocess
 
     config = setup.model._preprocessor
-    pixels = preprocess(IMAGE, config).astype(np.float32)
+    pixels = preprocess(IMAGE, config).whole.astype(np.float32)
     mean, std = (
         np.array(of, np.float32)[:, None, None] for of in (config.image_mean, config.image_std)
     )
@@ -190,8 +190,13 @@ def test_pixel_values_of_the_processor_give_the_caption_of_the_file(setup: Setup
         ({"OPTIONS": "[]"}, "INVALID_OPTIONS"),
         ({"IMAGE": b"no image"}, "UNSUPPORTED_IMAGE_FORMAT"),
         ({"PIXEL_VALUES": np.zeros((3, 4, 4), np.float32)}, "INVALID_REQUEST"),
-        ({"REGIONS": np.zeros((1, 4), np.int32)}, "INVALID_REQUEST"),
-        ({"RESIZE": "letterbox"}, "INVALID_REQUEST"),
+        ({"REGIONS": np.zeros((1, 4), np.int32)}, "INVALID_FRAMING"),
+        # Beyond the picture, which is 60 x 44.
+        ({"REGIONS": np.array([[0, 0, 60, 45]], np.int32)}, "INVALID_FRAMING"),
+        ({"TILES": np.array([5, 5], np.int32)}, "INVALID_FRAMING"),
+        ({"RESIZE": "squash"}, "INVALID_FRAMING"),
+        ({"RESIZE": b"\xff"}, "INVALID_FRAMING"),
+        ({"REGIONS": np.array([[0, 0, 9, 9]], np.int32), "IMAGE": IMAGE[:99]}, "IMAGE_CORRUPT"),
     ],
 )
 def test_a_wrong_message_is_told_and_takes_no_room(
@@ -199,6 +204,90 @@ def test_a_wrong_message_is_told_and_takes_no_room(
 ) -> None:
     assert error_of(setup.ask(**inputs)).reason == reason
     wait_until(lambda: setup.unanswered == 0)
+
+
+def test_parts_are_captioned_as_files_of_their_pixels_would_be(setup: Setup) -> None:
+    boxes = [(5, 3, 41, 44), (0, 0, 1, 1), (5, 3, 41, 44)]
+    asked = setup.ask(
+        REGIONS=np.array(boxes, np.int32),
+        TILES=np.array([1, 2], np.int32),
+        RESIZE="letterbox",
+        OPTIONS=json.dumps({"num_beams": 2, "num_return_sequences": 2, "max_length": 12}),
+    )
+    outputs = outputs_of(answer_of(asked))
+    boxes += [(0, 0, 30, 44), (30, 0, 60, 44)]
+    assert outputs["REGION_BOXES"].tolist() == [list(box) for box in boxes]
+    assert outputs["REGION_CAPTIONS"].tolist() == [2] * 5
+    alone = [
+        outputs_of(
+            answer_of(
+                setup.ask(
+                    IMAGE=png(picture(1).crop(box)),
+                    RESIZE="letterbox",
+                    OPTIONS=json.dumps(
+                        {"num_beams": 2, "num_return_sequences": 2, "max_length": 12}
+                    ),
+                )
+            )
+        )
+        for box in [(0, 0, 60, 44), *boxes]
+    ]
+    assert outputs["TEXT"].tolist() == [text for each in alone for text in each["TEXT"]]
+    np.testing.assert_allclose(
+        outputs["SCORE"], np.concatenate([each["SCORE"] for each in alone]), atol=1e-5
+    )
+    wait_until(lambda: setup.unanswered == 0 and setup.running == 0)
+
+
+def test_attention_that_fits_into_no_answer_is_refused(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from captionserve_server.triton import decoder
+
+    # Of 4 x 4 patches, 4 bytes each: 2 captions of 12 tokens for the whole and 2 parts.
+    monkeypatch.setattr(decoder, "_MAX_ATTENTION_BYTES", 3 * 2 * 12 * 16 * 4)
+    given = {"num_beams": 2, "num_return_sequences": 2, "max_length": 12, "output_attentions": True}
+    fits = setup.ask(TILES=np.array([1, 2], np.int32), OPTIONS=json.dumps(given))
+    assert outputs_of(answer_of(fits))["ATTENTIONS"].nbytes <= decoder._MAX_ATTENTION_BYTES
+    error = error_of(setup.ask(TILES=np.array([1, 3], np.int32), OPTIONS=json.dumps(given)))
+    assert set(error.field_violations) == {"output_attentions"}
+    without = json.dumps(given | {"output_attentions": False})
+    plain = setup.ask(TILES=np.array([1, 3], np.int32), OPTIONS=without)
+    assert not answer_of(plain).has_error()
+    wait_until(lambda: setup.unanswered == 0)
+
+
+def test_pixel_values_have_no_parts(setup: Setup) -> None:
+    request = request_of(
+        PIXEL_VALUES=np.zeros((3, 32, 32), np.float32), TILES=np.array([1, 1], np.int32)
+    )
+    setup.model.execute([request])
+    error = error_of(request)
+    assert error.reason == "INVALID_FRAMING"
+    assert set(error.field_violations) == {"tiles"}
+
+
+def test_a_stream_tells_the_wholes_words_and_the_parts_at_the_end(setup: Setup) -> None:
+    plain = outputs_of(answer_of(setup.ask()))
+    stream = setup.ask(STREAM=True, TILES=np.array([2, 2], np.int32))
+    answer_of(stream)
+    *parts, last = [outputs_of(response) for response in stream.sender.responses]
+    tokens = np.concatenate([part["NEW_TOKEN_IDS"] for part in parts])
+    assert tokens.tolist() == plain["TOKEN_IDS"][0].tolist()
+    assert last["TEXT"][0] == plain["TEXT"][0]
+    assert len(last["TEXT"]) == 5
+
+
+def test_a_question_with_parts_takes_its_whole_room_or_none(
+    model_repository: Repositories,
+) -> None:
+    setup = Setup(model_repository("projected"), max_requests=4)
+    refused = setup.ask(TILES=np.array([2, 2], np.int32))
+    assert error_of(refused).reason == "OVERLOADED"
+    taken = setup.ask(TILES=np.array([1, 3], np.int32))
+    assert not answer_of(taken).has_error()
+    wait_until(lambda: setup.unanswered == 0)
+    setup.model.finalize()
 
 
 def test_it_says_which_version_it_is_and_what_its_defaults_are(setup: Setup) -> None:
@@ -271,7 +360,7 @@ def test_unloading_answers_everybody(model_repository: Repositories) -> None:
 
 
 faults = st.lists(
-    st.sampled_from(["fine", "fine", "encoder", "step", "sender", "image", "metric", "cancel"]),
+    st.sampled_from(["fine", "parts", "encoder", "step", "sender", "image", "metric", "cancel"]),
     min_size=1,
     max_size=10,
 )
@@ -298,7 +387,11 @@ def test_whatever_fails_everybody_is_answered_once_and_all_room_comes_back(
     requests = []
     for number, kind in enumerate(kinds):
         image = b"no image" if kind == "image" else IMAGE
-        request = request_of(IMAGE=image, OPTIONS=SHORT, STREAM=number % 2 == 0)
+        # Of every kind some have parts.
+        parts: dict[str, Any] = {}
+        if kind == "parts" or number % 3 == 0:
+            parts["TILES"] = np.array([1, 3], np.int32)
+        request = request_of(IMAGE=image, OPTIONS=SHORT, STREAM=number % 2 == 0, **parts)
         request.sender.fails = kind == "sender"
         request.sender.cancelled = kind == "cancel"
         requests.append(request)

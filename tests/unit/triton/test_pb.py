@@ -13,6 +13,7 @@ from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,
     DeadlineExceededError,
+    InvalidFramingError,
     InvalidOptionsError,
     InvalidRequestError,
     ModelFaultError,
@@ -43,7 +44,7 @@ TYPES = all_error_types()
 
 
 def made(error_type: type[CaptionServeError], text: str, field: str) -> CaptionServeError:
-    if issubclass(error_type, InvalidOptionsError):
+    if issubclass(error_type, (InvalidFramingError, InvalidOptionsError)):
         return error_type({field: text})
     return error_type(text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from captionserve_server.core.errors import (
     CaptionServeError,
+    InvalidFramingError,
     InvalidOptionsError,
     all_error_types,
 )
@@ -12,7 +13,7 @@ from captionserve_server.triton.wire import error_of_text, error_text
 
 
 def example(error_type: type[CaptionServeError]) -> CaptionServeError:
-    if issubclass(error_type, InvalidOptionsError):
+    if issubclass(error_type, (InvalidFramingError, InvalidOptionsError)):
         return error_type({"num_beams": "must be 1 to 16, is 0"})
     return error_type("something is wrong")
 

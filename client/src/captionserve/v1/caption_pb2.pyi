@@ -62,7 +62,9 @@ class _ResizeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Resize.ValueTy
     RESIZE_CENTER_CROP: _Resize.ValueType  # 2
     """The shorter side is resized to fit, and the middle of the longer one kept."""
     RESIZE_LETTERBOX: _Resize.ValueType  # 3
-    """The longer side is resized to fit, and the shorter one padded."""
+    """The longer side is resized to fit, and the shorter one padded on both sides, with the colour that
+    normalising makes 0.
+    """
 
 class Resize(_Resize, metaclass=_ResizeEnumTypeWrapper):
     """Resize says how an image gets the size that the checkpoint reads."""
@@ -74,7 +76,9 @@ RESIZE_CHECKPOINT: Resize.ValueType  # 1
 RESIZE_CENTER_CROP: Resize.ValueType  # 2
 """The shorter side is resized to fit, and the middle of the longer one kept."""
 RESIZE_LETTERBOX: Resize.ValueType  # 3
-"""The longer side is resized to fit, and the shorter one padded."""
+"""The longer side is resized to fit, and the shorter one padded on both sides, with the colour that
+normalising makes 0.
+"""
 Global___Resize: _TypeAlias = Resize  # noqa: Y015
 
 class _Rerank:
@@ -452,12 +456,15 @@ class Limits(_message.Message):
     DEADLINE_CAP_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
     message_bytes: _builtins.int
     """Bytes of a message."""
     image_pixels: _builtins.int
     """Pixels of an image."""
     window: _builtins.int
     """Items of a CaptionMany call that may be unanswered."""
+    regions: _builtins.int
+    """Regions and tiles of one image together."""
     @_builtins.property
     def deadline_cap(self) -> _duration_pb2.Duration:
         """Longest time a caption may take."""
@@ -474,10 +481,11 @@ class Limits(_message.Message):
         deadline_cap: _duration_pb2.Duration | None = ...,
         window: _builtins.int = ...,
         options: _abc.Iterable[Global___OptionLimits] | None = ...,
+        regions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_cap", b"deadline_cap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_cap", b"deadline_cap", "image_pixels", b"image_pixels", "message_bytes", b"message_bytes", "options", b"options", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_cap", b"deadline_cap", "image_pixels", b"image_pixels", "message_bytes", b"message_bytes", "options", b"options", "regions", b"regions", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -640,11 +648,12 @@ class CaptionRequest(_message.Message):
     RESIZE_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TILES_FIELD_NUMBER: _builtins.int
     bypass_cache: _builtins.bool
     """Compute the answer anew, whatever the server remembers."""
     resize: Global___Resize.ValueType
-    """How the image gets the size that the checkpoint reads. This version refuses all but
-    RESIZE_UNSPECIFIED.
+    """How the image, and each part of it, gets the size that the checkpoint reads. Of pixel_values, which
+    have it, the checkpoint's way only.
     """
     model_version: _builtins.int
     """Which version of the model shall answer; 0 for the default. NOT_FOUND where it is not served."""
@@ -660,7 +669,13 @@ class CaptionRequest(_message.Message):
 
     @_builtins.property
     def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Region]:
-        """Parts of the image to describe. This version refuses them."""
+        """Parts of the image to describe beside the whole, each as if it were an image of its own. With
+        pixel_values there are none.
+        """
+
+    @_builtins.property
+    def tiles(self) -> Global___Tiles:
+        """A grid over the image, whose cells are described as regions are, behind them, row by row."""
 
     def __init__(
         self,
@@ -672,14 +687,41 @@ class CaptionRequest(_message.Message):
         resize: Global___Resize.ValueType = ...,
         model_version: _builtins.int = ...,
         priority: Global___Priority.ValueType = ...,
+        tiles: Global___Tiles | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "options", b"options", "tiles", b"tiles"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_cache", b"bypass_cache", "image", b"image", "model_version", b"model_version", "options", b"options", "priority", b"priority", "regions", b"regions", "resize", b"resize"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_cache", b"bypass_cache", "image", b"image", "model_version", b"model_version", "options", b"options", "priority", b"priority", "regions", b"regions", "resize", b"resize", "tiles", b"tiles"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CaptionRequest: _TypeAlias = CaptionRequest  # noqa: Y015
+
+@_typing.final
+class Tiles(_message.Message):
+    """Tiles is a grid of cells, as equal as whole pixels allow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    COLS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Rows of cells. Range: 1 to the image's height."""
+    cols: _builtins.int
+    """Columns of cells. Range: 1 to the image's width."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        cols: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cols", b"cols", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tiles: _TypeAlias = Tiles  # noqa: Y015
 
 @_typing.final
 class Region(_message.Message):
@@ -1053,13 +1095,18 @@ class CaptionResponse(_message.Message):
     CAPTIONS_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     CACHED_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
     model_version: _builtins.int
     """The model version that answered."""
     cached: _builtins.bool
     """Whether the answer was there already: remembered, or computed for an identical request."""
     @_builtins.property
     def captions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Caption]:
-        """The captions, best first; num_return_sequences of them."""
+        """The captions of the whole image, best first; num_return_sequences of them."""
+
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DescribedRegion]:
+        """The parts that were asked for: regions, then tiles row by row."""
 
     def __init__(
         self,
@@ -1067,14 +1114,47 @@ class CaptionResponse(_message.Message):
         captions: _abc.Iterable[Global___Caption] | None = ...,
         model_version: _builtins.int = ...,
         cached: _builtins.bool = ...,
+        regions: _abc.Iterable[Global___DescribedRegion] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "captions", b"captions", "model_version", b"model_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "captions", b"captions", "model_version", b"model_version", "regions", b"regions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CaptionResponse: _TypeAlias = CaptionResponse  # noqa: Y015
+
+@_typing.final
+class DescribedRegion(_message.Message):
+    """DescribedRegion is a part of an image, and what it shows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: _builtins.int
+    CAPTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def region(self) -> Global___Region:
+        """Where it is."""
+
+    @_builtins.property
+    def captions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Caption]:
+        """Its captions, best first, as those of an image of its own. None where allow_partial was set and the
+        deadline came before its first word.
+        """
+
+    def __init__(
+        self,
+        *,
+        region: Global___Region | None = ...,
+        captions: _abc.Iterable[Global___Caption] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["region", b"region"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["captions", b"captions", "region", b"region"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribedRegion: _TypeAlias = DescribedRegion  # noqa: Y015
 
 @_typing.final
 class Caption(_message.Message):

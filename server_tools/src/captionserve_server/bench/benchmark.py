@@ -16,7 +16,7 @@ from captionserve_server.bench.peers.engine import BareGraphs, Edge
 from captionserve_server.bench.peers.generate import load_transformers, optimum_peer
 from captionserve_server.bench.peers.naive import naive_triton_peer
 from captionserve_server.bench.peers.service import service_peer
-from captionserve_server.bench.peers.system import Load, Peer
+from captionserve_server.bench.peers.system import IN_BULK, Load, Peer
 from captionserve_server.bench.peers.worker import running_worker
 from captionserve_server.bench.report import Comparison, Report
 from captionserve_server.bench.rounds import Rounds
@@ -91,6 +91,8 @@ def _plans(checkpoint: str, repositories: Mapping[Precision, Path]) -> list[Peer
     calls = [Load(calls, "in flight") for calls in (1, 4, 16, 32, 64)]
     streams_among_calls = Load(32, "in flight", streams=16)
     at_once = [Load(calls, "at once") for calls in (1, 16)]
+    # As many images as with 16 calls.
+    in_bulk = Load(16, IN_BULK)
     transformers = partial(running_worker, partial(load_transformers, checkpoint))
     optimum = partial(optimum_peer, checkpoint, _OPTIMUM_FOLDER)
     plans = [
@@ -105,7 +107,9 @@ def _plans(checkpoint: str, repositories: Mapping[Precision, Path]) -> list[Peer
         service = partial(service_peer, repository)
         plans += [
             PeerPlan(f"bare graphs {name}", precision, [Load(16, "batch")], graphs),
-            PeerPlan(f"edge {name}", precision, at_once, edge),
-            PeerPlan(f"captionserve {name}", precision, [*calls, streams_among_calls], service),
+            PeerPlan(f"edge {name}", precision, [*at_once, in_bulk], edge),
+            PeerPlan(
+                f"captionserve {name}", precision, [*calls, streams_among_calls, in_bulk], service
+            ),
         ]
     return plans

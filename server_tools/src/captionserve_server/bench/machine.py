@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,26 +17,24 @@ from onnxruntime import InferenceSession
 
 from captionserve_server.bench.cost_model import MachineRates
 from captionserve_server.runtime.cores import available_cores
+from captionserve_server.runtime.processor import processor
 
 # Rows, inner width and columns of the matrix product: a feed-forward layer over many images.
 _PRODUCT = (1024, 1024, 4096)
 # Far more than any cache holds, in all threads together.
 _READ_BYTES = 512 * 2**20
 _REPEATS = 5
-# Instruction sets that decide how fast these are.
-_TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 # Optimum's are said where it is installed.
 _PACKAGES = ("captionserve-server", "onnxruntime", "torch", "transformers", "tritonclient")
 
 
 def machine_facts() -> dict[str, object]:
     """Cores, processor, memory and the packages that are measured; no names and no paths."""
-    pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    cpu = {name.strip(): value.strip() for name, _, value in pairs}
+    cpu = processor()
     return {
         "cores": available_cores(),
-        "processor": cpu.get("model name", "unknown"),
-        "instructions": [flag for flag in _TELLING_FLAGS if flag in cpu.get("flags", "").split()],
+        "processor": cpu.name,
+        "instructions": list(cpu.instructions),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "versions": {name: version(name) for name in _PACKAGES},
     }

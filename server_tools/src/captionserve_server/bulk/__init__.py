@@ -5,4 +5,6 @@ captioners  who captions: services, or a model repository in this process
 run         reads ahead, captions, and keeps what has become of each item
 journal     what has become of each item so far, on disk
 outputs     the table that comes of it; sidecars beside the images
+parts       tables in batches of rows, each of which becomes one file
+on_ray      the actors of a Ray cluster, who make parts
 """

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from captionserve import CaptionClient, CaptionResult, GenerationOptions, Outcome
+from captionserve import CaptionClient, CaptionResult, Framing, GenerationOptions, Outcome
 
 if TYPE_CHECKING:
     from captionserve_server.local import LocalCaptioner
@@ -39,9 +39,10 @@ class Captioner(Protocol):
 class Service:
     """A running service."""
 
-    def __init__(self, client: CaptionClient) -> None:
-        """Ask by this client, whose timeout is that of each image."""
+    def __init__(self, client: CaptionClient, framing: Framing | None = None) -> None:
+        """Ask by this client, whose timeout is that of each image, for what is in the framing."""
         self._client = client
+        self._framing = framing or Framing()
 
     def model(self) -> dict[str, object]:
         """The version that is asked when none is named."""
@@ -52,15 +53,16 @@ class Service:
 
     def outcomes(self, images: Iterable[bytes], options: GenerationOptions) -> Outcomes:
         """By CaptionMany, with the window that the service wants."""
-        return self._client.caption_many(images, options, ordered=False)
+        return self._client.caption_many(images, options, ordered=False, **self._framing)
 
 
 class Local:
     """A model in this process."""
 
-    def __init__(self, captioner: LocalCaptioner) -> None:
-        """Caption with this one."""
+    def __init__(self, captioner: LocalCaptioner, framing: Framing | None = None) -> None:
+        """Caption with this one, as the framing says."""
         self._captioner = captioner
+        self._framing = framing or Framing()
 
     def model(self) -> dict[str, object]:
         """The version that was loaded."""
@@ -71,7 +73,8 @@ class Local:
         # ONNX Runtime takes a while to import, and a service does not need it.
         from captionserve_server.bulk.local_outcomes import local_outcomes
 
-        for index, found in enumerate(local_outcomes(self._captioner, images, options)):
+        outcomes = local_outcomes(self._captioner, images, options, self._framing)
+        for index, found in enumerate(outcomes):
             if isinstance(found, CaptionResult):
                 yield Outcome(index, found, None)
             else:

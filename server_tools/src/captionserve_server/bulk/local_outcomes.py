@@ -12,7 +12,9 @@ from captionserve import (
     Caption,
     CaptionError,
     CaptionResult,
+    DescribedRegion,
     FinishReason,
+    Framing,
     GenerationOptions,
     ReviewReason,
     Word,
@@ -25,15 +27,18 @@ from captionserve_server.local import FinishedCaption, LocalCaptioner, LocalResu
 
 
 def local_outcomes(
-    captioner: LocalCaptioner, images: Iterable[Path | bytes], options: GenerationOptions
+    captioner: LocalCaptioner,
+    images: Iterable[Path | bytes],
+    options: GenerationOptions,
+    framing: Framing,
 ) -> Iterator[CaptionResult | CaptionError | OSError]:
     """What becomes of each image, as a service of the captioner's model would answer.
 
     Raises:
-        CaptionError: if the options are wrong, before any image is read.
+        CaptionError: if options or framing are wrong whatever the image, before any is read.
     """
     try:
-        outcomes = captioner.caption_each(images, options)
+        outcomes = captioner.caption_each(images, options, **framing)
     except CaptionServeError as error:
         raise _as_called(error) from error
     for outcome in outcomes:
@@ -49,8 +54,15 @@ def _as_called(error: CaptionServeError) -> CaptionError:
 
 
 def _result(result: LocalResult) -> CaptionResult:
-    captions = tuple(_caption(found) for found in result.captions)
-    return CaptionResult(captions, result.model_version, cached=False)
+    return CaptionResult(
+        tuple(map(_caption, result.captions)),
+        result.model_version,
+        cached=False,
+        regions=tuple(
+            DescribedRegion(region.box, tuple(map(_caption, region.captions)))
+            for region in result.regions
+        ),
+    )
 
 
 def _caption(found: FinishedCaption) -> Caption:

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from captionserve_server.bulk.rows import COLUMNS, Row
 
+ALT_TEXT_COLUMNS = ("alt_text", "alt_text_warnings")
+"""What follows the other columns where alt text is asked for."""
+
 _ROWS_AT_ONCE = 4096
+
+_Values: TypeAlias = "dict[str, Any]"
+"""A row's, by its columns."""
 
 
 class OutputError(ValueError):
     """An output cannot be written; the message says why."""
 
 
-def writer_for(path: Path) -> Callable[[Iterable[Row]], None]:
+def writer_for(
+    path: Path, alt_text_chars: int | None = None, aside: Path | None = None
+) -> Callable[[Iterable[Row]], None]:
     """What writes all rows to a file, by its suffix.
+
+    Args:
+        path: the file.
+        alt_text_chars: how long alt texts may be; None for none.
+        aside: where it is written until it is whole, on the same file system; None for a hidden
+            file beside it. Those who may write the same file at once want one each.
 
     Raises:
         OutputError: if the suffix is none that is known, or pyarrow is wanted and not there.
@@ -39,11 +52,23 @@ def writer_for(path: Path) -> Callable[[Iterable[Row]], None]:
                 f"{path.name} needs pyarrow: pip install 'captionserve-server[bulk]'"
             ) from error
 
+    columns = COLUMNS if alt_text_chars is None else (*COLUMNS, *ALT_TEXT_COLUMNS)
+
     def written(rows: Iterable[Row]) -> None:
-        with _in_place(path) as aside:
-            write(aside, rows)
+        with _in_place(path, aside) as file:
+            write(file, columns, (_values(row, alt_text_chars) for row in rows))
 
     return written
+
+
+def _values(row: Row, alt_text_chars: int | None) -> _Values:
+    values: _Values = dict(vars(row))
+    if alt_text_chars is not None:
+        found = row.alt_text(alt_text_chars)
+        # Not part of a row that is kept: it follows from the caption.
+        values["alt_text"] = None if found is None else found.text
+        values["alt_text_warnings"] = found and tuple(each.value for each in found.warnings)
+    return values
 
 
 def sidecar_of(image: Path) -> Path:
@@ -51,17 +76,28 @@ def sidecar_of(image: Path) -> Path:
     return image.with_suffix(".txt")
 
 
-def write_sidecar(image: Path, row: Row) -> None:
-    """Write an image's caption beside it."""
+def write_sidecar(image: Path, text: str) -> None:
+    """Write an image's text beside it."""
     with _in_place(sidecar_of(image)) as aside:
-        aside.write_text(f"{row.caption}\n", encoding="utf-8")
+        aside.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """The rows of a Parquet file that was written here."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(_ROWS_AT_ONCE):
+            for values in batch.to_pylist():
+                captions = values["captions"]
+                yield Row(**values | {"captions": None if captions is None else tuple(captions)})
 
 
 @contextmanager
-def _in_place(path: Path) -> Iterator[Path]:
+def _in_place(path: Path, aside: Path | None = None) -> Iterator[Path]:
     """A file that takes the place of another one once it is whole and on disk."""
     # Always the same name: what a killed run leaves there, the next one writes over.
-    aside = path.with_name(f".{path.name}.partial")
+    aside = aside or path.with_name(f".{path.name}.partial")
     try:
         yield aside
         with aside.open("rb") as file:
@@ -77,25 +113,29 @@ def _in_place(path: Path) -> Iterator[Path]:
         os.close(folder)
 
 
-def _write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+def _write_jsonl(path: Path, columns: Sequence[str], rows: Iterable[_Values]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+        for values in rows:
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
-def _write_csv(path: Path, rows: Iterable[Row]) -> None:
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[_Values]) -> None:
     """As the csv module writes it: None is an empty field, lists are JSON."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        for row in rows:
-            values: dict[str, Any] = dict(vars(row))
-            if row.captions is not None:
-                values["captions"] = json.dumps(row.captions, ensure_ascii=False)
-            writer.writerow(values)
+        for values in rows:
+            writer.writerow(
+                {
+                    name: json.dumps(value, ensure_ascii=False)
+                    if isinstance(value, tuple)
+                    else value
+                    for name, value in values.items()
+                }
+            )
 
 
-def _write_parquet(path: Path, rows: Iterable[Row]) -> None:
+def _write_parquet(path: Path, columns: Sequence[str], rows: Iterable[_Values]) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -106,10 +146,10 @@ def _write_parquet(path: Path, rows: Iterable[Row]) -> None:
         "score": pyarrow.float64(),
         "confidence": pyarrow.float64(),
         "degenerate": pyarrow.bool_(),
+        "alt_text_warnings": pyarrow.list_(pyarrow.string()),
     }
-    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in COLUMNS])
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in columns])
     remaining = iter(rows)
     with parquet.ParquetWriter(path, schema) as writer:
         while some := list(islice(remaining, _ROWS_AT_ONCE)):
-            values = [dict(vars(row)) for row in some]
-            writer.write_table(pyarrow.Table.from_pylist(values, schema=schema))
+            writer.write_table(pyarrow.Table.from_pylist(some, schema=schema))

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
-from captionserve import CaptionError, CaptionResult
+from captionserve import AltText, CaptionError, CaptionResult
+from captionserve._alt_text import alt_text_of
+
+
+class _BestCaption(NamedTuple):
+    """What alt text is made of."""
+
+    text: str
+    confidence: float
+    degenerate: bool
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,13 @@ class Row:
     def failed(self) -> bool:
         """Whether there is no caption."""
         return self.error_code is not None
+
+    def alt_text(self, max_chars: int) -> AltText | None:
+        """The caption as alt text; None where there is no caption."""
+        if self.caption is None or self.confidence is None or self.degenerate is None:
+            return None
+        best = _BestCaption(self.caption, self.confidence, self.degenerate)
+        return alt_text_of(best, max_chars, file_name=PurePosixPath(self.id).name)
 
     def with_result(self, result: CaptionResult) -> Row:
         """The row of an image that was captioned."""

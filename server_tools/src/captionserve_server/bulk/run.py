@@ -62,6 +62,14 @@ class Progress:
     duplicates: int = 0
     failed: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: Progress) -> None:
+        """Count also what another run has done."""
+        self.seen += other.seen
+        self.done_before += other.done_before
+        self.captioned += other.captioned
+        self.duplicates += other.duplicates
+        self.failed += other.failed
+
 
 def options_fingerprint(options: Mapping[str, object], model: Mapping[str, object]) -> str:
     """The same for the same options and the same defaults of the model; 16 hexadecimal digits."""

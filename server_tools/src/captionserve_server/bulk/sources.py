@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import csv
 import glob
+import hashlib
 import io
 import json
 import os
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -85,6 +86,70 @@ def count(sources: Sequence[str]) -> int | None:
         return None
     counted = sum(1 for _ in islice(items(sources), _MOST_COUNTED + 1))
     return counted if counted <= _MOST_COUNTED else None
+
+
+def tables(sources: Sequence[str]) -> list[Path]:
+    """The Parquet files that sources are: files, folders with all below them, and globs.
+
+    Raises:
+        SourceError: if a source is not there, or is or has none.
+    """
+    check(sources)
+    found: dict[Path, None] = {}
+    for source in sources:
+        paths = [Path(source)] if Path(source).exists() else map(Path, _matches(source))
+        files = [
+            _absolute(file)
+            for path in paths
+            for file in (sorted(path.rglob("*.parquet")) if path.is_dir() else [path])
+        ]
+        if not files or any(file.suffix.lower() != ".parquet" for file in files):
+            raise SourceError(f"{source}: Parquet files are wanted")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of a Parquet file without its rows.
+
+    Attributes:
+        rows: how many there are.
+        footer: SHA-256 of its footer, in hexadecimal: another one where the rows are others.
+    """
+
+    rows: int
+    footer: str
+
+
+def table(path: Path) -> Table:
+    """What a Parquet file says of itself.
+
+    Raises:
+        SourceError: if it is none, or has no column that names an image.
+    """
+    pyarrow = _pyarrow(str(path))
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names, rows = file.schema_arrow.names, file.metadata.num_rows
+            footer_bytes = file.metadata.serialized_size
+    except pyarrow.ArrowInvalid as error:
+        raise SourceError(f"{path}: this is no Parquet file, or a damaged one") from error
+    _check_columns(path, names)
+    with path.open("rb") as opened:
+        # After the footer come its length and four letters.
+        opened.seek(-(footer_bytes + 8), os.SEEK_END)
+        return Table(rows, hashlib.sha256(opened.read(footer_bytes)).hexdigest())
+
+
+def table_items(path: Path, rows: range) -> Iterator[Item]:
+    """The items of so many rows of a Parquet file, as `items` gives them."""
+    yield from _table(path, _parquet_rows(path, rows), rows.start)
+
+
+def row_key(path: Path, number: int) -> str:
+    """The key of a table's row; the absolute path is wanted."""
+    return f"{path}#{number:012}"
 
 
 def _is_quick(source: str) -> bool:
@@ -186,17 +251,16 @@ def _shard(path: Path) -> Iterator[Item]:
         )
 
 
-def _table(path: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
-    """The rows of a table with a column `path` or `image`, and perhaps `id` and `caption`."""
+def _table(path: Path, rows: Iterable[Mapping[str, Any]], first: int = 0) -> Iterator[Item]:
+    """Rows of a table with a column `path` or `image`, and perhaps `id` and `caption`."""
     absolute = _absolute(path)
-    for number, row in enumerate(rows):
-        if "path" not in row and "image" not in row:
-            raise SourceError(f"{path}: a column `path` or `image` is wanted")
+    for number, row in enumerate(rows, first):
+        _check_columns(path, row)
         id = str(number if row.get("id") is None else row["id"])
         value = row["path"] if row.get("path") else row.get("image")
         if isinstance(value, Mapping):  # As Hugging Face's data sets keep images.
             value = value.get("bytes") or value.get("path")
-        key, has_caption = f"{absolute}#{number:012}", bool(row.get("caption"))
+        key, has_caption = row_key(absolute, number), bool(row.get("caption"))
         if isinstance(value, bytes):
             yield Item(key, id, f"{absolute}#{id}", _given(value), has_caption=has_caption)
         elif isinstance(value, str) and value:
@@ -206,12 +270,31 @@ def _table(path: Path, rows: Iterable[Mapping[str, Any]]) -> Iterator[Item]:
             yield Item(key, id, "", _failing("the row names no image"), has_caption=has_caption)
 
 
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _check_columns(path: Path, names: Container[str]) -> None:
+    if "path" not in names and "image" not in names:
+        raise SourceError(f"{path}: a column `path` or `image` is wanted")
+
+
+def _parquet_rows(path: Path, rows: range | None = None) -> Iterator[Mapping[str, Any]]:
+    """All rows of a file, or those that are wanted; row groups without one are not read."""
     parquet = _pyarrow(str(path)).parquet
     with parquet.ParquetFile(path) as file:
+        wanted = range(file.metadata.num_rows) if rows is None else rows
+        groups: list[int] = []
+        first = begin = 0
+        for group in range(file.num_row_groups):
+            end = begin + file.metadata.row_group(group).num_rows
+            if begin < wanted.stop and end > wanted.start:
+                first = first if groups else begin
+                groups.append(group)
+            begin = end
         columns = _wanted(file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-            yield from batch.to_pylist()
+        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=columns):
+            skipped = min(max(wanted.start - first, 0), batch.num_rows)
+            yield from batch.slice(skipped, max(wanted.stop - first - skipped, 0)).to_pylist()
+            first += batch.num_rows
+            if first >= wanted.stop:
+                return
 
 
 def _is_dataset(path: Path) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from captionserve import (
@@ -14,36 +14,42 @@ from captionserve import (
     CaptionClient,
     CaptionError,
     CaptionResult,
+    DescribedRegion,
+    Framing,
     GenerationOptions,
 )
+from captionserve._alt_text import DEFAULT_MAX_CHARS
 from rich.progress import track
 
-from captionserve_server.bulk.captioners import Captioner, Local, Service
-from captionserve_server.cli.bulk import BulkOptions, caption_many, with_bulk_options
+from captionserve_server.cli.bulk import (
+    BulkOptions,
+    caption_many,
+    refuse_parts,
+    with_bulk_options,
+)
+from captionserve_server.cli.captioners import (
+    captioners,
+    local_captioner,
+    refusals_as_wrong_usage,
+    refuse_what_needs_a_service,
+)
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
 from captionserve_server.cli.decoding_options import with_decoding_options
+from captionserve_server.cli.framing_options import with_framing_options
 from captionserve_server.cli.service_options import (
     DEFAULT_TARGET,
     ServiceOptions,
     with_service_options,
 )
 
-if TYPE_CHECKING:
-    from captionserve_server.local import LocalCaptioner
-
 Answer = dict[str, object]
 """What is printed of one image, as JSON values."""
 Outcome = CaptionResult | Exception
 """What became of one image."""
 
-# Options that say something to a service, or about one.
-_SERVICE_ONLY = (
-    *(field.name for field in dataclasses.fields(ServiceOptions)),
-    *("timeout", "bypass_cache", "stream"),
-)
-
 
 @with_decoding_options
+@with_framing_options
 @with_service_options(DEFAULT_TARGET)
 @with_bulk_options
 def caption(
@@ -59,6 +65,7 @@ def caption(
     ],
     *,
     options: GenerationOptions,
+    framing: Framing,
     service: ServiceOptions,
     bulk: BulkOptions | None,
     local: Annotated[
@@ -72,31 +79,52 @@ def caption(
     stream: Annotated[
         bool, typer.Option("--stream", help="Print words as they become certain.")
     ] = False,
+    alt_text: Annotated[
+        bool, typer.Option("--alt-text", help="Give captions as drafts of alt text.")
+    ] = False,
+    alt_text_chars: Annotated[
+        int | None,
+        typer.Option(help=f"Characters of an alt text at most; else {DEFAULT_MAX_CHARS}.", min=1),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Caption image files with a running service, or with a model repository in this process."""
-    if stream and as_json:
-        raise typer.BadParameter("cannot be combined with --json", param_hint="--stream")
+    if stream and (as_json or alt_text):
+        raise typer.BadParameter(
+            "cannot be combined with --json or --alt-text", param_hint="--stream"
+        )
+    if alt_text_chars is not None and not alt_text:
+        raise typer.BadParameter("goes with --alt-text", param_hint="--alt-text-chars")
+    max_chars = (alt_text_chars or DEFAULT_MAX_CHARS) if alt_text else None
     if local is not None:
-        _refuse_what_needs_a_service(context)
+        refuse_what_needs_a_service(context)
     if bulk is not None:
         if stream or bypass_cache:
             raise typer.BadParameter("--stream and --bypass-cache are for single images")
-        with _refusals_as_wrong_usage(), ExitStack() as stack:
-            captioners = _captioners(stack, service, local, timeout)
-            raise typer.Exit(caption_many(sources, captioners, options, bulk, as_json=as_json))
+        refuse_parts(framing)
+        bulk = dataclasses.replace(bulk, alt_text_chars=max_chars)
+        with refusals_as_wrong_usage(), captioners(service, framing, local, timeout) as who:
+            raise typer.Exit(
+                caption_many(
+                    sources, who, options, bulk, resize=framing.get("resize"), as_json=as_json
+                )
+            )
     images = list(map(Path, sources))
     collected: list[Answer] = []
-    with _refusals_as_wrong_usage(), ExitStack() as stack:
+    with refusals_as_wrong_usage(), ExitStack() as stack:
         if local is not None:
-            answers = _answers(images, _local_outcomes(stack, images, options, local))
+            answers = _answers(
+                images, _local_outcomes(stack, images, options, framing, local), max_chars
+            )
         else:
             client = stack.enter_context(service.client(timeout))
             if stream:
-                answers = (_stream(client, image, options) for image in images)
+                answers = (_stream(client, image, options, framing) for image in images)
             else:
-                outcomes = _served_outcomes(client, images, options, bypass_cache=bypass_cache)
-                answers = _answers(images, outcomes)
+                outcomes = _served_outcomes(
+                    client, images, options, framing, bypass_cache=bypass_cache
+                )
+                answers = _answers(images, outcomes, max_chars)
         for answer in _with_progress(answers, len(images), quiet=stream):
             collected.append(answer)
             if not (as_json or stream):
@@ -107,63 +135,44 @@ def caption(
         raise typer.Exit(ExitCode.CALL_FAILED)
 
 
-def _refuse_what_needs_a_service(context: typer.Context) -> None:
-    for name in _SERVICE_ONLY:
-        source = context.get_parameter_source(name)
-        # A target in the environment is for other calls.
-        if source is not None and source.name == "COMMANDLINE":
-            flag = "--" + name.replace("_", "-")
-            raise typer.BadParameter("cannot be combined with --local", param_hint=flag)
-
-
-@contextmanager
-def _refusals_as_wrong_usage() -> Iterator[None]:
-    """Tell a person which value the client would not take, such as an endless timeout."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
 def _with_progress(answers: Iterator[Answer], total: int, *, quiet: bool) -> Iterable[Answer]:
     """The answers, with a progress bar for a person who waits for several."""
     disable = quiet or total == 1
     return track(answers, "captioning", total, console=messages, transient=True, disable=disable)
 
 
-def _answers(images: Sequence[Path], outcomes: Iterator[Outcome]) -> Iterator[Answer]:
-    """Each image's captions or its error; one bad image must not end the others."""
+def _answers(
+    images: Sequence[Path], outcomes: Iterator[Outcome], alt_text_chars: int | None
+) -> Iterator[Answer]:
+    """Each image's captions or its error; one bad image must not end the others.
+
+    Args:
+        images: the files.
+        outcomes: of each of them.
+        alt_text_chars: how long an alt text may be; None for none.
+    """
     for image, outcome in zip(images, outcomes, strict=True):
         if isinstance(outcome, CaptionResult):
-            captions = captions_as_json(outcome)
-            yield {"image": str(image), "cached": outcome.cached, "captions": captions}
+            answer: Answer = {"image": str(image), "cached": outcome.cached}
+            if alt_text_chars is not None:
+                alt_text = outcome.alt_text(alt_text_chars, file_name=image)
+                answer["alt_text"] = dataclasses.asdict(alt_text)
+            yield {**answer, **_described_as_json(outcome)}
         else:
             yield _problem(image, outcome)
 
 
-def _captioners(
-    stack: ExitStack, service: ServiceOptions, local: Path | None, timeout: float
-) -> list[Captioner]:
-    """Who captions many images, until the stack is left."""
-    if local is None:
-        clients = service.clients(timeout)
-        return [Service(stack.enter_context(client)) for client in clients]
-    return [Local(stack.enter_context(_local_captioner(local)))]
-
-
-def _local_captioner(folder: Path) -> LocalCaptioner:
-    # ONNX Runtime takes a while to import, and nothing else here needs it.
-    from captionserve_server.local import LocalCaptioner
-
-    return LocalCaptioner(folder)
-
-
 def _local_outcomes(
-    stack: ExitStack, images: Sequence[Path], options: GenerationOptions, folder: Path
+    stack: ExitStack,
+    images: Sequence[Path],
+    options: GenerationOptions,
+    framing: Framing,
+    folder: Path,
 ) -> Iterator[Outcome]:
     from captionserve_server.bulk.local_outcomes import local_outcomes
 
-    outcomes = local_outcomes(stack.enter_context(_local_captioner(folder)), images, options)
+    captioner = stack.enter_context(local_captioner(folder))
+    outcomes = local_outcomes(captioner, images, options, framing)
     return _until_refused(outcomes, len(images))
 
 
@@ -171,10 +180,11 @@ def _served_outcomes(
     client: CaptionClient,
     images: Sequence[Path],
     options: GenerationOptions,
+    framing: Framing,
     *,
     bypass_cache: bool,
 ) -> Iterator[Outcome]:
-    outcomes = client.caption_many(images, options, bypass_cache=bypass_cache)
+    outcomes = client.caption_many(images, options, bypass_cache=bypass_cache, **framing)
     found = (cast("Outcome", outcome.result or outcome.error) for outcome in outcomes)
     return _until_refused(found, len(images))
 
@@ -190,13 +200,18 @@ def _until_refused(outcomes: Iterator[Outcome], count: int) -> Iterator[Outcome]
         yield outcome
 
 
-def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> Answer:
-    """Print one image's words as they come; its error where it has one."""
+def _stream(
+    client: CaptionClient, image: Path, options: GenerationOptions, framing: Framing
+) -> Answer:
+    """Print one image's words as they come, then its parts' captions; its error if it has one."""
     text = f"{image}: "
+    regions: list[Answer] = []
     try:
-        for update in client.caption_stream(image, options):
+        for update in client.caption_stream(image, options, **framing):
             output.print(text + update.text, end="", markup=False)
             text = ""
+            if update.result is not None:
+                regions = list(map(_region_as_json, update.result.regions))
     except (CaptionError, OSError) as error:
         if not text:
             output.print()
@@ -204,6 +219,7 @@ def _stream(client: CaptionClient, image: Path, options: GenerationOptions) -> A
         _print(problem)
         return problem
     output.print()
+    _print_regions(image, regions)
     return {"image": str(image)}
 
 
@@ -219,6 +235,18 @@ def _problem(image: Path, error: Exception) -> Answer:
 def captions_as_json(result: CaptionResult) -> list[dict[str, object]]:
     """A result's captions as JSON values."""
     return [_caption_as_json(found) for found in result.captions]
+
+
+def _described_as_json(result: CaptionResult) -> Answer:
+    """A result's captions, and its parts' where there are parts."""
+    described: Answer = {"captions": captions_as_json(result)}
+    if result.regions:
+        described["regions"] = list(map(_region_as_json, result.regions))
+    return described
+
+
+def _region_as_json(region: DescribedRegion) -> Answer:
+    return {"box": region.box, "captions": list(map(_caption_as_json, region.captions))}
 
 
 def _caption_as_json(found: Caption) -> Answer:
@@ -242,9 +270,27 @@ def _print(answer: Answer) -> None:
         error = cast("dict[str, str]", answer["error"])
         messages.print(f"{answer['image']}: {error['reason']}: {error['message']}", markup=False)
         return
-    for found in cast("list[dict[str, object]]", answer["captions"]):
+    if "alt_text" in answer:
+        _print_alt_text(answer["image"], cast("dict[str, Any]", answer["alt_text"]))
+    else:
+        _print_captions(answer["image"], answer["captions"])
+    _print_regions(answer["image"], answer.get("regions", []))
+
+
+def _print_alt_text(image: object, alt_text: dict[str, Any]) -> None:
+    output.print(f"{image}: {alt_text['text']}", markup=False)
+    for warning in alt_text["warnings"]:
+        messages.print(f"{image}: warning: {warning.replace('_', ' ')}", markup=False)
+
+
+def _print_regions(image: object, regions: object) -> None:
+    for region in cast("list[Answer]", regions):
+        left, top, right, bottom = cast("tuple[int, ...]", region["box"])
+        _print_captions(f"{image} [{left},{top},{right},{bottom}]", region["captions"])
+
+
+def _print_captions(name: object, captions: object) -> None:
+    for found in cast("list[Answer]", captions):
         doubts = ", ".join(cast("list[str]", found["review_reasons"]))
         review = f" needs review: {doubts}" if found["needs_review"] else ""
-        output.print(
-            f"{answer['image']}: {found['text']} ({found['score']:.3f}){review}", markup=False
-        )
+        output.print(f"{name}: {found['text']} ({found['score']:.3f}){review}", markup=False)

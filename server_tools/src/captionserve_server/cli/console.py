@@ -39,8 +39,19 @@ def print_json(value: object) -> None:
 
 @contextmanager
 def stages(first: str) -> Iterator[Callable[[str], None]]:
-    """A spinner that names the present stage; call what is yielded with the next one."""
+    """Say which stage has begun; call what is yielded with the next one.
+
+    A person at a terminal sees a spinner and the time, others a line for each.
+    """
+    if not messages.is_terminal:
+        _say_stage(first)
+        yield _say_stage
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=messages, transient=True) as progress:
         task = progress.add_task(first, total=None)
         yield lambda stage: progress.update(task, description=stage)
+
+
+def _say_stage(stage: str) -> None:
+    messages.print(f"{stage} ...", markup=False)

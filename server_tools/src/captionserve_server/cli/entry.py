@@ -14,6 +14,8 @@ def main() -> None:
         # From the first process of a container the kernel keeps every signal that has no handler;
         # that of serve stands only after the imports, and nobody asks a second time.
         signal.signal(signal.SIGTERM, _end)
+    # Else gRPC remarks on standard error that a connection has ended.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         if sys.argv[1:2] == ["health"]:
             from captionserve_server.cli.health import main as run_health

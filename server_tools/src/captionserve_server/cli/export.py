@@ -24,6 +24,13 @@ def export(
     graph_format: Annotated[
         GraphFormat, typer.Option("--format", help="What the graphs are written as.")
     ] = GraphFormat.ONNX,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows and columns of the images that the model shall read, for which its position "
+            "embeddings are interpolated; the checkpoint's own if none is given."
+        ),
+    ] = None,
     compare_images: Annotated[
         int,
         typer.Option(
@@ -34,6 +41,7 @@ def export(
 ) -> None:
     """Export a checkpoint into a complete Triton model repository, checked against PyTorch."""
     # Imported here: PyTorch takes seconds to import, and serving does without it.
+    from captionserve_server.export.image_size import UnsupportedImageSizeError
     from captionserve_server.export.logs import quiet_libraries
     from captionserve_server.export.repository import (
         OtherFormatError,
@@ -51,11 +59,14 @@ def export(
                 version=version,
                 graph_format=graph_format,
                 precision=precision,
+                image_size=image_size,
                 compare=_comparison(compare_images),
                 progress=progress,
             )
     except (OtherFormatError, UnsupportedFormatError) as error:
         raise typer.BadParameter(str(error), param_hint="--format") from error
+    except UnsupportedImageSizeError as error:
+        raise typer.BadParameter(str(error), param_hint="--image-size") from error
     except FileExistsError as error:
         text = f"version {version} is there already"
         raise typer.BadParameter(text, param_hint="--version") from error

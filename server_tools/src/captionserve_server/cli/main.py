@@ -8,10 +8,12 @@ import typer
 from captionserve import CaptionError
 
 from captionserve_server.cli.bench import bench
+from captionserve_server.cli.bulk_ray import bulk_ray
 from captionserve_server.cli.calibrate import calibrate
 from captionserve_server.cli.caption import caption
 from captionserve_server.cli.console import ExitCode, messages
 from captionserve_server.cli.demo import demo
+from captionserve_server.cli.doctor import doctor
 from captionserve_server.cli.evaluate import evaluate
 from captionserve_server.cli.export import export, make_checkpoint
 from captionserve_server.cli.health import health
@@ -30,7 +32,6 @@ app = typer.Typer(
     name="captionserve",
     help="Export, serve and use image captioners.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(token, name="token")
@@ -40,10 +41,12 @@ for command in (
     reload,
     health,
     caption,
+    bulk_ray,
     evaluate,
     calibrate,
     make_checkpoint,
     demo,
+    doctor,
     bench,
     load,
 ):

@@ -1,4 +1,4 @@
-"""A temporary service for commands that need one, with a spinner while it starts."""
+"""A temporary service for commands that need one; says what it does from the start to the end."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from captionserve_server.serving.temporary import served_checkpoint
 
 @contextmanager
 def served_with_progress(checkpoint: str) -> Iterator[ReadyReport]:
-    """Export and serve a checkpoint; the spinner ends when captions can be answered."""
+    """Export and serve a checkpoint; the stages end when captions can be answered."""
     with ExitStack() as stack:
-        with stages("loading the checkpoint") as progress:
+        with stages("importing PyTorch") as progress:
             service = stack.enter_context(served_checkpoint(checkpoint, progress))
-        yield service
+        try:
+            yield service
+        finally:
+            with stages("stopping the service"):
+                stack.close()

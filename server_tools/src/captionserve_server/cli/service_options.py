@@ -49,6 +49,13 @@ class ServiceOptions:
             raise typer.BadParameter("one service is wanted", param_hint="--target")
         return self.target[0]
 
+    def in_any_folder(self) -> ServiceOptions:
+        """The same for a process that works in another folder."""
+        files: dict[str, Any] = {
+            name: value.absolute() for name, value in vars(self).items() if isinstance(value, Path)
+        }
+        return dataclasses.replace(self, **files)
+
     def token(self) -> str | None:
         """What says who calls; from a file, for others can read a process's flags."""
         return None if self.token_file is None else self.token_file.read_text().strip()

@@ -7,7 +7,8 @@
     │   ├── UnsupportedImageFormatError
     │   ├── ImageTooManyPixelsError
     │   ├── InvalidPixelValuesError
-    │   └── InvalidOptionsError     carries one violation per field
+    │   ├── InvalidFramingError     carries one violation per field, and so does
+    │   └── InvalidOptionsError
     ├── UnauthenticatedError        the caller is not known
     ├── ModelNotFoundError          that version is not served
     ├── OverloadedError             try again later
@@ -98,20 +99,30 @@ class InvalidPixelValuesError(InvalidRequestError):
     reason = "INVALID_PIXEL_VALUES"
 
 
-class InvalidOptionsError(InvalidRequestError):
-    """One or more generation options are out of range or contradict each other."""
-
-    reason = "INVALID_OPTIONS"
+class _InvalidFieldsError(InvalidRequestError):
+    """Base of those that say what is wrong field by field; never raised itself."""
 
     def __init__(self, violations: Mapping[str, str]) -> None:
-        """Store what is wrong with each option, {field name: sentence}, as far as there is room."""
+        """Store what is wrong with each field, {field name: sentence}, as far as there is room."""
         self._violations = _bounded(violations)
         super().__init__("; ".join(f"{name}: {text}" for name, text in self._violations.items()))
 
     @property
     def field_violations(self) -> Mapping[str, str]:
-        """What is wrong, by option name."""
+        """What is wrong, by field name."""
         return MappingProxyType(self._violations)
+
+
+class InvalidFramingError(_InvalidFieldsError):
+    """Regions or tiles that the image does not have, or a way of resizing that there is not."""
+
+    reason = "INVALID_FRAMING"
+
+
+class InvalidOptionsError(_InvalidFieldsError):
+    """One or more generation options are out of range or contradict each other."""
+
+    reason = "INVALID_OPTIONS"
 
 
 class UnauthenticatedError(CaptionServeError):
@@ -157,11 +168,11 @@ class ModelFaultError(CaptionServeError):
 
 
 def all_error_types() -> tuple[type[CaptionServeError], ...]:
-    """Every class of the tree, parents before children."""
+    """Every class of the tree that is raised, parents before children."""
     found: list[type[CaptionServeError]] = [CaptionServeError]
     for error_type in found:
         found.extend(error_type.__subclasses__())
-    return tuple(found)
+    return tuple(each for each in found if "reason" in vars(each))
 
 
 def shortened(text: str, most_bytes: int) -> str:

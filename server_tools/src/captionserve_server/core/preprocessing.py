@@ -4,13 +4,24 @@ Everything is Pillow and numpy; the order of operations and the defaults are tho
 PIL image processors. What transformers leaves to the caller (orientation, transparency, 16-bit
 samples) is settled here so that a caption describes what a person sees. Rescaling and normalisation
 are not done here: they are part of the encoder graph.
+
+Parts of an image are cut out of the upright picture in full resolution, and each is resized as if
+it were a file of its own. There are three ways of resizing, all with the checkpoint's filter:
+
+    checkpoint    as the checkpoint's image processor does it
+    center_crop   the smallest picture of the same aspect that covers the encoder's size, its longer
+                  side rounded down, and the middle of that: what transformers' processors do with
+                  size={"shortest_edge": n}, do_center_crop and crop_size=n
+    letterbox     the largest picture of the same aspect that fits into it, its shorter side
+                  rounded, in the middle of the colour that is nearest to what normalising makes 0:
+                  what Pillow's ImageOps.pad does
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -24,10 +35,12 @@ from captionserve_server.core.errors import (
     ImageTooManyPixelsError,
     InvalidPixelValuesError,
 )
+from captionserve_server.core.framing import WHOLE, Framing, Resize
 from captionserve_server.core.image_files import (
     MAX_PIXELS,
     RGB_BYTES_PER_PIXEL,
     TILE_PIXELS,
+    Box,
     check_size,
     decoding_bytes,
     load_image,
@@ -102,6 +115,37 @@ class PreprocessorConfig:
         if self.do_resize and self.height is not None and self.width is not None:
             return self.height, self.width
         return None
+
+    def encoder_size(self) -> tuple[int, int]:
+        """(height, width) that the encoder reads; export refuses a processor that makes none."""
+        size = self.output_size()
+        assert size is not None, "the results' size follows the image"
+        return size
+
+    def zero_colour(self) -> tuple[int, int, int]:
+        """The RGB colour of whole numbers that is nearest to what normalising makes 0."""
+        mean = np.array(self.image_mean if self.do_normalize else (0.0, 0.0, 0.0))
+        colour = np.rint(mean / self.rescale_factor if self.do_rescale else mean)
+        red, green, blue = colour.clip(0, 255).astype(int).tolist()
+        return red, green, blue
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """An image as the encoder reads it, and its parts.
+
+    Attributes:
+        pixels: uint8 [3, height, width] each, RGB, 0 to 255: the whole, then the parts.
+        boxes: where the parts are, in pixels of the upright image.
+    """
+
+    pixels: tuple[Pixels, ...]
+    boxes: tuple[Box, ...] = ()
+
+    @property
+    def whole(self) -> Pixels:
+        """The whole image."""
+        return self.pixels[0]
 
 
 # transformers' class defaults, by what preprocessor_config.json calls the processor.
@@ -228,65 +272,78 @@ def _resize_target(size: object, square: bool, name: str = "size") -> dict[str, 
 
 
 def preprocess(
-    encoded: bytes, config: PreprocessorConfig, reserve: Reserve = without_limit
-) -> Pixels:
-    """Decode an image file and prepare it for the encoder.
+    encoded: bytes,
+    config: PreprocessorConfig,
+    reserve: Reserve = without_limit,
+    framing: Framing = WHOLE,
+) -> Views:
+    """Decode an image file, once, and prepare it and the parts asked for for the encoder.
 
     Args:
         encoded: a JPEG, PNG, WebP, BMP, GIF or PPM file.
         config: the checkpoint's image processor.
         reserve: takes the memory that the image will need, by its header.
-
-    Returns:
-        uint8 [3, height, width], RGB, 0 to 255.
+        framing: what is asked of it.
 
     Raises:
         ImageCorruptError: empty, truncated or damaged bytes.
         UnsupportedImageFormatError: bytes of another kind.
         ImageTooManyPixelsError: decided from the header, before anything is decoded.
+        InvalidFramingError: likewise, if the image has no such parts.
         CaptionServeError: what `reserve` raises.
     """
     image = open_image_file(encoded)
-    return _prepared(image, load_image, config, reserve, keep=False)
+    return _prepared(image, load_image, config, reserve, framing, keep=False)
 
 
 def preprocess_picture(
-    image: Image.Image, config: PreprocessorConfig, reserve: Reserve = without_limit
-) -> Pixels:
+    image: Image.Image,
+    config: PreprocessorConfig,
+    reserve: Reserve = without_limit,
+    framing: Framing = WHOLE,
+) -> Views:
     """Prepare a picture for the encoder that Pillow has in memory, or has opened.
 
     Args:
         image: of a mode whose samples have a fixed range; it is left as it is.
         config: as for `preprocess`.
         reserve: likewise.
+        framing: likewise.
 
     Returns:
         as `preprocess`, and raises the same.
     """
-    return _prepared(image, _loaded, config, reserve, keep=True)
+    return _prepared(image, _loaded, config, reserve, framing, keep=True)
 
 
 def preprocess_array(
-    array: NDArray[np.uint8], config: PreprocessorConfig, reserve: Reserve = without_limit
-) -> Pixels:
+    array: NDArray[np.uint8],
+    config: PreprocessorConfig,
+    reserve: Reserve = without_limit,
+    framing: Framing = WHOLE,
+) -> Views:
     """Prepare samples for the encoder.
 
     Args:
         array: uint8 [height, width, 3], RGB.
         config: as for `preprocess`.
         reserve: likewise.
+        framing: likewise.
 
     Returns:
         as `preprocess`.
 
     Raises:
         ImageTooManyPixelsError: decided from the shape.
+        InvalidFramingError: likewise.
         CaptionServeError: what `reserve` raises.
     """
     height, width, _ = array.shape
     check_size(width, height)
-    with _room(width, height, RGB_BYTES_PER_PIXEL * width * height, config, reserve):
-        return to_pixels(Image.fromarray(array), config)
+    boxes = framing.boxes(width, height)
+    reading = RGB_BYTES_PER_PIXEL * width * height
+    with _room((width, height), boxes, reading, config, framing.resize, reserve):
+        return _views(Image.fromarray(array), boxes, config, framing.resize)
 
 
 def _loaded(image: Image.Image) -> Image.Image:
@@ -299,13 +356,15 @@ def _prepared(
     load: Callable[[_Opened], Image.Image],
     config: PreprocessorConfig,
     reserve: Reserve,
+    framing: Framing,
     *,
     keep: bool,
-) -> Pixels:
+) -> Views:
     check_size(*image.size)
     turn = orientation_turn(image)
     size = turned_size(image.size, turn)
-    with _room(*size, _reading_bytes(image, turn), config, reserve):
+    boxes = framing.boxes(*size)
+    with _room(size, boxes, _reading_bytes(image, turn), config, framing.resize, reserve):
         try:
             picture = load(image)
             upright = _upright_rgb(picture, turn)
@@ -314,34 +373,62 @@ def _prepared(
                 picture.close()
         except Exception as error:  # Damaged files raise anything: OSError, SyntaxError.
             raise ImageCorruptError("the image is damaged or incomplete") from error
-        return to_pixels(upright, config)
+        return _views(upright, boxes, config, framing.resize)
+
+
+def _views(
+    upright: Image.Image, boxes: Sequence[Box], config: PreprocessorConfig, resize: Resize
+) -> Views:
+    whole = to_pixels(upright, config, resize)
+    # Cut out first: Pillow's resize of a box looks beyond its edges.
+    parts = (to_pixels(upright.crop(box), config, resize) for box in boxes)
+    return Views((whole, *parts), tuple(boxes))
 
 
 def _room(
-    width: int, height: int, reading: int, config: PreprocessorConfig, reserve: Reserve
+    size: tuple[int, int],
+    boxes: Sequence[Box],
+    reading: int,
+    config: PreprocessorConfig,
+    resize: Resize,
+    reserve: Reserve,
 ) -> AbstractContextManager[None]:
     """Reserve what an image takes from its file to the encoder's pixels.
 
     Args:
-        width: of the upright picture.
-        height: likewise.
+        size: width and height of the upright picture.
+        boxes: its parts.
         reading: bytes that it takes until it is upright and RGB.
         config: as for `preprocess`.
-        reserve: likewise.
+        resize: how the picture and its parts are resized.
+        reserve: as for `preprocess`.
 
     Raises:
-        ImageTooManyPixelsError: if it is so narrow or wide that resizing it takes too many.
+        ImageTooManyPixelsError: if it, or a part, is so narrow or wide that resizing it takes too
+            many.
     """
-    new_height, new_width = _resized_size(width, height, config)
+    resizing = _resizing_bytes(*size, config, resize)
+    if not boxes:
+        return reserve(reading + resizing)
+    sizes = [(right - left, bottom - top) for left, top, right, bottom in boxes]
+    # One after the other; all results are kept.
+    of_parts = (
+        RGB_BYTES_PER_PIXEL * w * h + _resizing_bytes(w, h, config, resize) for w, h in sizes
+    )
+    kept = len(boxes) * 3 * math.prod(config.encoder_size())
+    return reserve(reading + max(resizing, *of_parts) + kept)
+
+
+def _resizing_bytes(width: int, height: int, config: PreprocessorConfig, resize: Resize) -> int:
+    """What resizing a picture takes, the result included; raises what `_room` does."""
+    new_height, new_width = _resized_size(width, height, config, resize)
     if new_width * max(height, new_height) > MAX_PIXELS:
         raise ImageTooManyPixelsError(
             f"resizing the image, {width} x {height}, takes more than {MAX_PIXELS} pixels"
         )
     # The picture between Pillow's two passes: it shrinks in height first only if that makes less.
     between = max(new_width * height, width * min(height, new_height))
-    return reserve(
-        reading + RGB_BYTES_PER_PIXEL * between + _RESULT_BYTES_PER_PIXEL * new_width * new_height
-    )
+    return RGB_BYTES_PER_PIXEL * between + _RESULT_BYTES_PER_PIXEL * new_width * new_height
 
 
 def _reading_bytes(image: Image.Image, turn: Image.Transpose | None) -> int:
@@ -452,29 +539,62 @@ def _share_rounded_off(values: NDArray[np.float32]) -> float:
     return 0.0 if (bits & _BITS_BELOW_BFLOAT16).any() else _BFLOAT16_SHARE
 
 
-def to_pixels(image: Image.Image, config: PreprocessorConfig) -> Pixels:
+def to_pixels(
+    image: Image.Image, config: PreprocessorConfig, resize: Resize = "checkpoint"
+) -> Pixels:
     """Resize and crop an RGB picture; uint8 [3, height, width]."""
-    if config.do_resize:
-        height, width = _resized_size(*image.size, config)
+    if config.do_resize or resize != "checkpoint":
+        height, width = _resized_size(*image.size, config, resize)
         image = image.resize((width, height), resample=Image.Resampling(config.resample))
+    if resize == "letterbox":
+        image = _letterbox(image, config)
     pixels = np.moveaxis(np.asarray(image), -1, 0)
-    if config.do_center_crop:
+    if resize == "center_crop":
+        pixels = _center_crop(pixels, *config.encoder_size())
+    elif resize == "checkpoint" and config.do_center_crop:
         pixels = _center_crop(pixels, config.crop_height, config.crop_width)
     return np.ascontiguousarray(pixels)
 
 
-def _resized_size(width: int, height: int, config: PreprocessorConfig) -> tuple[int, int]:
-    """The height and width of a picture after resizing."""
+def _resized_size(
+    width: int, height: int, config: PreprocessorConfig, resize: Resize
+) -> tuple[int, int]:
+    """The height and width of a picture after resizing, before anything is cut off or added."""
+    if resize == "center_crop":
+        return _covering(width, height, config.encoder_size())
+    if resize == "letterbox":
+        return _fitting(width, height, config.encoder_size())
     if not config.do_resize:
         return height, width
     if config.height is not None and config.width is not None:
         return config.height, config.width
     assert config.shortest_edge is not None
-    short, long = sorted((width, height))
-    new_long = int(config.shortest_edge * long / short)
-    if width <= height:
-        return new_long, config.shortest_edge
-    return config.shortest_edge, new_long
+    return _covering(width, height, (config.shortest_edge, config.shortest_edge))
+
+
+def _covering(width: int, height: int, target: tuple[int, int]) -> tuple[int, int]:
+    """The height and width of the smallest picture of the same aspect that covers a target."""
+    to_height, to_width = target
+    if to_width * height >= to_height * width:
+        return int(to_width * height / width), to_width
+    return to_height, int(to_height * width / height)
+
+
+def _fitting(width: int, height: int, target: tuple[int, int]) -> tuple[int, int]:
+    """The height and width of the largest picture of the same aspect that fits into a target."""
+    to_height, to_width = target
+    if to_width * height < to_height * width:
+        return max(1, round(height / width * to_width)), to_width
+    return to_height, max(1, round(width / height * to_height))
+
+
+def _letterbox(image: Image.Image, config: PreprocessorConfig) -> Image.Image:
+    """Put a picture into the middle of one of the encoder's size, of the colour that is 0 to it."""
+    height, width = config.encoder_size()
+    box = Image.new("RGB", (width, height), config.zero_colour())
+    # Of an odd number of pixels to be added, one side gets one more: Pillow rounds to even.
+    box.paste(image, (round((width - image.width) / 2), round((height - image.height) / 2)))
+    return box
 
 
 def _center_crop(pixels: Pixels, height: int, width: int) -> Pixels:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -35,6 +40,11 @@ from captionserve_server.export.generation import (
     Generation,
     UnsupportedSettingError,
     read_generation,
+)
+from captionserve_server.export.image_size import (
+    check_image_size,
+    interpolate_positions,
+    preprocessor_of_size,
 )
 from captionserve_server.runtime.any_path import utf8_path
 
@@ -80,25 +90,27 @@ class Checkpoint:
         return encoder_image_size(self.model.config.encoder)
 
 
-def load_checkpoint(name: str) -> Checkpoint:
+def load_checkpoint(name: str, image_size: int | None = None) -> Checkpoint:
     """Load a checkpoint's weights, tokenizer and settings.
 
     Args:
         name: a local folder in Hugging Face layout, or a hub id.
+        image_size: rows and columns of the images that it shall read; None for its own.
 
     Raises:
+        UnsupportedImageSizeError: if it cannot read images of that size.
         UnsupportedCheckpointError: if its architecture, weights or image processor cannot be
         served, its tokenizer lacks tokens of the model, or its confidence.json cannot be read.
     """
     folder = Path(name)
     if not folder.is_dir():
-        return _load(name)
+        return _load(name, image_size)
     with utf8_path(folder) as readable:
         _check_files(readable)
-        return _load(str(readable))
+        return _load(str(readable), image_size)
 
 
-def _load(name: str) -> Checkpoint:
+def _load(name: str, image_size: int | None) -> Checkpoint:
     """Small files first: what is wrong shows before the weights are read."""
     with _reading("config.json"):
         config = _load_config(name)
@@ -107,10 +119,15 @@ def _load(name: str) -> Checkpoint:
     with _reading("image processor's settings"):
         preprocessor = _load_preprocessor(name)
         _check_image_size(config, preprocessor)
+    if image_size is not None:
+        check_image_size(config.encoder, image_size)
+        preprocessor = preprocessor_of_size(preprocessor, image_size)
     calibration = _load_calibration(name)
     weights = next((each for each in WEIGHTS_FILES if _find_optional_file(name, each)), "weights")
     with _reading(f"{weights}, or its config.json or {GENERATION_FILE},"):
         model = _load_model(name, config)
+    if image_size is not None:
+        interpolate_positions(model, image_size)
     with _reading("tokenizer.json"):
         tokenizer = _load_tokenizer(name)
     with _reading(GENERATION_FILE):
@@ -180,7 +197,8 @@ def _read_json(name: str, filename: str) -> dict[str, Any]:
     path = _find_file(name, filename)
     if path is None:
         raise UnsupportedCheckpointError(
-            f"this is no checkpoint in Hugging Face layout: it has no {filename}"
+            f"this is no checkpoint in Hugging Face layout: it has no {filename}; a folder with "
+            "config.json, weights and tokenizer is wanted, such as demo/checkpoint"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -198,13 +216,31 @@ def _find_file(name: str, filename: str) -> Path | None:
         path = folder / filename
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(name, filename))
+        return Path(hf_hub_download(name, filename, local_files_only=not _hub_is_known()))
     except RemoteEntryNotFoundError:
         return None
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+    except LocalEntryNotFoundError as error:
         raise UnsupportedCheckpointError(
-            f"{name!r} is neither a local folder nor a hub id that can be reached"
+            f"{name!r} is no local folder, and the Hugging Face hub cannot be reached: copy its "
+            "files to this machine and give their folder, or try demo/checkpoint"
         ) from error
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise UnsupportedCheckpointError(
+            f"{name!r} is neither a local folder nor a hub id that everybody may read: give a "
+            "checkpoint's folder, or an id such as nlpconnect/vit-gpt2-image-captioning"
+        ) from error
+
+
+@functools.cache
+def _hub_is_known() -> bool:
+    """Whether the hub's name leads anywhere; where it does not, asking it takes half a minute."""
+    if getproxies().keys() & {"all", "http", "https"}:  # Then the proxy knows.
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
 
 
 def _find_optional_file(name: str, filename: str) -> Path | None:

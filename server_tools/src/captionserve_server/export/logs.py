@@ -14,6 +14,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # It warns of each attempt to reach the hub.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     # onnxruntime's quantisers tell the root logger what they do with every node.
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

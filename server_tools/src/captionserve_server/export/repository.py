@@ -75,6 +75,7 @@ class ExportReport:
         version: the version folder written in each model.
         graph_format: what the graphs are written as.
         precision: of the graphs.
+        image_size: (height, width) of the images that the model reads.
         bytes_on_disk: size of that version over all models.
         verification: how far the graphs are from PyTorch.
         agreement: what was compared with fp32; empty in fp32.
@@ -86,6 +87,7 @@ class ExportReport:
     version: int
     graph_format: GraphFormat
     precision: Precision
+    image_size: tuple[int, int]
     bytes_on_disk: int
     verification: Verification
     agreement: Mapping[str, float]
@@ -103,6 +105,7 @@ def export_checkpoint(
     version: int = 1,
     graph_format: GraphFormat = GraphFormat.ONNX,
     precision: Precision = Precision.FP32,
+    image_size: int | None = None,
     compare: Comparison = lambda fp32, quantised: {},
     progress: Progress = lambda _: None,
 ) -> ExportReport:
@@ -117,12 +120,15 @@ def export_checkpoint(
         version: the version number in every model.
         graph_format: what the graphs are written as.
         precision: of the graphs.
+        image_size: rows and columns of the images that the model shall read, for which its position
+            embeddings are interpolated; None for the checkpoint's own.
         compare: asked how well the captions agree with fp32, unless the precision is fp32.
         progress: told what begins.
 
     Raises:
         UnsupportedCheckpointError: if the checkpoint cannot be exported.
         UnsupportedFormatError: if the format has no such precision.
+        UnsupportedImageSizeError: if the checkpoint cannot read images of that size.
         GraphMismatchError: if a graph differs from PyTorch.
         FileExistsError: if the version is there already.
         OtherFormatError: if the versions that are there have another format.
@@ -133,7 +139,7 @@ def export_checkpoint(
         raise UnsupportedFormatError(f"{graph_format.value} is written in fp32 only")
     _refuse_other_format(output, graph_format)
     progress("loading the checkpoint")
-    checkpoint = load_checkpoint(checkpoint_name)
+    checkpoint = load_checkpoint(checkpoint_name, image_size)
     # A new repository is published by one renaming, and so made beside its place.
     with (
         tempfile.TemporaryDirectory(dir=_existing(output), prefix=".export-") as made,
@@ -158,6 +164,7 @@ def export_checkpoint(
         version=version,
         graph_format=graph_format,
         precision=precision,
+        image_size=checkpoint.image_size,
         bytes_on_disk=written,
         verification=verification,
         agreement=agreement,

@@ -3,7 +3,8 @@
     Room    bounds calls and bytes in flight, of each caller and in all; decided before a request is
             read, so that nobody fills the memory
     Turns   the queue before the decoder, which holds what fits its slots: fair among callers, bulk
-            behind interactive, and closed to those who could not be answered in time
+            behind interactive, and closed to those who could not be answered in time; an image
+            whose parts are captioned, too, counts as so many views, for each takes one of the slots
 
 A caller is known by its identity, which a token or a certificate says.
 """
@@ -93,17 +94,35 @@ class Room:
                 self._each.pop(identity, None)
 
 
+@dataclass(eq=False)
+class _Waiting:
+    """One who waits for a turn.
+
+    Attributes:
+        turn: done when it has come.
+        views: what it takes of the decoder.
+    """
+
+    turn: asyncio.Future[None]
+    views: int
+
+
 @dataclass
 class _Caller:
     """One identity's share of the decoder."""
 
+    # Views, as is all that is counted here.
     working: int = 0
     # The number of its last turn; 0 before the first.
     last_turn: int = 0
     # By priority, the more urgent first.
-    waiting: tuple[collections.deque[asyncio.Future[None]], ...] = field(
+    waiting: tuple[collections.deque[_Waiting], ...] = field(
         default_factory=lambda: (collections.deque(), collections.deque())
     )
+
+    def waiting_views(self, *, bulk: bool) -> int:
+        """What waits for turns before another that is bulk, or is not."""
+        return sum(each.views for queue in self.waiting[: 1 + bulk] for each in queue)
 
     @property
     def idle(self) -> bool:
@@ -111,10 +130,16 @@ class _Caller:
 
 
 class Turns:
-    """Lets as many work at once as the decoder takes."""
+    """Lets as many views be worked on at once as the decoder takes.
+
+    Attributes:
+        at_once: how many that is; may be changed.
+        working: views that are worked on.
+        waiting: views that wait for their turn.
+    """
 
     def __init__(self, at_once: int) -> None:
-        """Begin with nobody at work; `at_once` may be changed."""
+        """Begin with nobody at work."""
         self.at_once = at_once
         self.working = 0
         self.waiting = 0
@@ -124,28 +149,32 @@ class Turns:
         self._answer_seconds = 0.0
         self._deviation_seconds = 0.0
 
-    def check(self, identity: str, *, bulk: bool, deadline: float) -> None:
+    def check(self, identity: str, *, views: int, bulk: bool, deadline: float) -> None:
         """Refuse at once, and cheaply, who would be refused a turn.
 
         Args:
             identity: who wants it.
+            views: how many of its image's are to be worked on.
             bulk: whether it may wait behind all that is interactive.
             deadline: when the answer must be there, by the event loop's clock.
 
         Raises:
             OverloadedError: if those before it will have taken the time.
         """
-        if self._is_free:
+        if self._is_free(views):
             return
-        needed = self._needed_seconds(self._ahead(identity, bulk) + 1, _DOOR_DEVIATIONS)
+        needed = self._needed_seconds(self._ahead(identity, bulk, views) + views, _DOOR_DEVIATIONS)
         _refuse_late(deadline - asyncio.get_running_loop().time(), needed)
 
     @asynccontextmanager
-    async def turn(self, identity: str, *, bulk: bool, deadline: float) -> AsyncIterator[None]:
+    async def turn(
+        self, identity: str, *, views: int, bulk: bool, deadline: float
+    ) -> AsyncIterator[None]:
         """Wait for a turn, and have it while the block runs.
 
         Args:
             identity: who wants it.
+            views: how many of its image's are to be worked on.
             bulk: whether it may wait behind all that is interactive.
             deadline: when the answer must be there, by the event loop's clock.
 
@@ -154,13 +183,13 @@ class Turns:
             DeadlineExceededError: if the deadline passed meanwhile.
         """
         clock = asyncio.get_running_loop().time
-        if self._is_free:
+        if self._is_free(views):
             # Nothing is reckoned: what is known may be of a time when there was more to do.
             needed = 0.0
-            self._begin(identity)
+            self._begin(identity, views)
         else:
-            self.check(identity, bulk=bulk, deadline=deadline)
-            await self._wait(identity, bulk, deadline)
+            self.check(identity, views=views, bulk=bulk, deadline=deadline)
+            await self._wait(identity, views, bulk, deadline)
             needed = self._needed_seconds(0, _TURN_DEVIATIONS)
         begin = clock()
         try:
@@ -173,82 +202,95 @@ class Turns:
                 self._took(clock() - begin)
             raise
         finally:
-            self._end(identity)
+            self._end(identity, views)
 
-    @property
-    def _is_free(self) -> bool:
+    def _is_free(self, views: int) -> bool:
         """Whether a newcomer has its turn at once."""
-        return self.working < self.at_once and not self.waiting
+        return self._fits(views) and not self.waiting
 
-    def _ahead(self, identity: str, bulk: bool) -> int:
-        """How many have their turns before a newcomer, at most."""
+    def _fits(self, views: int) -> bool:
+        """Whether there is room now; for more than there ever is, when nobody else works."""
+        return self.working + min(views, self.at_once) <= self.at_once
+
+    def _ahead(self, identity: str, bulk: bool, views: int) -> int:
+        """How many views have their turns before a newcomer's, at most."""
         own = self._callers.get(identity)
-        own_waiting = 0 if own is None else sum(map(len, own.waiting[: 1 + bulk]))
+        own_waiting = 0 if own is None else own.waiting_views(bulk=bulk)
         # Fair turns: before one's own next, each other caller has as many as oneself, at most.
         return own_waiting + sum(
-            min(own_waiting + 1, sum(map(len, other.waiting[: 1 + bulk])))
+            min(own_waiting + views, other.waiting_views(bulk=bulk))
             for other in self._callers.values()
             if other is not own
         )
 
-    def _needed_seconds(self, turns: int, deviations: int) -> float:
-        """What it takes to be answered after so many turns, as far as the last answers tell."""
+    def _needed_seconds(self, views: int, deviations: int) -> float:
+        """What it takes to be answered after so many views, as far as the last answers tell."""
         # From a full decoder, answers come one after the other in this time.
-        wait = turns * self._answer_seconds / self.at_once
+        wait = views * self._answer_seconds / self.at_once
         return wait + self._answer_seconds + deviations * self._deviation_seconds
 
-    async def _wait(self, identity: str, bulk: bool, deadline: float) -> None:
+    async def _wait(self, identity: str, views: int, bulk: bool, deadline: float) -> None:
         caller = self._callers.setdefault(identity, _Caller())
         loop = asyncio.get_running_loop()
-        turn: asyncio.Future[None] = loop.create_future()
+        own = _Waiting(loop.create_future(), views)
         queue = caller.waiting[bulk]
-        queue.append(turn)
-        self.waiting += 1
+        queue.append(own)
+        self.waiting += views
         try:
-            await asyncio.wait_for(asyncio.shield(turn), deadline - loop.time())
+            await asyncio.wait_for(asyncio.shield(own.turn), deadline - loop.time())
         except BaseException as error:
-            if turn.done():  # It came together with the end.
-                self._end(identity)
+            if own.turn.done():  # It came together with the end.
+                self._end(identity, views)
             else:
-                queue.remove(turn)
-                self.waiting -= 1
+                queue.remove(own)
+                self.waiting -= views
                 self._forget_if_idle(identity)
+                # Those behind it may find room where it did not.
+                self._next()
             if isinstance(error, asyncio.TimeoutError):
                 raise DeadlineExceededError(
                     "the deadline passed before the caption was begun"
                 ) from error
             raise
 
-    def _begin(self, identity: str) -> None:
+    def _begin(self, identity: str, views: int) -> None:
         self._turns += 1
         caller = self._callers.setdefault(identity, _Caller())
         caller.last_turn = self._turns
-        caller.working += 1
-        self.working += 1
+        caller.working += views
+        self.working += views
 
-    def _end(self, identity: str) -> None:
-        self._callers[identity].working -= 1
-        self.working -= 1
+    def _end(self, identity: str, views: int) -> None:
+        self._callers[identity].working -= views
+        self.working -= views
         self._forget_if_idle(identity)
         self._next()
 
     def _next(self) -> None:
-        """Give turns to those who wait, while there are turns."""
-        while self.working < self.at_once and self.waiting:
-            for priority in range(2):
-                wanting = [
-                    (each.working, each.last_turn, name)
-                    for name, each in self._callers.items()
-                    if each.waiting[priority]
-                ]
-                if wanting:
-                    # Whoever has the least in work; of equals, whose last turn is the longest ago.
-                    *_, identity = min(wanting)
-                    turn = self._callers[identity].waiting[priority].popleft()
-                    self.waiting -= 1
-                    self._begin(identity)
-                    turn.set_result(None)
-                    break
+        """Give turns to those who wait, while there is room for the next."""
+        while self.waiting:
+            queue, identity = self._next_queue()
+            # It is waited for, too: else smaller ones might pass it by for ever.
+            if not self._fits(queue[0].views):
+                return
+            own = queue.popleft()
+            self.waiting -= own.views
+            self._begin(identity, own.views)
+            own.turn.set_result(None)
+
+    def _next_queue(self) -> tuple[collections.deque[_Waiting], str]:
+        """Whose turn it is, where somebody waits."""
+        for priority in range(2):
+            wanting = [
+                (each.working, each.last_turn, name)
+                for name, each in self._callers.items()
+                if each.waiting[priority]
+            ]
+            if wanting:
+                # Whoever has the least in work; of equals, whose last turn is the longest ago.
+                *_, identity = min(wanting)
+                return self._callers[identity].waiting[priority], identity
+        raise AssertionError("somebody waits")
 
     def _forget_if_idle(self, identity: str) -> None:
         if self._callers[identity].idle:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 from cachetools import LRUCache
@@ -20,6 +20,7 @@ from captionserve_server.core.errors import (
     ModelUnavailableError,
     OverloadedError,
 )
+from captionserve_server.core.framing import Framing
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.gateway.kserve import InputTensor
 
@@ -32,38 +33,39 @@ ENTRY_OVERHEAD_BYTES = 640
 _HASHED_IN_LOOP_BYTES = 2**20
 
 
-async def image_digest(image: Iterable[InputTensor]) -> bytes:
+async def image_digest(image: InputTensor) -> bytes:
     """What says which image it is, as 32 bytes.
 
     Args:
-        image: the decoder's inputs without OPTIONS.
+        image: the decoder's input.
     """
-    tensors = list(image)
+    spec, shape, raw = image
 
     def digest() -> bytes:
-        digest = hashlib.sha256()
-        for spec, shape, raw in tensors:
-            digest.update(repr((spec.name, shape, len(raw))).encode())
-            digest.update(raw)
+        digest = hashlib.sha256(repr((spec.name, shape)).encode())
+        digest.update(raw)
         return digest.digest()
 
-    if sum(len(raw) for _, _, raw in tensors) <= _HASHED_IN_LOOP_BYTES:
+    if len(raw) <= _HASHED_IN_LOOP_BYTES:
         return digest()
     # hashlib lets other threads run meanwhile, the event loop's among them.
     return await asyncio.to_thread(digest)
 
 
-def answer_key(image: bytes, options: DecodingOptions, model_version: int, scope: str) -> bytes:
+def answer_key(
+    image: bytes, framing: Framing, options: DecodingOptions, model_version: int, scope: str
+) -> bytes:
     """What an answer depends on, and for whom it is remembered, as 32 bytes.
 
     Args:
         image: its digest.
+        framing: what is asked of it.
         options: all of them, the checkpoint's defaults included.
         model_version: which one answers.
         scope: the same for all who may be given it.
     """
     # repr() is exact for numbers and quotes texts, so that different options stay different.
-    return hashlib.sha256(image + repr((model_version, options, scope)).encode()).digest()
+    return hashlib.sha256(image + repr((model_version, framing, options, scope)).encode()).digest()
 
 
 class AnswerCache:

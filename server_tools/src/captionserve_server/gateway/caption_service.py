@@ -200,9 +200,15 @@ class CaptionService:
         version, key = description.version, None
         if options.reproducible:
             scope = call.identity if self._settings.cache_scope == "identity" else ""
-            key = answer_key(image, options, version, scope)
+            key = answer_key(image, message.framing, options, version, scope)
         work = _Work(message, image, call, call.deadline, version, key)
-        admit = partial(self.turns.check, call.identity, bulk=call.bulk, deadline=call.deadline)
+        admit = partial(
+            self.turns.check,
+            call.identity,
+            views=message.framing.views,
+            bulk=call.bulk,
+            deadline=call.deadline,
+        )
         if key is None or request.bypass_cache:
             computed, _ = await self._captions.run(
                 object(), lambda: self._caption(work), call.seconds_left, admit=admit
@@ -240,7 +246,9 @@ class CaptionService:
         inputs = message.inputs(stream=True)
         image = await image_digest(message.image)
         async with AsyncExitStack() as stack:
-            turn = await stack.enter_async_context(self._working(image, call))
+            turn = await stack.enter_async_context(
+                self._working(image, message.framing.views, call)
+            )
             time_limit = _time_limit(message, call.deadline)
             stream = self._connected().stream(inputs, description.version, time_limit)
             answers = await stack.enter_async_context(aclosing(stream))
@@ -273,20 +281,26 @@ class CaptionService:
         )
 
     @asynccontextmanager
-    async def _working(self, image: bytes, call: Call) -> AsyncIterator[Stage]:
-        """Have the decoder's attention for an image while the block runs; what that has taken."""
+    async def _working(self, image: bytes, views: int, call: Call) -> AsyncIterator[Stage]:
+        """Have the decoder's attention for an image while the block runs; what that has taken.
+
+        Args:
+            image: its digest.
+            views: the pictures that are captioned: the whole, and its parts.
+            call: for whom.
+        """
         clock = asyncio.get_running_loop().time
         begin = clock()
         async with (
             self._suspects.alone(image, call.seconds_left),
-            self.turns.turn(call.identity, bulk=call.bulk, deadline=call.deadline),
+            self.turns.turn(call.identity, views=views, bulk=call.bulk, deadline=call.deadline),
         ):
             with self._suspects.in_work(image):
                 yield turn_stage(clock() - begin)
 
     async def _caption(self, work: _Work) -> Captioned:
         """Have it captioned, and remember the answer where there is a key."""
-        async with self._working(work.image, work.call) as turn:
+        async with self._working(work.image, work.message.framing.views, work.call) as turn:
             time_limit = _time_limit(work.message, work.until)
             answer = await self.ask(work.message.inputs(), work.version, time_limit)
         computed = self._computed(answer, turn)
@@ -298,7 +312,8 @@ class CaptionService:
         """What the decoder's last answer says, counted."""
         response, decoder_stages = read_answer(answer)
         stages = [turn, *decoder_stages]
-        tokens = sum(len(caption.token_ids) for caption in response.captions)
+        described = (response.captions, *(region.captions for region in response.regions))
+        tokens = sum(len(caption.token_ids) for each in described for caption in each)
         self._metrics.caption(stages, tokens)
         return Captioned(response, stages)
 

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ from captionserve_server.core.errors import (
     ImageMissingError,
     InvalidOptionsError,
     InvalidPixelValuesError,
-    InvalidRequestError,
 )
-from captionserve_server.core.image_files import MAX_PIXELS
+from captionserve_server.core.framing import MAX_REGIONS, Framing, Resize
+from captionserve_server.core.image_files import MAX_PIXELS, Box
 from captionserve_server.core.options import OPTIONS, DecodingOptions
 from captionserve_server.gateway.decoder_client import Description
 from captionserve_server.gateway.kserve import InputTensor, Outputs, encode_strings
@@ -42,6 +42,12 @@ FINISH_REASONS: Mapping[str, caption_pb2.FinishReason.ValueType] = {
     "length": caption_pb2.FINISH_REASON_LENGTH,
     "deadline": caption_pb2.FINISH_REASON_DEADLINE,
 }
+_RESIZES: Mapping[caption_pb2.Resize.ValueType, Resize] = {
+    caption_pb2.RESIZE_UNSPECIFIED: "checkpoint",
+    caption_pb2.RESIZE_CHECKPOINT: "checkpoint",
+    caption_pb2.RESIZE_CENTER_CROP: "center_crop",
+    caption_pb2.RESIZE_LETTERBOX: "letterbox",
+}
 
 REVIEW_REASONS: Mapping[str, caption_pb2.ReviewReason.ValueType] = {
     "low_confidence": caption_pb2.REVIEW_REASON_LOW_CONFIDENCE,
@@ -60,16 +66,18 @@ class Message:
     """What a caller asks, as the decoder takes it.
 
     Attributes:
-        image: the inputs that say what is captioned.
+        image: the picture.
+        framing: what is asked of it.
         given: the options that the caller set, as plain JSON values.
     """
 
-    image: list[InputTensor]
+    image: InputTensor
+    framing: Framing
     given: dict[str, Any]
 
     def inputs(self, *, stream: bool = False) -> list[InputTensor]:
         """All inputs of the decoder; with `stream` it also tells words as they become certain."""
-        inputs = list(self.image)
+        inputs = [self.image, *_framing_tensors(self.framing)]
         if self.given:
             # Not in ASCII, where most scripts' letters take six bytes of what the decoder allows.
             text = json.dumps(self.given, allow_nan=False, ensure_ascii=False).encode()
@@ -85,20 +93,37 @@ def decoder_message(request: caption_pb2.CaptionRequest) -> Message:
     Raises:
         ImageMissingError: if there is no image.
         ImageCorruptError: if pixel values do not have the size that is announced.
+        InvalidFramingError: if regions, tiles or resize are wrong whatever the image is.
         InvalidOptionsError: if an option is a number that the API does not name.
-        InvalidRequestError: if resize is such a number.
     """
-    image = [_image(request.image)]
-    if request.regions:
-        corners = [(box.left, box.top, box.right, box.bottom) for box in request.regions]
-        raw = b"".join(struct.pack("<4i", *each) for each in corners)
-        image.append(InputTensor(wire.REGIONS, (len(corners), 4), raw))
-    if request.resize:
-        if request.resize not in caption_pb2.Resize.values():
-            raise InvalidRequestError("resize is not one of the API's")
-        name = caption_pb2.Resize.Name(request.resize).removeprefix("RESIZE_").lower()
-        image.append(InputTensor(wire.RESIZE, (1,), encode_strings([name.encode()])))
-    return Message(image, _given_options(request.options))
+    image, framing = _image(request.image), _framing(request)
+    if image.spec is wire.PIXEL_VALUES:
+        framing.refuse_for_pixel_values()
+    return Message(image, framing, _given_options(request.options))
+
+
+def _framing(request: caption_pb2.CaptionRequest) -> Framing:
+    tiles = request.tiles
+    return Framing.of(
+        list(map(_box, request.regions)),
+        (tiles.rows, tiles.cols) if request.HasField("tiles") else None,
+        # A number that the API does not name is no way of resizing either.
+        _RESIZES.get(request.resize, str(request.resize)),
+    )
+
+
+def _box(region: caption_pb2.Region) -> Box:
+    return region.left, region.top, region.right, region.bottom
+
+
+def _framing_tensors(framing: Framing) -> Iterator[InputTensor]:
+    if framing.regions:
+        raw = b"".join(struct.pack("<4i", *each) for each in framing.regions)
+        yield InputTensor(wire.REGIONS, (len(framing.regions), 4), raw)
+    if framing.tiles is not None:
+        yield InputTensor(wire.TILES, (2,), struct.pack("<2i", *framing.tiles))
+    if framing.resize != "checkpoint":
+        yield InputTensor(wire.RESIZE, (1,), encode_strings([framing.resize.encode()]))
 
 
 def _image(image: caption_pb2.Image) -> InputTensor:
@@ -175,13 +200,13 @@ def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.Captio
     count, longest = ids.shape
     if not count or not ids.shape == logprobs.shape == texts.shape:
         raise ValueError("no captions, or tokens that do not belong together")
-    response = caption_pb2.CaptionResponse(model_version=model_version)
+    captions: list[caption_pb2.Caption] = []
     for row, (text, score, reason, confidence, degenerate) in enumerate(zip(*columns, strict=True)):
         begin = row * longest
         end = begin + longest
         own = ids.values[begin:end]
         length = own.index(wire.PADDING_TOKEN_ID) if wire.PADDING_TOKEN_ID in own else longest
-        response.captions.add(
+        caption = caption_pb2.Caption(
             text=text,
             score=score,
             token_ids=own[:length],
@@ -191,12 +216,13 @@ def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.Captio
             confidence=confidence,
             degenerate=degenerate,
         )
-    if len(response.captions) != count:
+        captions.append(caption)
+    if len(captions) != count:
         raise ValueError("captions and tokens do not belong together")
-    _add_words(response, outputs)
+    _add_words(captions, outputs)
     if wire.REVIEW_REASONS.name in outputs:
         reasons = outputs[wire.REVIEW_REASONS.name].values
-        for caption, own in zip(response.captions, reasons, strict=True):
+        for caption, own in zip(captions, reasons, strict=True):
             caption.review_reasons.extend(REVIEW_REASONS[reason] for reason in own.split())
             caption.needs_review = bool(caption.review_reasons)
     if wire.ATTENTIONS.name in outputs:
@@ -204,23 +230,46 @@ def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.Captio
         if shape[:2] != ids.shape:
             raise ValueError("attention is missing")
         rows, cols = shape[2:]
-        for row, caption in enumerate(response.captions):
+        for row, caption in enumerate(captions):
             begin = row * longest * rows * cols
             end = begin + len(caption.token_ids) * rows * cols
             caption.attention.rows, caption.attention.cols = rows, cols
             caption.attention.values.extend(values[begin:end])
+    return _response(captions, outputs, model_version)
+
+
+def _response(
+    captions: Sequence[caption_pb2.Caption], outputs: Outputs, model_version: int
+) -> caption_pb2.CaptionResponse:
+    """The captions shared out among the whole image and its parts."""
+    response = caption_pb2.CaptionResponse(model_version=model_version)
+    if wire.REGION_BOXES.name not in outputs:
+        response.captions.extend(captions)
+        return response
+    boxes, counts = outputs[wire.REGION_BOXES.name], outputs[wire.REGION_CAPTIONS.name]
+    begin = len(captions) - sum(counts.values)
+    if begin < 1 or boxes.shape != (len(counts.values), 4):
+        raise ValueError("captions and regions do not belong together")
+    response.captions.extend(captions[:begin])
+    for part, count in enumerate(counts.values):
+        left, top, right, bottom = boxes.values[4 * part : 4 * part + 4]
+        response.regions.add(
+            region=caption_pb2.Region(left=left, top=top, right=right, bottom=bottom),
+            captions=captions[begin : begin + count],
+        )
+        begin += count
     return response
 
 
-def _add_words(response: caption_pb2.CaptionResponse, outputs: Outputs) -> None:
+def _add_words(captions: Sequence[caption_pb2.Caption], outputs: Outputs) -> None:
     """Give captions their words, and tokens and words their groundings where there are any."""
     rows, most_words = (confidences := outputs[wire.WORD_CONFIDENCES.name]).shape
     groundings = outputs.get(wire.TOKEN_GROUNDINGS.name)
-    if rows != len(response.captions) or (
+    if rows != len(captions) or (
         groundings is not None and groundings.shape != outputs[wire.TOKEN_IDS.name].shape
     ):
         raise ValueError("captions and their words do not belong together")
-    for row, caption in enumerate(response.captions):
+    for row, caption in enumerate(captions):
         if groundings is not None:
             begin = row * groundings.shape[1]
             caption.token_groundings.extend(
@@ -276,6 +325,7 @@ def limits_message(settings: Settings) -> caption_pb2.Limits:
         message_bytes=settings.max_message_megabytes * 2**20,
         image_pixels=MAX_PIXELS,
         window=settings.window,
+        regions=MAX_REGIONS,
         options=[
             caption_pb2.OptionLimits(name=name, help=option.help, range=option.range() or "")
             for name, option in OPTIONS.items()

@@ -11,6 +11,7 @@ from captionserve.v1 import caption_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from captionserve_server.gateway.addresses import check_address
 from captionserve_server.gateway.admission import Room
 from captionserve_server.gateway.cache import AnswerCache
 from captionserve_server.gateway.calls import Calls
@@ -108,6 +109,13 @@ class Gateway:
                 "cache_bytes": lambda: cache.used_bytes,
             }
         )
+        for flag, listen in (
+            ("--listen", self._settings.listen),
+            ("--health-listen", self._settings.health_listen),
+            ("--metrics-listen", self._settings.metrics_listen),
+        ):
+            if listen is not None:
+                check_address(listen, flag)
         self._metrics_server = MetricsServer(self._settings.metrics_listen, self.metrics.registry)
         self.metrics_address = self._metrics_server.address
         self._calls = Calls(

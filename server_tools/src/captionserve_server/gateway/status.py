@@ -29,6 +29,7 @@ CODES: Mapping[type[errors.CaptionServeError], grpc.StatusCode] = {
     errors.UnsupportedImageFormatError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ImageTooManyPixelsError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidPixelValuesError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.InvalidFramingError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.InvalidOptionsError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
@@ -113,6 +114,8 @@ def field_violations(error: errors.CaptionServeError) -> dict[str, str]:
     """What is wrong, by field path in CaptionRequest."""
     if isinstance(error, errors.InvalidOptionsError):
         return {f"options.{name}": text for name, text in error.field_violations.items()}
+    if isinstance(error, errors.InvalidFramingError):
+        return dict(error.field_violations)
     if isinstance(error, _IMAGE_ERRORS):
         return {"image": error.message}
     return {}

@@ -1,11 +1,16 @@
 """Captioning in one process, without a server: the edge mode.
 
-Needs onnxruntime, numpy, Pillow and tokenizers only; `pipeline` needs the client as well.
+Needs onnxruntime, numpy, Pillow and tokenizers only; `pipeline` and
+`LocalResult.alt_text` need the client as well.
 """
 
-from captionserve_server.core.options import NamedOptions
 from captionserve_server.core.results import FinishedCaption
-from captionserve_server.local.captioner import LocalCaptioner, LocalResult
+from captionserve_server.local.captioner import (
+    LocalCaptioner,
+    LocalRegion,
+    LocalResult,
+    NamedArguments,
+)
 from captionserve_server.local.image_to_text import pipeline
 from captionserve_server.local.images import ImageInput
 from captionserve_server.local.model_folder import ModelFolderError
@@ -14,8 +19,9 @@ __all__ = [
     "FinishedCaption",
     "ImageInput",
     "LocalCaptioner",
+    "LocalRegion",
     "LocalResult",
     "ModelFolderError",
-    "NamedOptions",
+    "NamedArguments",
     "pipeline",
 ]

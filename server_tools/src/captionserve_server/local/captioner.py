@@ -11,12 +11,12 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.decode_budget import (
@@ -24,16 +24,17 @@ from captionserve_server.core.decode_budget import (
     DEFAULT_DECODE_MEGABYTES,
     DecodeBudget,
 )
-from captionserve_server.core.engine.engine_thread import EngineThread
-from captionserve_server.core.engine.scheduler import Outcome as EngineOutcome
+from captionserve_server.core.engine.engine_thread import Answer, EngineThread
 from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
 from captionserve_server.core.engine.worker import Worker
 from captionserve_server.core.errors import CaptionServeError
+from captionserve_server.core.framing import Framing, NamedFraming
+from captionserve_server.core.image_files import Box
 from captionserve_server.core.options import NamedOptions
 from captionserve_server.core.results import FinishedCaption, Finisher
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import Float32Array, UInt8Array
-from captionserve_server.local.images import ImageInput, each_image, image_pixels
+from captionserve_server.local.images import ImageInput, each_image, image_views
 from captionserve_server.local.model_folder import load_model
 from captionserve_server.runtime import graph_tensors
 from captionserve_server.runtime.graph_step_model import GraphStepModel
@@ -41,6 +42,7 @@ from captionserve_server.runtime.onnx_graph import OnnxGraph
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from captionserve import AltText
     from typing_extensions import Self, Unpack
 
 # With nlpconnect's shapes a slot in use takes 14 MB and an entry 72 KB, so that captions together
@@ -56,16 +58,16 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LocalResult:
-    """The captions of one image.
+class LocalRegion:
+    """The captions of a part of an image.
 
     Attributes:
-        captions: at least one, best first.
-        model_version: the version of the model that made them.
+        box: left, top, right and bottom, in pixels of the upright image.
+        captions: as those of an image of its own, best first.
     """
 
+    box: Box
     captions: tuple[FinishedCaption, ...]
-    model_version: int
 
     @property
     def text(self) -> str:
@@ -73,8 +75,63 @@ class LocalResult:
         return self.captions[0].text
 
 
+@dataclass(frozen=True)
+class LocalResult:
+    """The captions of one image.
+
+    Attributes:
+        captions: of the whole image; at least one, best first.
+        model_version: the version of the model that made them.
+        regions: the parts that were asked for: the regions, then the tiles row by row.
+    """
+
+    captions: tuple[FinishedCaption, ...]
+    model_version: int
+    regions: tuple[LocalRegion, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The best caption's text."""
+        return self.captions[0].text
+
+    def alt_text(
+        self,
+        max_chars: int = 125,
+        nearby_text: str | None = None,
+        file_name: str | os.PathLike[str] | None = None,
+        hedge_below: float = 0.5,
+    ) -> AltText:
+        """A draft of an alternative text; as `alt_text` of the client's CaptionResult.
+
+        Raises:
+            ImportError: if the client, `captionserve`, is not installed.
+        """
+        try:
+            from captionserve._alt_text import alt_text_of
+        except ImportError as error:
+            raise ImportError("alt text needs the client too: pip install captionserve") from error
+        return alt_text_of(self.captions[0], max_chars, nearby_text, file_name, hedge_below)
+
+
 Outcome = LocalResult | CaptionServeError | OSError
 """What becomes of one image of several: its captions, or why there are none."""
+
+
+class NamedArguments(NamedOptions, NamedFraming, total=False):
+    """What is asked of an image, by name."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of each image of a call.
+
+    Attributes:
+        plan: how to decode.
+        framing: which parts of it are captioned beside the whole, and how they are resized.
+    """
+
+    plan: CaptionPlan
+    framing: Framing
 
 
 class LocalCaptioner:
@@ -142,7 +199,7 @@ class LocalCaptioner:
         self,
         image: ImageInput,
         options: DataclassInstance | None = None,
-        **named: Unpack[NamedOptions],
+        **named: Unpack[NamedArguments],
     ) -> LocalResult:
         """Caption one image.
 
@@ -152,7 +209,10 @@ class LocalCaptioner:
                 (3, height, width) as the checkpoint's own image processor makes it.
             options: a dataclass with the decoding options' names, such as the client's
                 GenerationOptions; None, also of a single option, is the checkpoint's default.
-            **named: decoding options by name; these come before those of `options`.
+            **named: decoding options by name; these come before those of `options`. And what is
+                asked of the image: `regions`, parts to be captioned beside the whole, each (left,
+                top, right, bottom) in pixels of the upright image; `tiles`, (rows, columns) of a
+                grid whose cells are, too; `resize`, "checkpoint", "center_crop" or "letterbox".
 
         Raises:
             CaptionServeError: as the service would answer; see core/errors.py.
@@ -160,14 +220,14 @@ class LocalCaptioner:
             TypeError: if the image has the wrong type.
             ValueError: if an array or a PIL image has a wrong form.
         """
-        plan = self._plan(options, named)
-        return self._result(self._begin(image, plan), plan)
+        asked = self._asked(options, named)
+        return self._result(self._begin(image, asked), asked)
 
     def caption_all(
         self,
         images: Iterable[ImageInput],
         options: DataclassInstance | None = None,
-        **named: Unpack[NamedOptions],
+        **named: Unpack[NamedArguments],
     ) -> list[LocalResult]:
         """Caption several images together.
 
@@ -194,7 +254,7 @@ class LocalCaptioner:
         self,
         images: Iterable[ImageInput],
         options: DataclassInstance | None = None,
-        **named: Unpack[NamedOptions],
+        **named: Unpack[NamedArguments],
     ) -> Iterator[Outcome]:
         """Caption several images together, of which some may fail.
 
@@ -209,10 +269,11 @@ class LocalCaptioner:
 
         Raises:
             InvalidOptionsError: if the options are wrong, before any image is read.
+            InvalidFramingError: likewise, if no image has such parts.
             TypeError: if an image has the wrong type.
             ValueError: if an array or a PIL image has a wrong form.
         """
-        return self._outcomes(images, self._plan(options, named))
+        return self._outcomes(images, self._asked(options, named))
 
     def close(self) -> None:
         """End the engine's thread; captions under way, and later ones, fail."""
@@ -231,43 +292,54 @@ class LocalCaptioner:
         """Close it."""
         self.close()
 
-    def _plan(self, options: DataclassInstance | None, named: NamedOptions) -> CaptionPlan:
+    def _asked(self, options: DataclassInstance | None, named: NamedArguments) -> _Asked:
         own = () if options is None else fields(options)
         given: dict[str, object] = {each.name: getattr(options, each.name) for each in own}
+        by_name: dict[str, Any] = dict(named)
+        framing = Framing.of(
+            **{name: by_name.pop(name, None) for name in NamedFraming.__annotations__}
+        )
         # What is None is not set, and hides no value of the dataclass.
-        given |= {name: value for name, value in named.items() if value is not None}
-        return self._model.bundle.plan(given, self._model.tokenizer.encode)
+        given |= {name: value for name, value in by_name.items() if value is not None}
+        return _Asked(self._model.bundle.plan(given, self._model.tokenizer.encode), framing)
 
-    def _begin(self, image: ImageInput, plan: CaptionPlan) -> _Begun:
+    def _begin(self, image: ImageInput, asked: _Asked) -> _Begun:
         """Prepare an image and queue it; what its caller did not get wrong is told later."""
         begun = _Begun()
         try:
-            pixels = image_pixels(image, self._model.preprocessor, self._budget.reserved)
-            self._engine.submit(pixels, plan, begun)
+            views = image_views(
+                image, self._model.preprocessor, self._budget.reserved, asked.framing
+            )
+            begun.boxes = views.boxes
+            self._engine.submit(views.pixels, asked.plan, begun)
         except (CaptionServeError, OSError) as error:
             begun.captions.set_exception(error)
         return begun
 
-    def _result(self, begun: _Begun, plan: CaptionPlan) -> LocalResult:
+    def _result(self, begun: _Begun, asked: _Asked) -> LocalResult:
         """Wait for the captions; raises what `caption` raises."""
         try:
-            captions = begun.captions.result()
+            answer = begun.captions.result()
         finally:
             begun.has_gone = True
-        finished = tuple(self._finisher.finished(caption, plan) for caption in captions)
-        return LocalResult(finished, self.model_version)
+        whole, *parts = (
+            tuple(self._finisher.finished(caption, asked.plan) for caption in captions)
+            for captions in answer
+        )
+        regions = tuple(map(LocalRegion, begun.boxes, parts))
+        return LocalResult(whole, self.model_version, regions)
 
-    def _outcomes(self, images: Iterable[ImageInput], plan: CaptionPlan) -> Iterator[Outcome]:
-        ahead = _Ahead(images, lambda image: self._begin(image, plan), self._images_ahead)
+    def _outcomes(self, images: Iterable[ImageInput], asked: _Asked) -> Iterator[Outcome]:
+        ahead = _Ahead(images, lambda image: self._begin(image, asked), self._images_ahead)
         try:
             while (begun := ahead.next()) is not None:
-                yield self._outcome(begun, plan)
+                yield self._outcome(begun, asked)
         finally:
             ahead.close()
 
-    def _outcome(self, begun: _Begun, plan: CaptionPlan) -> Outcome:
+    def _outcome(self, begun: _Begun, asked: _Asked) -> Outcome:
         try:
-            return self._result(begun, plan)
+            return self._result(begun, asked)
         except (CaptionServeError, OSError) as error:
             return error
 
@@ -277,24 +349,26 @@ class _Begun:
     """An image that is being captioned, and whoever waits for it: the engine's Caller.
 
     Attributes:
-        captions: what will come of it.
+        captions: what will come of it: those of the whole image, and of each of its parts.
+        boxes: where the parts are.
         has_gone: whether nobody waits any more, so that the engine lets go of it.
         deadline: never.
     """
 
-    captions: Future[list[DecodedCaption]] = field(default_factory=Future)
+    captions: Future[list[list[DecodedCaption]]] = field(default_factory=Future)
+    boxes: Sequence[Box] = ()
     has_gone: bool = False
     deadline: float = math.inf
 
     def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
         """Nobody listens before the end."""
 
-    def end(self, outcome: EngineOutcome) -> None:
+    def end(self, answer: Answer) -> None:
         """Hand the captions over, or why there are none."""
-        if isinstance(outcome, CaptionServeError):
-            self.captions.set_exception(outcome)
+        if isinstance(answer, CaptionServeError):
+            self.captions.set_exception(answer)
         else:
-            self.captions.set_result(outcome)
+            self.captions.set_result(answer)
 
 
 @dataclass(frozen=True)

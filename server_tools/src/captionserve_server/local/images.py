@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from captionserve_server.core.decode_budget import Reserve, without_limit
+from captionserve_server.core.framing import WHOLE, Framing
 from captionserve_server.core.preprocessing import (
-    Pixels,
     PreprocessorConfig,
+    Views,
     pixels_of_values,
     preprocess,
     preprocess_array,
@@ -72,25 +73,27 @@ _MODES = frozenset(
 )
 
 
-def image_pixels(
-    image: ImageInput, config: PreprocessorConfig, reserve: Reserve = without_limit
-) -> Pixels:
-    """Prepare an image for the encoder.
+def image_views(
+    image: ImageInput,
+    config: PreprocessorConfig,
+    reserve: Reserve = without_limit,
+    framing: Framing = WHOLE,
+) -> Views:
+    """Prepare an image, and the parts of it that are asked for, for the encoder.
 
     Args:
         image: paths are read; bytes-like values and file objects are taken as whole image files,
             and so is a JPEG or PNG that Pillow has opened and not yet read.
         config: the checkpoint's image processor.
         reserve: takes the memory that the image will need.
-
-    Returns:
-        uint8 [3, height, width], RGB, 0 to 255.
+        framing: what is asked of it.
 
     Raises:
         TypeError: if the image is none of the kinds that are taken.
         ValueError: if an array has neither form, or a PIL image has no pixels or a mode without a
             fixed range.
         InvalidPixelValuesError: if a float array is not what the image processor makes.
+        InvalidFramingError: if the image has no such parts; of a float array there are none.
         OSError: if a file cannot be read, such as FileNotFoundError; it says so where the path is
             a URL, a data URI or base64 text.
         ImageCorruptError: empty, truncated or damaged bytes.
@@ -101,13 +104,15 @@ def image_pixels(
         shown = _shown(image)
         encoded = _file_of(shown)
         if encoded is None:
-            return preprocess_picture(shown, config, reserve)
-        return preprocess(encoded, config, reserve)
+            return preprocess_picture(shown, config, reserve, framing)
+        return preprocess(encoded, config, reserve, framing)
     if _is_floats(image):
-        return pixels_of_values(_values(image), config)
+        values = _values(image)
+        framing.refuse_for_pixel_values()
+        return Views((pixels_of_values(values, config),))
     if isinstance(image, np.ndarray):
-        return preprocess_array(_rgb_samples(image), config, reserve)
-    return preprocess(_encoded(image), config, reserve)
+        return preprocess_array(_rgb_samples(image), config, reserve, framing)
+    return preprocess(_encoded(image), config, reserve, framing)
 
 
 def each_image(images: Iterable[ImageInput]) -> Iterator[ImageInput]:

@@ -8,38 +8,16 @@ period is used up, and whoever waits for the slowest waits until the next period
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
+
+from captionserve_server.runtime.control_groups import PROCESS, groups_of
 
 THREADS_VARIABLE = "CAPTIONSERVE_THREADS"
 """Environment variable with the threads that a model takes whose configuration says 0."""
 
-_SELF = Path("/proc/self")
 
-
-@dataclass(frozen=True)
-class CpuGroup:
-    """A control group that may limit a process's processor time.
-
-    Attributes:
-        version: of control groups, 1 or 2.
-        folder: the group's folder.
-        mount: the folder of the topmost group that is visible.
-    """
-
-    version: int
-    folder: Path
-    mount: Path
-
-    @property
-    def folders(self) -> Iterator[Path]:
-        """The group's folder and those above it: each of them limits."""
-        yield self.folder
-        yield from (above for above in self.folder.parents if above.is_relative_to(self.mount))
-
-
-def available_cores(process: Path = _SELF) -> int:
+def available_cores(process: Path = PROCESS) -> int:
     """Cores that this process may keep busy; at least 1.
 
     Args:
@@ -48,7 +26,7 @@ def available_cores(process: Path = _SELF) -> int:
     return whole_cores(len(os.sched_getaffinity(0)), _quotas(process))
 
 
-def default_threads(process: Path = _SELF) -> int:
+def default_threads(process: Path = PROCESS) -> int:
     """Threads for one run of a graph, where nobody has said how many.
 
     Args:
@@ -104,56 +82,9 @@ def parse_cfs_quota(quota_us: str, period_us: str) -> float | None:
     return None if int(quota_us) <= 0 else int(quota_us) / int(period_us)
 
 
-def cpu_groups(cgroup: str, mountinfo: str) -> list[CpuGroup]:
-    """The process's groups that may limit its processor time.
-
-    Args:
-        cgroup: what /proc/self/cgroup says.
-        mountinfo: what /proc/self/mountinfo says.
-    """
-    paths = dict(_paths_by_version(cgroup))
-    groups = []
-    for line in mountinfo.splitlines():
-        place, _, kind = line.partition(" - ")
-        version = _version_of(kind)
-        if version in paths:
-            root, mount = place.split()[3:5]
-            folder = Path(mount) / _below(paths[version], root)
-            groups.append(CpuGroup(version, folder, Path(mount)))
-    return groups
-
-
-def _paths_by_version(cgroup: str) -> Iterator[tuple[int, str]]:
-    for line in cgroup.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            yield 2, path
-        elif "cpu" in controllers.split(","):
-            yield 1, path
-
-
-def _version_of(kind: str) -> int:
-    """1 or 2 for a mount of groups that limit processor time; 0 for any other."""
-    filesystem, *_, options = kind.split()
-    if filesystem == "cgroup2":
-        return 2
-    return int(filesystem == "cgroup" and "cpu" in options.split(","))
-
-
-def _below(path: str, root: str) -> PurePosixPath:
-    """Where a group lies below what is mounted, which in a container is often the group itself."""
-    group = PurePosixPath(path)
-    if not group.is_relative_to(root) or ".." in group.parts:
-        return PurePosixPath()
-    return group.relative_to(root)
-
-
 def _quotas(process: Path) -> list[float]:
     """The limits of all groups of a process; none where the system has no control groups."""
-    try:
-        groups = cpu_groups((process / "cgroup").read_text(), (process / "mountinfo").read_text())
-    except OSError:
-        return []
+    groups = groups_of(process, "cpu")
     limits = [_limit(group.version, folder) for group in groups for folder in group.folders]
     return [limit for limit in limits if limit is not None]
 

@@ -50,6 +50,11 @@ def what_is_missing(folder: Path) -> str:
             f"{' and '.join(older)}): export the checkpoint again, into a new folder"
         )
     missing = [name for name in MODELS if not (folder / name / "config.pbtxt").is_file()]
+    if missing and (folder / "config.json").is_file():
+        return (
+            "this is a checkpoint: `captionserve export CHECKPOINT --output DIR` makes a model "
+            "repository of it, and that is wanted"
+        )
     if missing:
         return (
             f"this is no model repository (it lacks {', '.join(missing)}): "

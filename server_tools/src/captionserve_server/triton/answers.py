@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from captionserve_server.core.captions import CaptionPlan
+from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.detokenise import TextStream
-from captionserve_server.core.engine.scheduler import Outcome
+from captionserve_server.core.engine.engine_thread import Answer
 from captionserve_server.core.engine.timeline import Timeline
 from captionserve_server.core.engine.worker import OnDeath, WorkerPool
 from captionserve_server.core.errors import (
@@ -18,6 +18,7 @@ from captionserve_server.core.errors import (
     ModelFaultError,
     OverloadedError,
 )
+from captionserve_server.core.image_files import Box
 from captionserve_server.core.results import FinishedCaption, Finisher
 from captionserve_server.triton import wire
 from captionserve_server.triton.callers import Caller
@@ -32,7 +33,8 @@ class Answering:
 
         Args:
             finisher: from decoded captions to what a caller reads.
-            max_requests: requests accepted and not yet answered; one more is refused.
+            max_requests: requests accepted and not yet answered, each part of an image counted
+                as one; more are refused.
             on_death: told of what should not have ended the thread.
         """
         self._finisher = finisher
@@ -43,15 +45,19 @@ class Answering:
 
     @property
     def unanswered(self) -> int:
-        """Requests accepted and not yet answered."""
+        """Requests accepted and not yet answered, and their images' parts."""
         return self._unanswered
 
-    def enter(self) -> None:
-        """Accept a request, which `send_last` will answer; OverloadedError without room."""
+    def enter(self, views: int) -> None:
+        """Accept a request, which `send_last` will answer; OverloadedError without room.
+
+        Args:
+            views: the pictures that it has captioned: the whole image, and its parts.
+        """
         with self._lock:
-            if self._unanswered >= self._max_requests:
+            if self._unanswered + views > self._max_requests:
                 raise OverloadedError("too many requests are waiting")
-            self._unanswered += 1
+            self._unanswered += views
 
     def send_part(
         self, caller: Caller, text: TextStream, given: Sequence[int], seen: int, *, last: bool
@@ -79,29 +85,36 @@ class Answering:
 
         self._thread.submit(send, _unsent)
 
-    def send_last(
-        self, caller: Caller, plan: CaptionPlan, outcome: Outcome, timeline: Timeline
-    ) -> None:
+    def send_last(self, captioning: Captioning, answer: Answer) -> None:
         """Send the captions, or why there are none, and make room for the next."""
 
         def send() -> None:
             try:
-                if isinstance(outcome, CaptionServeError):
-                    last = error_response(outcome)
+                if isinstance(answer, CaptionServeError):
+                    last = error_response(answer)
                 else:
-                    finished = [self._finisher.finished(each, plan) for each in outcome]
-                    tensors = caption_tensors(finished)
-                    timeline.passed("answer")
-                    last = response({**tensors, wire.TIMES: np.array(timeline.numbers, np.float64)})
+                    last = response(self._tensors(captioning, answer))
             except Exception as error:  # A caption that cannot be told is its own caller's loss.
                 last = error_response(error)
             try:
-                caller.finish(last)
+                captioning.caller.finish(last)
             finally:
                 with self._lock:
-                    self._unanswered -= 1
+                    self._unanswered -= captioning.views
 
         self._thread.submit(send, _unsent)
+
+    def _tensors(
+        self, captioning: Captioning, answer: Sequence[Sequence[DecodedCaption]]
+    ) -> dict[wire.TensorSpec, Array]:
+        """The tensors of wire.ANSWER."""
+        whole, *parts = (
+            [self._finisher.finished(each, captioning.plan) for each in decoded]
+            for decoded in answer
+        )
+        tensors = caption_tensors(whole, list(zip(captioning.boxes, parts, strict=True)))
+        captioning.timeline.passed("answer")
+        return {**tensors, wire.TIMES: np.array(captioning.timeline.numbers, np.float64)}
 
     def close(self, seconds: float) -> None:
         """Send what is to be sent, and end the thread, which may take so long."""
@@ -116,7 +129,10 @@ class Captioning:
     """One request in work: what the engine calls a Caller.
 
     Attributes:
+        caller: who asked.
         plan: how to decode.
+        views: the pictures that are captioned: the whole image, and its parts.
+        boxes: where the parts are, once the image's size is known.
         timeline: how long its stages took.
     """
 
@@ -125,19 +141,23 @@ class Captioning:
         answering: Answering,
         caller: Caller,
         plan: CaptionPlan,
+        views: int,
         stream: TextStream | None,
     ) -> None:
         """Begin without words.
 
         Args:
-            answering: by which the answers go; the request has entered it.
+            answering: by which the answers go; the request has entered it with its views.
             caller: who asked.
             plan: how to decode.
+            views: the pictures that are captioned.
             stream: makes the parts, where words are wanted as they become certain.
         """
+        self.caller = caller
         self.plan = plan
+        self.views = views
+        self.boxes: Sequence[Box] = ()
         self._answering = answering
-        self._caller = caller
         self._stream = stream
         self._known = 0
         self.timeline = Timeline()
@@ -145,12 +165,12 @@ class Captioning:
     @property
     def has_gone(self) -> bool:
         """Whether the caller has gone."""
-        return self._caller.has_gone
+        return self.caller.has_gone
 
     @property
     def deadline(self) -> float:
         """The caller's deadline."""
-        return self._caller.deadline
+        return self.caller.deadline
 
     def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
         """Have new words sent, where they are wanted."""
@@ -160,12 +180,13 @@ class Captioning:
         if len(certain) > self._known:
             self._tell(self._stream, certain, last=False)
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, answer: Answer) -> None:
         """Have the last answer sent."""
         self.timeline.passed("steps")
-        if self._stream is not None and not isinstance(outcome, CaptionServeError):
-            self._tell(self._stream, outcome[0].token_ids, last=True)
-        self._answering.send_last(self._caller, self.plan, outcome, self.timeline)
+        if self._stream is not None and not isinstance(answer, CaptionServeError):
+            whole = answer[0]
+            self._tell(self._stream, whole[0].token_ids, last=True)
+        self._answering.send_last(self, answer)
 
     def fail(self, error: Exception) -> None:
         """End with an error; one that is not of our tree is a fault, whose text is logged."""
@@ -177,15 +198,20 @@ class Captioning:
     def _tell(self, stream: TextStream, certain: tuple[int, ...], *, last: bool) -> None:
         prefix = self.plan.words.prefix
         seen, self._known = len(prefix) + self._known, len(certain)
-        self._answering.send_part(self._caller, stream, (*prefix, *certain), seen, last=last)
+        self._answering.send_part(self.caller, stream, (*prefix, *certain), seen, last=last)
 
 
-def caption_tensors(captions: Sequence[FinishedCaption]) -> dict[wire.TensorSpec, Array]:
+def caption_tensors(
+    whole: Sequence[FinishedCaption],
+    parts: Sequence[tuple[Box, Sequence[FinishedCaption]]] = (),
+) -> dict[wire.TensorSpec, Array]:
     """The tensors of wire.CAPTIONS.
 
     Args:
-        captions: at least one, best first.
+        whole: of the whole image; at least one, best first.
+        parts: where each part of the image is, and its captions, best first.
     """
+    captions = [*whole, *(caption for _, own in parts for caption in own)]
     longest = max(len(caption.token_ids) for caption in captions)
     token_ids = np.full((len(captions), longest), wire.PADDING_TOKEN_ID, np.int32)
     logprobs = np.zeros((len(captions), longest), np.float32)
@@ -221,6 +247,9 @@ def caption_tensors(captions: Sequence[FinishedCaption]) -> dict[wire.TensorSpec
         for row, own in enumerate(grids):
             attentions[row, : len(own)] = own
         tensors[wire.ATTENTIONS] = attentions
+    if parts:
+        tensors[wire.REGION_BOXES] = np.array([box for box, _ in parts], np.int32)
+        tensors[wire.REGION_CAPTIONS] = np.array([len(own) for _, own in parts], np.int32)
     return tensors
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from captionserve_server.core.bundle import Bundle
+from captionserve_server.core.captions import CaptionPlan
 from captionserve_server.core.decode_budget import DecodeBudget
 from captionserve_server.core.detokenise import TextStream
 from captionserve_server.core.engine.engine_thread import EngineThread
@@ -28,12 +29,15 @@ from captionserve_server.core.engine.worker import WorkerPool
 from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,
+    InvalidOptionsError,
     InvalidRequestError,
     ModelUnavailableError,
 )
+from captionserve_server.core.framing import Framing
 from captionserve_server.core.options import parse_options
 from captionserve_server.core.preprocessing import (
     PreprocessorConfig,
+    Views,
     pixels_of_values,
     preprocess,
 )
@@ -67,6 +71,8 @@ from captionserve_server.triton.pb import (
 # At the end, what is in work may take this long each: a step, an image, an answer. A thread that
 # takes longer is left behind; Triton ends the process in any case.
 _CLOSE_SECONDS = 10.0
+# Of the 64 MiB that a client takes.
+_MAX_ATTENTION_BYTES = 48 << 20
 # When a thread has died, for the last answers to leave.
 _LAST_ANSWERS_SECONDS = 2.0
 
@@ -144,23 +150,22 @@ class TritonPythonModel:
         if read_flag(request, wire.DESCRIBE):
             caller.finish(response({wire.DESCRIPTION: text_array(self._description())}))
             return
-        pixels = self._pixels(request, caller)
+        framing = _framing(request)
+        views = self._views(request, framing, caller)
         given = parse_options(read_bytes(request, wire.OPTIONS) or b"{}")
         plan = self._bundle.plan(given, self._tokenizer.encode)
+        self._refuse_what_no_answer_holds(plan, framing)
         stream = TextStream(self._tokenizer.decode) if read_flag(request, wire.STREAM) else None
-        self._answering.enter()
-        captioning = Captioning(self._answering, caller, plan, stream)
+        self._answering.enter(framing.views)
+        captioning = Captioning(self._answering, caller, plan, framing.views, stream)
         self._watch.add(caller)
         try:
-            self._images.submit(partial(self._prepare, pixels, captioning), captioning.fail)
+            self._images.submit(partial(self._prepare, views, captioning), captioning.fail)
         except CaptionServeError as error:
             captioning.end(error)
 
-    def _pixels(self, request: Request, caller: Caller) -> Callable[[], UInt8Array]:
-        """What makes the encoder's pixels of a message's image, uint8 [3, height, width]."""
-        for spec in (wire.REGIONS, wire.RESIZE):
-            if read(request, spec) is not None:
-                raise InvalidRequestError(f"{spec.name} is not taken by this version")
+    def _views(self, request: Request, framing: Framing, caller: Caller) -> Callable[[], Views]:
+        """What prepares a message's image, and the parts of it that are asked for."""
         encoded, values = read_bytes(request, wire.IMAGE), read(request, wire.PIXEL_VALUES)
         if (encoded is None) == (values is None):
             raise InvalidRequestError(
@@ -171,11 +176,25 @@ class TritonPythonModel:
             reserve = partial(
                 self._budget.reserved, has_gone=lambda: caller.has_gone, deadline=caller.deadline
             )
-            return partial(preprocess, encoded, self._preprocessor, reserve)
+            return partial(preprocess, encoded, self._preprocessor, reserve, framing)
+        framing.refuse_for_pixel_values()
         # A copy: Triton takes the memory of its tensors back.
-        return partial(pixels_of_values, np.array(values), self._preprocessor)
+        own = np.array(values)
+        return lambda: Views((pixels_of_values(own, self._preprocessor),))
 
-    def _prepare(self, pixels: Callable[[], UInt8Array], captioning: Captioning) -> None:
+    def _refuse_what_no_answer_holds(self, plan: CaptionPlan, framing: Framing) -> None:
+        """Refuse attention of so many captions and parts that it fits into no message."""
+        options, geometry = plan.options, self._bundle.geometry
+        if not options.output_attentions:
+            return
+        maps = framing.views * options.num_return_sequences * options.max_length
+        size = maps * geometry.grid_rows * geometry.grid_cols * np.dtype(np.float32).itemsize
+        if size > _MAX_ATTENTION_BYTES:
+            most = _MAX_ATTENTION_BYTES >> 20
+            text = f"may take {size >> 20} MiB for all captions and parts, at most {most} fit"
+            raise InvalidOptionsError({"output_attentions": text})
+
+    def _prepare(self, prepared: Callable[[], Views], captioning: Captioning) -> None:
         """What an image thread does for a request."""
         if self._ending:
             raise ModelUnavailableError("the captioner is shutting down")
@@ -183,9 +202,10 @@ class TritonPythonModel:
             raise CancelledError("the caller has gone")
         captioning.timeline.passed("image_queue")
         with self._metrics.image():
-            image = pixels()
+            views = prepared()
+        captioning.boxes = views.boxes
         captioning.timeline.passed("preprocess")
-        self._engine.submit(image, captioning.plan, captioning, captioning.timeline)
+        self._engine.submit(views.pixels, captioning.plan, captioning, captioning.timeline)
 
     def _description(self) -> str:
         return json.dumps(
@@ -204,6 +224,17 @@ class TritonPythonModel:
         self._engine.close(_LAST_ANSWERS_SECONDS)
         self._answering.close(_LAST_ANSWERS_SECONDS)
         die(error)
+
+
+def _framing(request: Request) -> Framing:
+    """What a message asks of its image; InvalidFramingError if that is wrong in any case."""
+    regions, tiles = read(request, wire.REGIONS), read(request, wire.TILES)
+    resize = read_bytes(request, wire.RESIZE)
+    return Framing.of(
+        None if regions is None else regions.tolist(),
+        None if tiles is None else tiles.tolist(),
+        None if resize is None else resize.decode(errors="replace"),
+    )
 
 
 class _Encoder:

@@ -15,6 +15,7 @@ from typing import Literal, TypeGuard
 from captionserve_server.core.engine.timeline import STAGES
 from captionserve_server.core.errors import (
     CaptionServeError,
+    InvalidFramingError,
     InvalidOptionsError,
     all_error_types,
 )
@@ -65,13 +66,18 @@ PIXEL_VALUES = TensorSpec("PIXEL_VALUES", "TYPE_FP32", (3, -1, -1), optional=Tru
 REGIONS = TensorSpec("REGIONS", "TYPE_INT32", (-1, 4), optional=True)
 """Parts of the image to be captioned beside the whole: left, top, right, bottom in pixels of the
 upright image."""
+TILES = TensorSpec("TILES", "TYPE_INT32", (2,), optional=True)
+"""Rows and columns of a grid over the image, whose cells are captioned likewise, behind REGIONS."""
 RESIZE = TensorSpec("RESIZE", "TYPE_STRING", (1,), optional=True)
-"""How the image is brought to the encoder's size; left out, as the checkpoint does it."""
+"""How the image and its parts get the encoder's size, one of RESIZES in core/framing.py; left out,
+as the checkpoint does it."""
 OPTIONS = TensorSpec("OPTIONS", "TYPE_STRING", (1,), optional=True)
 """Decoding options that the caller sets, a JSON object as transformers' GenerationConfig writes it;
 see core/options.py. What it leaves out takes the checkpoint's own default."""
 
-MESSAGE = (IMAGE, PIXEL_VALUES, REGIONS, RESIZE, OPTIONS)
+FRAMING = (REGIONS, TILES, RESIZE)
+"""What goes with IMAGE only."""
+MESSAGE = (IMAGE, PIXEL_VALUES, *FRAMING, OPTIONS)
 
 # --- The answer ----------------------------------------------------------------------------------
 TEXT = TensorSpec("TEXT", "TYPE_STRING", (-1,))
@@ -88,8 +94,13 @@ TOKEN_LOGPROBS = TensorSpec("TOKEN_LOGPROBS", "TYPE_FP32", (-1, -1))
 TOKEN_TEXTS = TensorSpec("TOKEN_TEXTS", "TYPE_STRING", (-1, -1))
 """[captions, longest caption], each token's part of the text, padded with empty strings."""
 ATTENTIONS = TensorSpec("ATTENTIONS", "TYPE_FP32", (-1, -1, -1, -1))
-"""[captions, longest caption, grid rows, grid columns], padded with 0; missing where not
-asked for."""
+"""[captions, longest caption, grid rows, grid columns], padded with 0."""
+REGION_BOXES = TensorSpec("REGION_BOXES", "TYPE_INT32", (-1, 4))
+"""[parts], where each part of the image is, as in REGIONS, which come first, and then the cells of
+TILES row by row."""
+REGION_CAPTIONS = TensorSpec("REGION_CAPTIONS", "TYPE_INT32", (-1,))
+"""[parts], how many captions each part has. In the tensors above, the first captions are those of
+the whole image; those of the parts follow, part by part."""
 
 WORD_CONFIDENCES = TensorSpec("WORD_CONFIDENCES", "TYPE_FP64", (-1, -1))
 """[captions, most words], 0 to 1, padded with 0; see `spoken_words` in core/confidence.py."""
@@ -119,7 +130,11 @@ CAPTIONS = (
     REVIEW_REASONS,
     ATTENTIONS,
     TOKEN_GROUNDINGS,
+    REGION_BOXES,
+    REGION_CAPTIONS,
 )
+WHERE_ASKED_FOR = (REVIEW_REASONS, ATTENTIONS, TOKEN_GROUNDINGS, REGION_BOXES, REGION_CAPTIONS)
+"""Of those, which are missing where they were not asked for, or there is nothing to say."""
 
 ANSWER = (*CAPTIONS, TIMES)
 """What the last response of a request has."""
@@ -189,7 +204,7 @@ def error_of_text(text: str) -> CaptionServeError | None:
     error_type = by_reason.get(str(wire.get("reason")))
     if error_type is None:
         return None
-    if issubclass(error_type, InvalidOptionsError):
+    if issubclass(error_type, (InvalidFramingError, InvalidOptionsError)):
         violations = wire.get("field_violations")
         return error_type(violations) if _is_text_to_text(violations) else None
     return error_type(wire["message"])

@@ -6,7 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from captionserve_server.bench.peers.system import Load, Options, System, TokenIds
+from captionserve_server.bench.peers.system import IN_BULK, Load, Options, System, TokenIds
+from captionserve_server.bulk.captioners import Captioner
+
+from tests.unit.bulk.fake_captioner import FakeCaptioner
 
 FILES = [b"0", b"1", b"2", b"3", b"4", b"5"]
 GREEDY = {"num_beams": 1}
@@ -66,3 +69,28 @@ def test_a_run_tells_what_each_stage_took_of_an_image() -> None:
     stages = iter(({"engine": 1.0}, {"engine": 4.0, "image": 0.6}))
     run = Fake(stages).run(FILES, Load(1, "in flight"), GREEDY)
     assert run.stages_ms == pytest.approx({"engine": 500.0, "image": 100.0})
+
+
+class InBulk(Fake):
+    """Has a captioner besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeCaptioner()
+
+    def captioner(self) -> Captioner:
+        return self.fake
+
+
+def test_equal_files_are_all_captioned_in_bulk_and_in_their_order() -> None:
+    system = InBulk()
+    run = system.run([b"a", b"b", b"a"], Load(16, IN_BULK), GREEDY)
+    assert sorted(system.fake.seen) == [b"a0", b"a2", b"b1"]
+    assert run.token_ids == [tuple(file) for file in (b"a0", b"b1", b"a2")]
+    assert run.latencies == [run.seconds] * 3
+    assert str(Load(16, IN_BULK)) == "in bulk"
+
+
+def test_a_file_that_fails_in_bulk_ends_the_run() -> None:
+    with pytest.raises(OSError, match="unreadable"):
+        InBulk().run([b"bad"], Load(16, IN_BULK), GREEDY)

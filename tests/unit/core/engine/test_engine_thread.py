@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
+import numpy as np
 import pytest
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption, SpecialTokens
-from captionserve_server.core.engine.engine_thread import EngineThread
-from captionserve_server.core.engine.scheduler import Outcome, Scheduler, SchedulerLimits
+from captionserve_server.core.engine.engine_thread import Answer, EngineThread
+from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
 from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,
@@ -46,13 +48,19 @@ class HeldModel(FakeStepModel):
         self.may_step = threading.Event()
         self.stepping = threading.Event()
         self.failing = False
+        # A picture of which it gives no numbers.
+        self.faulty: int | None = None
 
     def step(self, batch: StepBatch) -> StepAnswer:
         self.stepping.set()
         assert self.may_step.wait(WAIT_SECONDS)
         if self.failing:
             raise ModelFaultError("the model failed")
-        return super().step(batch)
+        answer = super().step(batch)
+        wrong = [self.histories[slot][0] == self.faulty for slot in batch.slots.tolist()]
+        of_row = np.repeat(np.repeat(wrong, batch.row_counts), batch.rows.candidate_counts)
+        answer.logprobs[of_row] = np.nan
+        return answer
 
 
 class Setup:
@@ -70,9 +78,9 @@ class Setup:
         self.thread = EngineThread(scheduler, self.log.append)
 
     def submit(
-        self, pixels: UInt8Array, plan: CaptionPlan, caller: Caller
-    ) -> Future[list[DecodedCaption]]:
-        self.thread.submit(pixels, plan, caller)
+        self, pixels: UInt8Array, plan: CaptionPlan, caller: Caller, *parts: UInt8Array
+    ) -> Future[list[list[DecodedCaption]]]:
+        self.thread.submit([pixels, *parts], plan, caller)
         return caller.captions
 
 
@@ -91,7 +99,7 @@ class Caller:
         self.gone = threading.Event()
         self.deadline = deadline
         self.heard: list[tuple[int, ...]] = []
-        self.captions: Future[list[DecodedCaption]] = Future()
+        self.captions: Future[list[list[DecodedCaption]]] = Future()
         self.ended = 0
 
     @property
@@ -101,12 +109,12 @@ class Caller:
     def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
         self.heard.append(certain_tokens())
 
-    def end(self, outcome: Outcome) -> None:
+    def end(self, answer: Answer) -> None:
         self.ended += 1
-        if isinstance(outcome, CaptionServeError):
-            self.captions.set_exception(outcome)
+        if isinstance(answer, CaptionServeError):
+            self.captions.set_exception(answer)
         else:
-            self.captions.set_result(outcome)
+            self.captions.set_result(answer)
 
 
 def test_many_submitters_get_each_their_own(setup: Setup) -> None:
@@ -117,7 +125,7 @@ def test_many_submitters_get_each_their_own(setup: Setup) -> None:
         )
     results = [future.result(WAIT_SECONDS) for future in futures]
     assert all(results[image] == results[image % 8] for image in range(64))
-    assert len({result[0].token_ids for result in results}) > 1
+    assert len({result[0][0].token_ids for result in results}) > 1
     assert setup.model.histories == {}
 
 
@@ -181,7 +189,7 @@ def test_the_deadline_gives_the_best_so_far_to_who_allows_it(setup: Setup) -> No
     caller.deadline = time.monotonic()
     setup.model.may_step.set()
 
-    (caption,) = partial.result(WAIT_SECONDS)
+    ((caption,),) = partial.result(WAIT_SECONDS)
     assert caption.finish_reason == "deadline"
     assert len(caption.token_ids) == 1
     assert setup.model.histories == {}
@@ -198,6 +206,78 @@ def test_the_caller_hears_after_each_step_what_is_certain(setup: Setup) -> None:
     setup.model.may_step.set()
     caller = Caller()
     plan = CaptionPlan(DecodingOptions(max_length=8))
-    (caption,) = setup.submit(pixels_of(1), plan, caller).result(WAIT_SECONDS)
+    ((caption,),) = setup.submit(pixels_of(1), plan, caller).result(WAIT_SECONDS)
     steps = range(1, len(caption.token_ids))
     assert caller.heard == [caption.token_ids[:step] for step in steps]
+
+
+def test_an_image_and_its_parts_are_one_answer_in_their_order(setup: Setup) -> None:
+    setup.model.may_step.set()
+    # More than there are slots, and the same picture twice.
+    numbers = [3, 1, 2, 1, 4, 5]
+    whole, *parts = map(pixels_of, numbers)
+    together = setup.submit(whole, PLAN, Caller(), *parts).result(WAIT_SECONDS)
+    alone = [setup.submit(pixels_of(n), PLAN, Caller()).result(WAIT_SECONDS) for n in numbers]
+    assert together == [captions for (captions,) in alone]
+    assert setup.model.histories == {}
+
+
+def test_only_the_whole_images_words_are_heard(setup: Setup) -> None:
+    setup.model.may_step.set()
+    alone, with_parts = Caller(), Caller()
+    plan = CaptionPlan(DecodingOptions(max_length=8))
+    setup.submit(pixels_of(1), plan, alone).result(WAIT_SECONDS)
+    setup.submit(pixels_of(1), plan, with_parts, pixels_of(2), pixels_of(3)).result(WAIT_SECONDS)
+    assert with_parts.heard == alone.heard
+
+
+def test_a_part_that_fails_ends_its_image_once_and_nobody_elses(setup: Setup) -> None:
+    caller = Caller()
+    setup.model.faulty = 2
+    failing = setup.submit(pixels_of(1), PLAN, caller, pixels_of(2), pixels_of(3))
+    staying = setup.submit(pixels_of(4), PLAN, Caller())
+    setup.model.may_step.set()
+    with pytest.raises(ModelFaultError):
+        failing.result(WAIT_SECONDS)
+    assert staying.result(WAIT_SECONDS)
+    assert caller.ended == 1
+    assert setup.model.histories == {}
+
+
+def test_a_caller_that_has_gone_takes_all_parts_along(setup: Setup) -> None:
+    caller = Caller()
+    # Two run and four wait for a slot.
+    leaving = setup.submit(pixels_of(1), PLAN, caller, *map(pixels_of, range(2, 7)))
+    staying = setup.submit(pixels_of(2), PLAN, Caller())
+    assert setup.model.stepping.wait(WAIT_SECONDS)
+    caller.gone.set()
+    setup.model.may_step.set()
+    with pytest.raises(CancelledError):
+        leaving.result(WAIT_SECONDS)
+    assert staying.result(WAIT_SECONDS)
+    assert caller.ended == 1
+    assert setup.model.histories == {}
+
+
+def test_at_the_deadline_parts_that_have_not_begun_have_no_captions(setup: Setup) -> None:
+    caller = Caller()
+    partial = setup.submit(pixels_of(1), PARTIAL, caller, *map(pixels_of, range(2, 7)))
+    assert setup.model.stepping.wait(WAIT_SECONDS)
+    caller.deadline = time.monotonic()
+    setup.model.may_step.set()
+    whole, *parts = partial.result(WAIT_SECONDS)
+    assert [caption.finish_reason for caption in whole] == ["deadline"]
+    # Of six pictures four had a slot.
+    assert [len(captions) for captions in parts] == [1, 1, 1, 0, 0]
+    assert setup.model.histories == {}
+
+
+def test_closing_tells_who_has_parts_once() -> None:
+    setup, caller = Setup(), Caller()
+    waiting = setup.submit(pixels_of(1), PLAN, caller, pixels_of(2))
+    assert setup.model.stepping.wait(WAIT_SECONDS)
+    setup.model.may_step.set()
+    setup.thread.close(WAIT_SECONDS)
+    with suppress(ModelUnavailableError):
+        waiting.result(WAIT_SECONDS)
+    assert caller.ended == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from captionserve_server.bench.peers.system import Options, System, TokenIds
+from captionserve_server.bulk.captioners import Captioner, Local
 from captionserve_server.core.engine.scheduler import SchedulerLimits
 from captionserve_server.core.preprocessing import preprocess
 from captionserve_server.core.step_model import Int64Array, RowRequests, StepBatch
@@ -35,6 +36,10 @@ class Edge(System):
         (file,) = files
         result = self._captioner.caption(file, **options)  # type: ignore[arg-type]
         return [tuple(result.captions[0].token_ids)]
+
+    def captioner(self) -> Captioner:
+        """The edge mode, by caption_each."""
+        return Local(self._captioner)
 
 
 class BareGraphs(System):
@@ -111,7 +116,7 @@ class BareGraphs(System):
 
     def _taken_in(self, files: list[bytes]) -> Int64Array:
         begin = time.perf_counter()
-        pixels = np.stack([preprocess(file, self._model.preprocessor) for file in files])
+        pixels = np.stack([preprocess(file, self._model.preprocessor).whole for file in files])
         self._image_seconds += time.perf_counter() - begin
         (states,) = self._encoder.run({graph_tensors.PIXELS: pixels})
         return self._step_model.prefill(states)

@@ -13,6 +13,7 @@ from captionserve import CaptionClient, GenerationOptions
 from prometheus_client.parser import text_string_to_metric_families
 
 from captionserve_server.bench.peers.system import CALL_SECONDS, Options, Peer, System, TokenIds
+from captionserve_server.bulk.captioners import Captioner, Service
 from captionserve_server.runtime.model_repository import VISION_ENCODER
 from captionserve_server.serving.launch import launched_service
 
@@ -41,6 +42,10 @@ class _Service(System):
         *_, last = self._client.caption_stream(file, chosen)
         assert last.result is not None
         return [last.result.captions[0].token_ids]
+
+    def captioner(self) -> Captioner:
+        """The service, by CaptionMany."""
+        return Service(self._client)
 
     def stage_seconds(self) -> dict[str, float]:
         """What Triton and the gateway count, the last captions included."""

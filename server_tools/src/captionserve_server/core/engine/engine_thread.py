@@ -4,32 +4,40 @@ Other threads hand prepared images in at any time. Between two decoding steps th
 them, lets go of those whose callers have gone or have no time left, and tells those who listen
 which words have become certain. Whatever fails ends the captions it concerns; the thread itself
 ends only when it is closed, or by a bug, and then everybody who waits is told so.
+
+An image and parts of it that are captioned beside it are one question: to the scheduler they are
+requests like any, but their caller hears once, when all have ended, or when the first has failed,
+with which the others end.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from captionserve_server.core.captions import CaptionPlan
+from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.engine.scheduler import Outcome, Request, Scheduler
 from captionserve_server.core.engine.timeline import Timeline
 from captionserve_server.core.engine.worker import OnDeath, Worker
 from captionserve_server.core.errors import (
     CancelledError,
+    CaptionServeError,
     DeadlineExceededError,
     ModelFaultError,
     ModelUnavailableError,
 )
 from captionserve_server.core.step_model import UInt8Array
 
+Answer = list[list[DecodedCaption]] | CaptionServeError
+"""The captions of a whole image and of each of its parts, best first; or why there are none."""
+
 
 class Caller(Protocol):
-    """Who waits for a caption; asked and told by the engine's thread, so it must not block."""
+    """Who waits for captions; asked and told by the engine's thread, so it must not block."""
 
     @property
     def has_gone(self) -> bool:
@@ -40,20 +48,35 @@ class Caller(Protocol):
         """When the caption must be there, by time.monotonic()."""
 
     def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
-        """Called after each step; the argument gives the tokens that are certain by now."""
+        """Called after each step, until the whole image's captions are there.
 
-    def end(self, outcome: Outcome) -> None:
+        The argument gives the tokens that are certain by now, of the whole image.
+        """
+
+    def end(self, answer: Answer) -> None:
         """Called exactly once, with the captions or with why there are none.
 
         That is CancelledError when the caller has gone, DeadlineExceededError when the deadline has
-        passed, unless the plan allows partial captions and there are some.
+        passed, unless the plan allows partial captions and there are some of the whole image. Parts
+        of which there are none then have none.
         """
 
 
-@dataclass(frozen=True)
-class _UnderWay:
+@dataclass(eq=False)
+class _Question:
+    """What one caller waits for.
+
+    Attributes:
+        plan: how to decode.
+        caller: who waits.
+        keys: of the requests; the whole image's, then the parts'.
+        captions: of those that have ended.
+    """
+
     plan: CaptionPlan
     caller: Caller
+    keys: tuple[Hashable, ...]
+    captions: dict[Hashable, list[DecodedCaption]] = field(default_factory=dict)
 
 
 class EngineThread:
@@ -80,26 +103,27 @@ class EngineThread:
         self._log_error = log_error
         self._after_step = after_step
         self._on_death = on_death
-        self._arrived: list[tuple[Request, Caller]] = []
-        self._under_way: dict[Hashable, _UnderWay] = {}
+        self._arrived: list[tuple[list[Request], Caller]] = []
+        # By the key of each request that has not ended.
+        self._under_way: dict[Hashable, _Question] = {}
         self._wake = threading.Condition()
         self._closing = False
         self._worker = Worker("engine", self._run, self._died)
 
     def submit(
         self,
-        pixels: UInt8Array,
+        views: Sequence[UInt8Array],
         plan: CaptionPlan,
         caller: Caller,
         timeline: Timeline | None = None,
     ) -> None:
-        """Queue one image; the caller is told what becomes of it.
+        """Queue one image and its parts; the caller is told what becomes of them.
 
         Args:
-            pixels: uint8 [3, height, width].
-            plan: how to decode.
+            views: uint8 [3, height, width] each; the whole image, then the parts.
+            plan: how to decode all of them.
             caller: who waits.
-            timeline: where its stages are taken down, if anybody wants to know.
+            timeline: where the stages of the whole image are taken down, if anybody wants to know.
 
         Raises:
             ModelUnavailableError: if the thread has ended or is closing; the caller is not told.
@@ -107,8 +131,10 @@ class EngineThread:
         with self._wake:
             if self._closing:
                 raise ModelUnavailableError("the captioner is shutting down")
-            request = Request(object(), pixels, plan, timeline or Timeline())
-            self._arrived.append((request, caller))
+            whole, *parts = views
+            requests = [Request(object(), whole, plan, timeline or Timeline())]
+            requests += [Request(object(), part, plan) for part in parts]
+            self._arrived.append((requests, caller))
             self._wake.notify()
 
     def close(self, seconds: float) -> bool:
@@ -147,38 +173,50 @@ class EngineThread:
         """Wait until there is something to decode; False when closing."""
         with self._wake:
             self._wake.wait_for(lambda: self._closing or self._arrived or not self._scheduler.idle)
-            for request, caller in self._arrived:
-                self._under_way[request.key] = _UnderWay(request.plan, caller)
+            for request in self._enter_arrived():
                 self._scheduler.submit(request)
-            self._arrived = []
             return not self._closing
+
+    def _enter_arrived(self) -> list[Request]:
+        """Take what has arrived into the table; its requests."""
+        arrived, self._arrived = self._arrived, []
+        for requests, caller in arrived:
+            keys = tuple(request.key for request in requests)
+            question = _Question(requests[0].plan, caller, keys)
+            self._under_way |= dict.fromkeys(keys, question)
+        return [request for requests, _ in arrived for request in requests]
 
     def _let_go(self) -> None:
         """Part with those who have gone or have no time left."""
         now = time.monotonic()
-        for key, each in list(self._under_way.items()):
-            if each.caller.has_gone:
+        for key, question in list(self._under_way.items()):
+            if key not in self._under_way:  # It ended with another of its question.
+                continue
+            if question.caller.has_gone:
                 self._abandon(key, CancelledError("the caller has gone"))
-            elif each.caller.deadline <= now:
-                self._abandon(key, self._at_deadline(key, each.plan))
+            elif question.caller.deadline <= now:
+                self._abandon(key, self._at_deadline(key, question))
 
-    def _at_deadline(self, key: Hashable, plan: CaptionPlan) -> Outcome:
+    def _at_deadline(self, key: Hashable, question: _Question) -> Outcome:
         late = DeadlineExceededError("the deadline passed before the caption was complete")
-        if not plan.options.allow_partial:
+        if not question.plan.options.allow_partial:
             return late
         try:
-            return self._scheduler.best_so_far(key) or late
+            found = self._scheduler.best_so_far(key)
         except Exception as error:  # Of this caption's search.
             return self._fault(error)
+        return late if not found and key == question.keys[0] else found
 
     def _step(self) -> None:
         for key, outcome in self._scheduler.step().items():
             if isinstance(outcome, ModelFaultError):
                 self._log(outcome.__cause__ or outcome)
             self._end(key, outcome)
-        for key, each in list(self._under_way.items()):
+        for key, question in list(self._under_way.items()):
+            if key != question.keys[0]:
+                continue
             try:
-                each.caller.hear(partial(self._scheduler.certain_tokens, key))
+                question.caller.hear(partial(self._scheduler.certain_tokens, key))
             except Exception as error:  # Of this caption's search, or of whoever listens.
                 self._abandon(key, self._fault(error))
 
@@ -187,20 +225,36 @@ class EngineThread:
         self._end(key, outcome)
 
     def _end(self, key: Hashable, outcome: Outcome) -> None:
-        """Tell a caller; taken from the table first, so that nobody is told twice."""
-        caller = self._under_way.pop(key).caller
+        """End a request, and with the last or the first that failed its question.
+
+        Taken from the table first, so that no caller is told twice.
+        """
+        question = self._under_way.pop(key, None)
+        if question is None:  # It ended in the same step as another of its question that failed.
+            return
+        if not isinstance(outcome, CaptionServeError):
+            question.captions[key] = outcome
+            if len(question.captions) == len(question.keys):
+                self._tell(question.caller, [question.captions[each] for each in question.keys])
+            return
+        for other in question.keys:
+            if self._under_way.pop(other, None) is not None:
+                self._scheduler.abandon(other)
+        self._tell(question.caller, outcome)
+
+    def _tell(self, caller: Caller, answer: Answer) -> None:
         try:
-            caller.end(outcome)
+            caller.end(answer)
         except Exception as error:  # An answer that cannot be handed over is lost alone.
             self._log(error)
 
     def _end_all(self) -> None:
         with self._wake:
-            for request, caller in self._arrived:
-                self._under_way[request.key] = _UnderWay(request.plan, caller)
-            self._arrived = []
-        for key in list(self._under_way):
-            self._end(key, ModelUnavailableError("the captioner is shutting down"))
+            self._enter_arrived()
+        questions = dict.fromkeys(self._under_way.values())
+        self._under_way = {}
+        for question in questions:
+            self._tell(question.caller, ModelUnavailableError("the captioner is shutting down"))
 
     def _fault(self, error: Exception) -> ModelFaultError:
         self._log(error)
