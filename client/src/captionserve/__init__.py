@@ -24,7 +24,9 @@ from captionserve._results import (
     ModelInfo,
     Models,
     OptionLimits,
+    ReviewReason,
     Stage,
+    Word,
 )
 from captionserve._transport import tls_credentials
 
@@ -53,7 +55,9 @@ __all__ = [
     "Models",
     "OptionLimits",
     "Outcome",
+    "ReviewReason",
     "Stage",
+    "Word",
     "pipeline",
     "tls_credentials",
 ]

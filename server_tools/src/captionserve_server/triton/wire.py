@@ -103,6 +103,14 @@ REGION_CAPTIONS = TensorSpec("REGION_CAPTIONS", "TYPE_INT32", (-1,))
 """[parts], how many captions each part has. In the tensors above, the first captions are those of
 the whole image; those of the parts follow, part by part."""
 
+WORD_CONFIDENCES = TensorSpec("WORD_CONFIDENCES", "TYPE_FP64", (-1, -1))
+"""[captions, most words], 0 to 1, padded with 0; see `spoken_words` in core/confidence.py."""
+REVIEW_REASONS = TensorSpec("REVIEW_REASONS", "TYPE_STRING", (-1,))
+"""[captions], why a person should look at it: words with spaces between them; missing where no
+caption has a reason."""
+TOKEN_GROUNDINGS = TensorSpec("TOKEN_GROUNDINGS", "TYPE_FP32", (-1, -1))
+"""[captions, longest caption], padded with 0; missing where not asked for."""
+
 BEAMS = TensorSpec("BEAMS", "TYPE_STRING", (1,))
 """What the search considered, as `beams_text` writes it; missing where not asked for."""
 TIMES = TensorSpec("TIMES", "TYPE_FP64", (1 + len(STAGES),))
@@ -121,15 +129,25 @@ CAPTIONS = (
     TOKEN_IDS,
     TOKEN_LOGPROBS,
     TOKEN_TEXTS,
+    WORD_CONFIDENCES,
+    REVIEW_REASONS,
     ATTENTIONS,
+    TOKEN_GROUNDINGS,
     REGION_BOXES,
     REGION_CAPTIONS,
 )
 
 ANSWER = (*CAPTIONS, BEAMS, TIMES)
 """What the last response of a request has."""
-WHERE_ASKED_FOR = (ATTENTIONS, REGION_BOXES, REGION_CAPTIONS, BEAMS)
-"""Of those, which are missing where they were not asked for."""
+WHERE_ASKED_FOR = (
+    REVIEW_REASONS,
+    ATTENTIONS,
+    TOKEN_GROUNDINGS,
+    REGION_BOXES,
+    REGION_CAPTIONS,
+    BEAMS,
+)
+"""Of those, which are missing where they were not asked for, or there is nothing to say."""
 
 NEW_TEXT = TensorSpec("NEW_TEXT", "TYPE_STRING", (1,))
 """The text that has become certain since the last response."""
