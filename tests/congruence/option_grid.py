@@ -28,9 +28,13 @@ NOT_IN_GRID = frozenset(
         "seed",
         "output_attentions",
         "allow_partial",
+        "output_grounding",
+        "rerank",
+        "min_confidence",
     }
 )
-"""Options that draw tokens, do not change captions, or cut them off."""
+"""Options that draw tokens, do not change captions, cut them off, or order them by what
+transformers does not know (test_grounding.py)."""
 
 _Setting = dict[str, Any]
 

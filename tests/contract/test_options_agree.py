@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from captionserve import CaptionError, FinishReason, GenerationOptions
+from captionserve import CaptionError, FinishReason, GenerationOptions, ReviewReason
 from captionserve._options import to_proto
 from captionserve._results import from_proto
 from captionserve.v1 import caption_pb2
-from captionserve_server.core import captions
+from captionserve_server.core import captions, results
 from captionserve_server.core.errors import InvalidOptionsError
 from captionserve_server.core.options import (
     EARLY_STOPPING_VALUES,
@@ -22,7 +22,11 @@ from captionserve_server.core.options import (
     DecodingOptions,
     NamedOptions,
 )
-from captionserve_server.gateway.conversion import FINISH_REASONS, decoder_message
+from captionserve_server.gateway.conversion import (
+    FINISH_REASONS,
+    REVIEW_REASONS,
+    decoder_message,
+)
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 
 PROTO_FIELDS = caption_pb2.GenerationOptions.DESCRIPTOR.fields_by_name
@@ -35,7 +39,6 @@ PYTHON_TYPES = {
     FieldDescriptor.TYPE_INT64: int,
     FieldDescriptor.TYPE_DOUBLE: float,
     FieldDescriptor.TYPE_STRING: str,
-    FieldDescriptor.TYPE_ENUM: bool,
 }
 # Each option with a value that is not its default.
 VALUES: dict[str, Any] = {
@@ -63,6 +66,9 @@ VALUES: dict[str, Any] = {
     "suppress_tokens": [0, 7],
     "output_attentions": True,
     "allow_partial": True,
+    "output_grounding": True,
+    "rerank": "grounding",
+    "min_confidence": 0.5,
 }
 
 
@@ -81,6 +87,11 @@ def test_every_place_has_the_same_options() -> None:
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_an_option_has_the_same_type_on_the_wire_and_in_the_core(name: str) -> None:
     option, field = OPTIONS[name], PROTO_FIELDS[name]
+    if field.enum_type is not None:
+        words = enum_names(field.enum_type, f"{name.upper()}_") - {"true", "false"}
+        assert set(option.words) == words
+        assert option.kind is (bool if name == "early_stopping" else str)
+        return
     element = field if field.message_type is None else field.message_type.fields_by_name["values"]
     assert option.kind is PYTHON_TYPES[element.type]
     assert (option.max_items is not None) is (field.message_type is not None)
@@ -183,6 +194,17 @@ def test_early_stopping_has_the_same_values_everywhere() -> None:
     for value in EARLY_STOPPING_VALUES:
         sent = to_proto(GenerationOptions(early_stopping=value)).early_stopping
         assert descriptor.values_by_number[sent].name == f"EARLY_STOPPING_{value}".upper()
+
+
+def test_review_reasons_are_the_same_everywhere() -> None:
+    names = enum_names(caption_pb2.ReviewReason.DESCRIPTOR, "REVIEW_REASON_")
+    assert {reason.value for reason in ReviewReason} - {ReviewReason.UNKNOWN.value} == names
+    assert set(get_args(results.ReviewReason)) == names
+    for name, number in REVIEW_REASONS.items():
+        caption = caption_pb2.Caption(review_reasons=[number])
+        found = from_proto(caption_pb2.CaptionResponse(captions=[caption])).captions[0]
+        assert [reason.value for reason in found.review_reasons] == [name]
+    assert set(REVIEW_REASONS) == names
 
 
 def test_finish_reasons_are_the_same_everywhere() -> None:

@@ -32,7 +32,7 @@ def test_the_check_notices_a_changed_proto(tmp_path: Path) -> None:
     committed = Path("client", "src", "captionserve", "v1")
     shutil.copytree(PROTO_ROOT.parent / committed, tmp_path / committed)
     proto = tmp_path / "proto" / "captionserve" / "v1" / "caption.proto"
-    proto.write_text(proto.read_text().replace("string text = 1;", "string words = 1;"))
+    proto.write_text(proto.read_text().replace("string text = 1;", "string utterance = 1;"))
     done = run_generate(tmp_path / "proto" / "generate.py", "--check")
     assert done.returncode == 1
     assert "caption_pb2.py is out of date" in done.stderr

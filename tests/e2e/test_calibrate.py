@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from captionserve_server.core.confidence import Calibration
+from captionserve_server.core.confidence import SIGNALS, Calibration
 from captionserve_server.serving.ready import ReadyReport
 
 from tests.conftest import DEMO
 from tests.e2e.test_cli import run
+
+KINDS = {"unseen_combinations", "unseen_style"}
 
 
 def test_calibrate_fits_measures_and_writes(
@@ -23,13 +25,18 @@ def test_calibrate_fits_measures_and_writes(
     )
     assert process.returncode == 0, process.stderr
     report = json.loads(process.stdout)
-    assert Calibration.from_json(written.read_text()) == Calibration(**report["calibration"])
-    before, after = report["uncalibrated"], report["calibrated"]
-    assert before["captions"] == after["captions"] == 120
-    assert len(after["bins"]) == 10
-    assert after["expected_calibration_error"] < before["expected_calibration_error"]
-    assert after["brier_score"] < before["brier_score"]
-    assert set(report["by_kind"]) == {"unseen_combinations", "unseen_style"}
+    calibration = Calibration.from_json(written.read_text())
+    assert calibration == Calibration.from_values(report["calibration"])
+    assert set(report["fits"]) == set(SIGNALS)
+    assert set(report["calibration"]) == {*SIGNALS, "records"}
+    for name, fit in report["fits"].items():
+        before, after = fit["uncalibrated"], fit["calibrated"]
+        assert before["count"] == after["count"]
+        assert (after["count"] == 120) is name.endswith("caption")
+        assert len(after["bins"]) == 10
+        assert after["expected_calibration_error"] < before["expected_calibration_error"]
+        assert after["brier_score"] < before["brier_score"]
+        assert set(fit["by_kind"]) == set(fit["signals"]) == KINDS
 
 
 def test_calibrate_says_why_it_cannot(

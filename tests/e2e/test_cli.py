@@ -65,7 +65,8 @@ def test_json_is_for_scripts(service: Callable[[str], ReadyReport], tmp_path: Pa
     assert [set(caption) for caption in good["captions"]] == [
         {
             *("text", "score", "token_ids", "token_logprobs", "token_texts"),
-            *("finish_reason", "confidence", "degenerate"),
+            *("finish_reason", "confidence", "degenerate", "words"),
+            *("needs_review", "review_reasons"),
         }
     ] * 2
     assert refused["error"]["reason"] == "UNSUPPORTED_IMAGE_FORMAT"
@@ -80,6 +81,7 @@ def test_without_a_service_captions_are_the_same(
     bad = tmp_path / "bad.jpg"
     bad.write_text("no image")
     arguments = ("caption", *IMAGES, str(bad), "--json", "--num-beams", "3", "--attention")
+    arguments = (*arguments, "--grounding", "--min-confidence", "0.999999")
     served = run(*arguments, "--bypass-cache", "--target", service(DEMO).grpc)
     local = run(*arguments, "--local", str(model_repository(DEMO)))
     assert (served.returncode, local.returncode) == (5, 5)
@@ -90,8 +92,11 @@ def test_without_a_service_captions_are_the_same(
         assert _without_numbers(answer) == _without_numbers(other)
         for found, true in zip(answer["captions"], other["captions"], strict=True):
             assert list(found) == list(true)
-            for name in ("score", "token_logprobs", "confidence"):
+            for name in ("score", "token_logprobs", "confidence", "token_groundings", "grounding"):
                 assert found[name] == pytest.approx(true[name], abs=1e-4), name
+            for word, other_word in zip(found["words"], true["words"], strict=True):
+                assert word == pytest.approx(other_word, abs=1e-4)
+            assert found["review_reasons"] == ["low_confidence"]
             attention = np.array(found["attention"])
             np.testing.assert_allclose(attention, true["attention"], atol=1e-4)
 
@@ -99,6 +104,7 @@ def test_without_a_service_captions_are_the_same(
 def _without_numbers(answer: dict[str, Any]) -> dict[str, Any]:
     """An answer without what rounding may change."""
     rounded = {"score", "token_logprobs", "confidence", "attention"}
+    rounded |= {"token_groundings", "grounding", "words"}
     captions = [
         {name: value for name, value in found.items() if name not in rounded}
         for found in answer["captions"]

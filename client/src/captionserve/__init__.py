@@ -19,6 +19,8 @@ from captionserve._results import (
     ModelInfo,
     Models,
     OptionLimits,
+    ReviewReason,
+    Word,
 )
 from captionserve._transport import tls_credentials
 
@@ -42,6 +44,8 @@ __all__ = [
     "Models",
     "OptionLimits",
     "Outcome",
+    "ReviewReason",
+    "Word",
     "pipeline",
     "tls_credentials",
 ]

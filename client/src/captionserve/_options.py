@@ -14,12 +14,6 @@ from google.protobuf.descriptor import FieldDescriptor
 from captionserve._errors import CaptionError
 from captionserve.v1 import caption_pb2
 
-_EARLY_STOPPING = {
-    False: caption_pb2.EARLY_STOPPING_FALSE,
-    True: caption_pb2.EARLY_STOPPING_TRUE,
-    "never": caption_pb2.EARLY_STOPPING_NEVER,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
@@ -56,6 +50,10 @@ class GenerationOptions:
         suppress_tokens: token ids that are not generated.
         output_attentions: return where in the image each token looked.
         allow_partial: when the deadline comes first, return the best so far instead of failing.
+        output_grounding: return how much likelier the image makes each token than no image does.
+        rerank: what puts captions in order and says which are returned: "likelihood", which is
+            their score, or "grounding", of all that num_beams or num_return_sequences made.
+        min_confidence: captions of a lower confidence say needs_review; 0 for none.
     """
 
     num_beams: int | None = None
@@ -82,6 +80,9 @@ class GenerationOptions:
     suppress_tokens: Sequence[int] | None = None
     output_attentions: bool | None = None
     allow_partial: bool | None = None
+    output_grounding: bool | None = None
+    rerank: Literal["likelihood", "grounding"] | None = None
+    min_confidence: float | None = None
 
 
 _BITS = {FieldDescriptor.TYPE_INT32: 32, FieldDescriptor.TYPE_INT64: 64}
@@ -91,7 +92,6 @@ _WANTED = {
     FieldDescriptor.TYPE_INT64: "an integer",
     FieldDescriptor.TYPE_DOUBLE: "a number",
     FieldDescriptor.TYPE_STRING: "text",
-    FieldDescriptor.TYPE_ENUM: 'true or false or "never"',
 }
 _TYPE_NAMES = {
     bool: "a boolean",
@@ -153,10 +153,8 @@ def _set(message: caption_pb2.GenerationOptions, name: str, value: object) -> No
 def _plain(field: FieldDescriptor, value: object) -> object:
     """A value as the field takes it. What protobuf itself takes for a number is more than that."""
     kind = field.type
-    if kind == FieldDescriptor.TYPE_ENUM and isinstance(value, (bool, str)):
-        if value not in _EARLY_STOPPING:
-            raise ValueError(f"must be {_WANTED[kind]}, is {_short(value)!r}")
-        return _EARLY_STOPPING[value]
+    if kind == FieldDescriptor.TYPE_ENUM:
+        return _number(field, value)
     if kind == FieldDescriptor.TYPE_BOOL and isinstance(value, bool):
         return value
     if kind == FieldDescriptor.TYPE_STRING and isinstance(value, str):
@@ -181,6 +179,28 @@ def _plain(field: FieldDescriptor, value: object) -> object:
     raise ValueError(f"must be {_WANTED[kind]}, is {_type_name(value)}")
 
 
+def _number(field: FieldDescriptor, value: object) -> int:
+    """The number of an enum's value; ValueError for a value that it does not have."""
+    values = _values(field)
+    # 1 equals True, but nobody means the one by the other.
+    if isinstance(value, (bool, str)) and value in values:
+        return values[value]
+    wanted = ["true or false"] if True in values else []
+    wanted += [f'"{word}"' for word in values if isinstance(word, str)]
+    shown = repr(_short(value)) if isinstance(value, str) else _type_name(value)
+    raise ValueError(f"must be {' or '.join(wanted)}, is {shown}")
+
+
+def _values(field: FieldDescriptor) -> dict[bool | str, int]:
+    """What an option of an enum may be, and its numbers, whose names say it behind the option's."""
+    words = {
+        value.name.removeprefix(f"{field.name.upper()}_").lower(): value.number
+        for value in (field.enum_type.values if field.enum_type is not None else ())
+        if value.number
+    }
+    return {{"true": True, "false": False}.get(word, word): at for word, at in words.items()}
+
+
 def _type_name(value: object) -> str:
     return _TYPE_NAMES.get(type(value), _short(type(value).__name__))
 
@@ -195,8 +215,8 @@ def options_from_proto(message: caption_pb2.GenerationOptions) -> dict[str, obje
     """The options that are set, by name, as GenerationOptions takes them."""
     values: dict[str, object] = {}
     for field, value in message.ListFields():
-        if field.name == "early_stopping":
-            values[field.name] = next(v for v, number in _EARLY_STOPPING.items() if number == value)
+        if field.type == FieldDescriptor.TYPE_ENUM:
+            values[field.name] = next(v for v, number in _values(field).items() if number == value)
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             values[field.name] = tuple(value.values)
         else:

@@ -38,6 +38,50 @@ _FINISH_REASONS: dict[int, FinishReason] = {
 }
 
 
+class ReviewReason(str, enum.Enum):
+    """Why a person should look at a caption."""
+
+    LOW_CONFIDENCE = "low_confidence"
+    """Its confidence is below min_confidence."""
+    DEGENERATE = "degenerate"
+    """It looks broken."""
+    UNFINISHED = "unfinished"
+    """The deadline came before its end."""
+    NOT_GROUNDED = "not_grounded"
+    """The image makes it no likelier than no image does."""
+    UNKNOWN = "unknown"
+    """The server gave a reason that this client does not know."""
+
+    __str__ = str.__str__
+
+
+_REVIEW_REASONS: dict[int, ReviewReason] = {
+    caption_pb2.REVIEW_REASON_LOW_CONFIDENCE: ReviewReason.LOW_CONFIDENCE,
+    caption_pb2.REVIEW_REASON_DEGENERATE: ReviewReason.DEGENERATE,
+    caption_pb2.REVIEW_REASON_UNFINISHED: ReviewReason.UNFINISHED,
+    caption_pb2.REVIEW_REASON_NOT_GROUNDED: ReviewReason.NOT_GROUNDED,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A word of a caption: a run of letters, digits, underscores, apostrophes and hyphens.
+
+    Attributes:
+        text: the word; the part of it that was generated, where a prefix begins it.
+        first_token: the first of its tokens, as an index into token_ids.
+        tokens: how many it has.
+        confidence: how far it can be relied on, 0 to 1.
+        grounding: the sum of its tokens' groundings; None where there are none.
+    """
+
+    text: str
+    first_token: int
+    tokens: int
+    confidence: float
+    grounding: float | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Attention:
     """Where in the image each token looked: cross-attention over the grid of patches.
@@ -80,6 +124,13 @@ class Caption:
         confidence: how far the caption can be relied on, 0 to 1.
         degenerate: whether it looks broken: it runs in circles, or ends within a word.
         attention: where each token looked; None unless output_attentions was set.
+        words: the words of what was generated, in their order, each with its own confidence.
+        token_groundings: what the image adds to the log-probability of each token of token_ids, in
+            nats; None unless output_grounding was set or rerank is "grounding", and where the
+            deadline came first.
+        grounding: their mean; None likewise.
+        needs_review: whether a person should look at it; False unless min_confidence was set.
+        review_reasons: why.
     """
 
     text: str
@@ -91,6 +142,11 @@ class Caption:
     confidence: float
     degenerate: bool
     attention: Attention | None
+    words: tuple[Word, ...] = ()
+    token_groundings: tuple[float, ...] | None = None
+    grounding: float | None = None
+    needs_review: bool = False
+    review_reasons: tuple[ReviewReason, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +263,25 @@ def _caption(message: caption_pb2.Caption) -> Caption:
         confidence=message.confidence,
         degenerate=message.degenerate,
         attention=_attention(message),
+        words=tuple(map(_word, message.words)),
+        token_groundings=(
+            tuple(message.token_groundings) if message.HasField("grounding") else None
+        ),
+        grounding=message.grounding if message.HasField("grounding") else None,
+        needs_review=message.needs_review,
+        review_reasons=tuple(
+            _REVIEW_REASONS.get(reason, ReviewReason.UNKNOWN) for reason in message.review_reasons
+        ),
+    )
+
+
+def _word(message: caption_pb2.Word) -> Word:
+    return Word(
+        text=message.text,
+        first_token=message.first_token,
+        tokens=message.tokens,
+        confidence=message.confidence,
+        grounding=message.grounding if message.HasField("grounding") else None,
     )
 
 

@@ -53,6 +53,9 @@ TYPED: dict[str, tuple[list[str], Any]] = {
     "suppress_tokens": (["--suppress-token", "0", "--suppress-token", "7"], [0, 7]),
     "output_attentions": (["--attention"], True),
     "allow_partial": (["--allow-partial"], True),
+    "output_grounding": (["--grounding"], True),
+    "rerank": (["--rerank", "grounding"], "grounding"),
+    "min_confidence": (["--min-confidence", "0.5"], 0.5),
 }
 
 
@@ -197,7 +200,7 @@ def test_captions_are_printed_as_they_are(
     response.captions[0].text = "[bold] a :cat:"
     servicer.answer = lambda request, context: response
     assert caption(images[0], "--target", target).stdout.splitlines() == [
-        f"{images[0]}: [bold] a :cat: (-0.500)",
+        f"{images[0]}: [bold] a :cat: (-0.500) needs review: low_confidence",
         f"{images[0]}: an apple (-0.750)",
     ]
 
@@ -216,9 +219,26 @@ def test_json_holds_the_whole_result(server: Server, caption: Caption, images: l
         "confidence": 0.75,
         "degenerate": False,
         "attention": [[[0.5, 0.25]], [[0.0, 1.0]], [[0.125, 0.125]]],
+        "words": [
+            {
+                **{"text": "red", "first_token": 0, "tokens": 1},
+                "confidence": 0.875,
+                "grounding": 2.0,
+            },
+            {
+                **{"text": "apple", "first_token": 1, "tokens": 1},
+                "confidence": 0.5,
+                "grounding": 4.0,
+            },
+        ],
+        "token_groundings": [2.0, 4.0, 0.0],
+        "grounding": 2.0,
+        "needs_review": True,
+        "review_reasons": ["low_confidence"],
     }
     assert second["finish_reason"] == "deadline"
-    assert "attention" not in second
+    assert not {"attention", "token_groundings", "grounding"} & second.keys()
+    assert second["words"] == [{"text": "apple", "first_token": 0, "tokens": 1, "confidence": 0.25}]
 
 
 def test_a_stream_is_one_line_for_each_image(

@@ -74,6 +74,14 @@ def good_response() -> caption_pb2.CaptionResponse:
         finish_reason=caption_pb2.FINISH_REASON_EOS,
         token_texts=["a red", " apple", ""],
         confidence=0.75,
+        words=[
+            caption_pb2.Word(text="red", first_token=0, tokens=1, confidence=0.875, grounding=2.0),
+            caption_pb2.Word(text="apple", first_token=1, tokens=1, confidence=0.5, grounding=4.0),
+        ],
+        token_groundings=[2.0, 4.0, 0.0],
+        grounding=2.0,
+        needs_review=True,
+        review_reasons=[caption_pb2.REVIEW_REASON_LOW_CONFIDENCE],
         attention=caption_pb2.Attention(rows=1, cols=2, values=[0.5, 0.25, 0.0, 1.0, 0.125, 0.125]),
     )
     second = caption_pb2.Caption(
@@ -85,6 +93,7 @@ def good_response() -> caption_pb2.CaptionResponse:
         token_texts=["an apple"],
         confidence=0.5,
         degenerate=True,
+        words=[caption_pb2.Word(text="apple", first_token=0, tokens=1, confidence=0.25)],
     )
     return caption_pb2.CaptionResponse(captions=[best, second], model_version=3, cached=True)
 

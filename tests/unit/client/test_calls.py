@@ -19,6 +19,8 @@ from captionserve import (
     CaptionResult,
     FinishReason,
     GenerationOptions,
+    ReviewReason,
+    Word,
     _transport,
 )
 from captionserve._framing import Resize
@@ -86,6 +88,11 @@ WHOLE = CaptionResult(
             confidence=0.75,
             degenerate=False,
             attention=Attention(1, 2, (0.5, 0.25, 0.0, 1.0, 0.125, 0.125)),
+            words=(Word("red", 0, 1, 0.875, 2.0), Word("apple", 1, 1, 0.5, 4.0)),
+            token_groundings=(2.0, 4.0, 0.0),
+            grounding=2.0,
+            needs_review=True,
+            review_reasons=(ReviewReason.LOW_CONFIDENCE,),
         ),
         Caption(
             text="an apple",
@@ -97,6 +104,7 @@ WHOLE = CaptionResult(
             confidence=0.5,
             degenerate=True,
             attention=None,
+            words=(Word("apple", 0, 1, 0.25, None),),
         ),
     ),
     model_version=3,

@@ -46,6 +46,8 @@ def test_exports_exactly_the_public_names() -> None:
         "Models",
         "OptionLimits",
         "Outcome",
+        "ReviewReason",
+        "Word",
         "pipeline",
         "tls_credentials",
     }

@@ -13,6 +13,7 @@ import numpy as np
 from captionserve_server.core.search.selection import select, top_tokens
 from captionserve_server.core.step_model import (
     Float32Array,
+    ForcedRows,
     Int64Array,
     StepAnswer,
     StepBatch,
@@ -23,6 +24,8 @@ VOCABULARY_SIZE = 40
 IMAGE_TOKENS = 3
 END = 0
 START = 1
+NO_IMAGE = 7_000_000
+"""The number under which the fake knows no image."""
 
 
 def pixels_of(image: int) -> UInt8Array:
@@ -54,6 +57,7 @@ class FakeStepModel:
         self.most_rows = 0
         self.steps = 0
         self.prefills: list[int] = []
+        self.readings: list[int] = []
         self._next_slot = 100
 
     def prefill(self, states: Float32Array) -> Int64Array:
@@ -99,6 +103,20 @@ class FakeStepModel:
         assert all(slot in self.histories for slot in slots.tolist())
         for slot in slots.tolist():
             del self.histories[slot]
+
+    def forced_logprobs(self, slot: int | None, rows: ForcedRows) -> Float32Array:
+        """What each row makes of the tokens asked for, from all that it sees."""
+        image = NO_IMAGE if slot is None else self.histories[slot][0]
+        self.readings.append(len(rows.tokens))
+        assert rows.sees.diagonal().all()
+        histories = []
+        for sees, position in zip(rows.sees, rows.positions.tolist(), strict=True):
+            seen = np.flatnonzero(sees)
+            assert rows.positions[seen].tolist() == list(range(position + 1))
+            histories.append(tuple(rows.tokens[seen].tolist()))
+        assert len(set(histories)) == len(histories), "two rows are the same"
+        probes = zip(rows.probe_rows.tolist(), rows.probe_tokens.tolist(), strict=True)
+        return np.array([logprobs(image, histories[row])[token] for row, token in probes])
 
     def _attention(self, batch: StepBatch) -> Float32Array:
         """Each attended row's last token, length and image, as if they were attention."""

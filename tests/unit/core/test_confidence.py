@@ -6,7 +6,16 @@ import math
 from itertools import pairwise
 
 import pytest
-from captionserve_server.core.confidence import Calibration, is_degenerate
+from captionserve_server.core.confidence import (
+    SIGNALS,
+    Calibration,
+    Evidence,
+    Logistic,
+    SpokenWord,
+    caption_signals,
+    is_degenerate,
+    spoken_words,
+)
 from captionserve_server.demo.captions import write_caption
 from captionserve_server.demo.facts import BACKGROUND_COLOURS, ObjectFact, Relation, SceneFacts
 from captionserve_server.demo.kinds import KINDS, colours_of
@@ -14,8 +23,23 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 token_logprobs = st.lists(st.floats(-50, 0), min_size=1, max_size=40)
+numbers = st.floats(-100, 100)
+positive = st.floats(0, 100, exclude_min=True)
+
+
+def fits(name: str) -> st.SearchStrategy[Logistic]:
+    """Any fit of a calibration's."""
+    others = dict.fromkeys(SIGNALS[name], numbers)
+    return st.builds(Logistic, numbers, st.fixed_dictionaries(others | {"log_odds": positive}))
+
+
 calibrations = st.builds(
-    Calibration, slope=st.floats(0, 100, exclude_min=True), intercept=st.floats(-100, 100)
+    Calibration,
+    fits("caption"),
+    fits("word"),
+    st.none() | fits("grounded_caption"),
+    st.none() | fits("grounded_word"),
+    st.dictionaries(st.text(max_size=5), numbers, max_size=5),
 )
 
 words = st.text("abcdefgh", min_size=1, max_size=6)
@@ -34,20 +58,79 @@ def tokens_of(text: str) -> list[str]:
     return [first, *(f" {word}" for word in others)]
 
 
+def evidence(logprobs: list[float], groundings: list[float] | None = None) -> Evidence:
+    """Of a caption whose tokens are words."""
+    spoken = [SpokenWord(f"word {number}", number, 1) for number in range(len(logprobs))]
+    return Evidence(logprobs, spoken, groundings)
+
+
 @given(token_logprobs)
 def test_uncalibrated_confidence_is_the_geometric_mean_of_the_probabilities(
     logprobs: list[float],
 ) -> None:
     mean = math.prod(math.exp(logprob / len(logprobs)) for logprob in logprobs)
-    assert Calibration().confidence(logprobs) == pytest.approx(mean, abs=2e-6)
+    confidence = Calibration().caption_confidence(evidence(logprobs))
+    assert confidence == pytest.approx(mean, abs=2e-6)
 
 
-def test_a_calibration_moves_the_log_odds() -> None:
+@given(token_logprobs, st.integers(0, 39), st.integers(1, 40))
+def test_uncalibrated_confidence_in_a_word_is_the_product_of_its_tokens_probabilities(
+    logprobs: list[float], first: int, count: int
+) -> None:
+    assume(first < len(logprobs))
+    word = SpokenWord("word", first, count)
+    product = math.prod(map(math.exp, logprobs[word.own]))
+    confidence = Calibration().word_confidence(evidence(logprobs), word)
+    assert confidence == pytest.approx(product, abs=1.1e-4)
+
+
+def test_a_fit_moves_the_log_odds() -> None:
     # Probabilities 0.8 and 0.45, of geometric mean 0.6: odds 3 to 2.
     logprobs = [math.log(0.8), math.log(0.45)]
     odds = math.exp(-1.0) * (3 / 2) ** 2
-    confidence = Calibration(slope=2.0, intercept=-1.0).confidence(logprobs)
-    assert confidence == pytest.approx(odds / (1 + odds))
+    calibration = Calibration(caption=Logistic(-1.0, {"log_odds": 2.0}))
+    assert calibration.caption_confidence(evidence(logprobs)) == pytest.approx(odds / (1 + odds))
+
+
+def test_groundings_count_where_they_are_known_and_something_was_fitted_to_them() -> None:
+    plain, asked = evidence([-0.1, -0.2]), evidence([-0.1, -0.2], [1.0, 3.0])
+    word = asked.words[1]
+    unfitted = Calibration()
+    assert unfitted.caption_confidence(asked) == unfitted.caption_confidence(plain)
+    assert unfitted.word_confidence(asked, word) == unfitted.word_confidence(plain, word)
+    fitted = Calibration(
+        grounded_caption=Logistic(
+            0.0, {"log_odds": 1.0, "grounding": 0.25, "least_grounding": -2.0}
+        ),
+        grounded_word=Logistic(0.0, {"log_odds": 1.0, "grounding": 0.5}),
+    )
+    assert fitted.caption_confidence(plain) == unfitted.caption_confidence(plain)
+    assert fitted.word_confidence(plain, word) == unfitted.word_confidence(plain, word)
+    # 0.25 x the mean 2 - 2 x the least 1; 0.5 x 3.
+    before = unfitted.caption_confidence(plain)
+    odds = before / (1 - before) * math.exp(-1.5)
+    assert fitted.caption_confidence(asked) == pytest.approx(odds / (1 + odds))
+    before = unfitted.word_confidence(plain, word)
+    odds = before / (1 - before) * math.exp(1.5)
+    assert fitted.word_confidence(asked, word) == pytest.approx(odds / (1 + odds))
+
+
+def test_words_have_their_records_in_any_case_and_others_that_of_the_unseen() -> None:
+    records = {"dog": 1.5, "": -0.5}
+    fit = Logistic(0.0, {"log_odds": 1.0, "record": 2.0})
+    calibration = Calibration(word=fit, records=records)
+    asked = evidence([-0.5])
+    found = {
+        text: math.log(confidence / (1 - confidence))
+        for text in ("dog", "Dog", "cat")
+        for confidence in [calibration.word_confidence(asked, SpokenWord(text, 0, 1))]
+    }
+    assert found["dog"] == found["Dog"] == pytest.approx(found["cat"] + 2 * 2.0)
+    assert Calibration().record(SpokenWord("dog", 0, 1)) == 0.0
+    # Of a caption: the log-probability that all are right, were each as often as it has been.
+    both = Evidence([-0.5], [SpokenWord("dog", 0, 1), SpokenWord("cat", 0, 1)])
+    right = 1 / (1 + math.exp(-1.5)) / (1 + math.exp(0.5))
+    assert caption_signals(both, calibration.record)["record"] == pytest.approx(math.log(right))
 
 
 @given(calibrations, token_logprobs, st.integers(min_value=0), st.floats(0, 50))
@@ -56,38 +139,51 @@ def test_a_likelier_token_never_lowers_the_confidence(
 ) -> None:
     likelier = list(logprobs)
     likelier[which % len(logprobs)] = min(0.0, likelier[which % len(logprobs)] + added)
-    before, after = calibration.confidence(logprobs), calibration.confidence(likelier)
+    before = calibration.caption_confidence(evidence(logprobs))
+    after = calibration.caption_confidence(evidence(likelier))
     assert 0.0 <= before <= 1.0
     assert after >= before - 1e-12
 
 
+EXTREME = Logistic(-1e6, {"log_odds": 1e6})
+
+
 @pytest.mark.parametrize("logprobs", [[0.0], [2e-7], [-1e9], [-math.inf, 0.0]])
-@pytest.mark.parametrize("calibration", [Calibration(), Calibration(slope=1e300, intercept=-1e300)])
+@pytest.mark.parametrize("calibration", [Calibration(), Calibration(EXTREME, EXTREME)])
 def test_the_ends_of_the_scale_give_a_confidence(
     calibration: Calibration, logprobs: list[float]
 ) -> None:
-    assert 0.0 <= calibration.confidence(logprobs) <= 1.0
+    asked = evidence(logprobs)
+    assert 0.0 <= calibration.caption_confidence(asked) <= 1.0
+    assert 0.0 <= calibration.word_confidence(asked, asked.words[0]) <= 1.0
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("intercept", "weights", "named"),
     [
-        ({"slope": 0.0}, "slope"),
-        ({"slope": -1.0}, "slope"),
-        ({"slope": math.nan}, "slope"),
-        ({"slope": math.inf}, "slope"),
-        ({"intercept": math.nan}, "intercept"),
-        ({"intercept": -math.inf}, "intercept"),
+        (0.0, {"log_odds": 0.0}, "log_odds"),
+        (0.0, {"log_odds": -1.0}, "log_odds"),
+        (0.0, {"log_odds": math.nan}, "log_odds"),
+        (0.0, {"log_odds": 2e6}, "log_odds"),
+        (0.0, {}, "log_odds"),
+        (0.0, {"log_odds": 1.0, "grounding": math.inf}, "grounding"),
+        (math.nan, {"log_odds": 1.0}, "intercept"),
+        (-math.inf, {"log_odds": 1.0}, "intercept"),
     ],
 )
-def test_what_gives_no_confidence_is_refused(values: dict[str, float], named: str) -> None:
+def test_what_gives_no_confidence_is_refused(
+    intercept: float, weights: dict[str, float], named: str
+) -> None:
     with pytest.raises(ValueError, match=named):
-        Calibration(**values)
+        Logistic(intercept, weights)
 
 
 @given(calibrations)
 def test_json_round_trip(calibration: Calibration) -> None:
     assert Calibration.from_json(calibration.to_json()) == calibration
+
+
+PLAIN = '{"intercept": 0.0, "log_odds": 1.0}'
 
 
 @pytest.mark.parametrize(
@@ -98,16 +194,31 @@ def test_json_round_trip(calibration: Calibration) -> None:
         "[]",
         "1.0",
         "{}",
-        '{"slope": 1.0}',
-        '{"slope": 1.0, "intercept": 0.0, "bins": []}',
-        '{"slope": "1.0", "intercept": 0.0}',
-        '{"slope": true, "intercept": 0.0}',
-        '{"slope": null, "intercept": 0.0}',
-        '{"slope": [1.0], "intercept": 0.0}',
-        '{"slope": -1.0, "intercept": 0.0}',
-        '{"slope": NaN, "intercept": 0.0}',
-        '{"slope": 1.0, "intercept": 1e999}',
-        f'{{"slope": 1{"0" * 400}, "intercept": 0}}',
+        f'{{"caption": {PLAIN}, "word": {PLAIN}}}',
+        f'{{"caption": {PLAIN}, "records": {{}}}}',
+        f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": {{}}, "bins": {{}}}}',
+        f'{{"caption": {PLAIN}, "word": [], "records": {{}}}}',
+        f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": []}}',
+        f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": {{"dog": "often"}}}}',
+        f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": {{"dog": NaN}}}}',
+        f'{{"caption": {PLAIN}, "word": {{"log_odds": 1.0}}, "records": {{}}}}',
+        f'{{"caption": {PLAIN}, "word": {{"intercept": 1.0}}, "records": {{}}}}',
+        # A signal that there is, but not of captions without groundings.
+        f'{{"caption": {PLAIN[:-1]}, "grounding": 1.0}}, "word": {PLAIN}, "records": {{}}}}',
+        *(
+            f'{{"caption": {PLAIN}, "records": {{}}, "word": {{"intercept": {intercept}, '
+            f'"log_odds": {weight}}}}}'
+            for intercept, weight in (
+                ("0.0", '"1.0"'),
+                ("0.0", "true"),
+                ("null", "1.0"),
+                ("0.0", "[1.0]"),
+                ("0.0", "-1.0"),
+                ("0.0", "NaN"),
+                ("1e999", "1.0"),
+                ("0", "1" + "0" * 400),
+            )
+        ),
     ],
 )
 def test_malformed_json_is_refused(text: str) -> None:
@@ -115,9 +226,51 @@ def test_malformed_json_is_refused(text: str) -> None:
         Calibration.from_json(text)
 
 
+def test_the_file_of_an_older_version_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="older captionserve; `captionserve calibrate` writes"):
+        Calibration.from_json('{"slope": 0.876, "intercept": -4.38}')
+
+
 def test_whole_numbers_are_numbers() -> None:
-    calibration = Calibration.from_json('{"slope": 2, "intercept": -3}')
-    assert calibration == Calibration(slope=2.0, intercept=-3.0)
+    fit = '{"intercept": -3, "log_odds": 2}'
+    calibration = Calibration.from_json(f'{{"caption": {fit}, "word": {fit}, "records": {{}}}}')
+    expected = Logistic(-3.0, {"log_odds": 2.0})
+    assert calibration == Calibration(expected, expected)
+
+
+@pytest.mark.parametrize(
+    ("token_texts", "expected"),
+    [
+        (["a", " red", " apple", ""], [("a", 0, 1), ("red", 1, 1), ("apple", 2, 1)]),
+        (["a", " pen", "gu", "in", "."], [("a", 0, 1), ("penguin", 1, 3)]),
+        (["a red", " apple"], [("a", 0, 1), ("red", 0, 1), ("apple", 1, 1)]),
+        ([" man", "'", "s", " hat"], [("man's", 0, 3), ("hat", 3, 1)]),
+        # A character of two tokens is the second one's.
+        (["caf", "", "\u00e9", "!"], [("caf\u00e9", 0, 3)]),
+        (["", "", "dog"], [("dog", 2, 1)]),
+        (["dog", "", " cat", ""], [("dog", 0, 1), ("cat", 2, 1)]),
+        ([" ", "...", ""], []),
+        ([], []),
+    ],
+)
+def test_words_know_their_tokens(
+    token_texts: list[str], expected: list[tuple[str, int, int]]
+) -> None:
+    found = spoken_words(token_texts)
+    assert [(word.text, word.first_token, word.tokens) for word in found] == expected
+
+
+@given(st.lists(st.text("ab '.\u00e9", max_size=4), max_size=12))
+def test_each_word_is_in_the_text_of_its_tokens_and_not_in_that_of_fewer(
+    token_texts: list[str],
+) -> None:
+    for word in spoken_words(token_texts):
+        own = token_texts[word.own]
+        assert word.text in "".join(own)
+        assert own[0]
+        assert own[-1]
+        for fewer in (own[1:], own[:-1]):
+            assert len("".join(fewer)) < len("".join(own))
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
-from captionserve_server.core.confidence import Calibration
+from captionserve_server.core.confidence import (
+    SIGNALS,
+    Calibration,
+    Evidence,
+    Logistic,
+    SpokenWord,
+    caption_signals,
+    log_odds,
+)
 from captionserve_server.evaluation.calibration import (
     CannotCalibrateError,
     JudgedCaption,
+    _fit,
+    _Observation,
+    _Tally,
     calibrate,
     fit_calibration,
     fit_logistic,
     measure_reliability,
 )
 
-TRUE_CALIBRATION = Calibration(slope=0.7, intercept=-3.0)
+WORDS = (SpokenWord("dog", 0, 1), SpokenWord("cat", 1, 2))
+TRUE_CALIBRATION = Calibration(
+    caption=Logistic(-3.0, {"log_odds": 0.7}), word=Logistic(-1.0, {"log_odds": 0.5})
+)
+
+
+def judged(logprobs: list[float], right: bool) -> JudgedCaption:
+    """A caption without words."""
+    return JudgedCaption(Evidence(logprobs, (), [0.0] * len(logprobs)), right, ())
 
 
 def synthetic_captions(count: int, seed: int, highest: float = -1e-4) -> list[JudgedCaption]:
@@ -24,8 +45,13 @@ def synthetic_captions(count: int, seed: int, highest: float = -1e-4) -> list[Ju
     for _ in range(count):
         typical = -np.exp(rng.uniform(np.log(-highest), 0.0))
         logprobs = (typical * rng.uniform(0.2, 1.8, size=int(rng.integers(5, 15)))).tolist()
-        right = bool(rng.random() < TRUE_CALIBRATION.confidence(logprobs))
-        captions.append(JudgedCaption(logprobs, right))
+        # Groundings have nothing to do with being right.
+        evidence = Evidence(logprobs, WORDS, rng.normal(2, 1, len(logprobs)).tolist())
+        right = bool(rng.random() < TRUE_CALIBRATION.caption_confidence(evidence))
+        right_words = [
+            bool(rng.random() < TRUE_CALIBRATION.word_confidence(evidence, word)) for word in WORDS
+        ]
+        captions.append(JudgedCaption(evidence, right, right_words))
     return captions
 
 
@@ -48,26 +74,53 @@ def test_logistic_regression_finds_the_best_where_full_newton_steps_overshoot() 
 
 def test_the_fit_recovers_the_calibration_behind_the_captions() -> None:
     fitted = fit_calibration(synthetic_captions(8000, seed=1))
-    assert fitted.slope == pytest.approx(TRUE_CALIBRATION.slope, rel=0.1)
-    assert fitted.intercept == pytest.approx(TRUE_CALIBRATION.intercept, rel=0.1)
+    true = TRUE_CALIBRATION.caption
+    assert fitted.caption.intercept == pytest.approx(true.intercept, rel=0.1)
+    assert fitted.caption.weights == pytest.approx(true.weights, rel=0.1)
+    true = TRUE_CALIBRATION.word
+    assert fitted.word.weights["log_odds"] == pytest.approx(true.weights["log_odds"], rel=0.2)
+    assert fitted.word.weights["caption_log_odds"] == pytest.approx(0.0, abs=0.1)
+
+
+def test_words_have_the_records_of_all_and_are_fitted_to_those_of_the_other_captions() -> None:
+    said = [("dog", True), ("Dog", True), ("cat", False), ("dog", False), ("cat", True)]
+    captions = [
+        JudgedCaption(
+            Evidence([-0.1 - number / 10], [SpokenWord(text, 0, 1)], [number / 2]), right, [right]
+        )
+        for number, (text, right) in enumerate(said)
+    ]
+    tally = _Tally.of(captions)
+    records = tally.records()
+    assert set(records) == {"", "dog", "cat"}
+    # Two words more, of which as many are right as of all: 4 of 7.
+    assert records["dog"] == pytest.approx(math.log((2 + 8 / 7) / (1 + 6 / 7)))
+    assert records[""] == pytest.approx(math.log(4 / 3))
+    without = tally.record_without(_Tally.of(captions[:1]))
+    assert without(SpokenWord("DOG", 0, 1)) == pytest.approx(math.log((1 + 8 / 7) / (1 + 6 / 7)))
+    assert without(SpokenWord("cat", 0, 1)) == records["cat"]
 
 
 def test_captions_told_apart_without_fault_leave_a_doubt() -> None:
-    captions = [JudgedCaption([-0.01], True)] * 8 + [JudgedCaption([-2.0], False)] * 8
-    fitted = fit_calibration(captions)
+    captions = [judged([-0.01], True)] * 8 + [judged([-2.0], False)] * 8
+    observations = [
+        _Observation(caption_signals(each.evidence, lambda word: 0.0), each.right)
+        for each in captions
+    ]
+    fitted = _fit("caption", observations)
     # Platt's targets for 8 and 8: 9 / 10 and 1 / 10.
-    assert fitted.confidence([-0.01]) == pytest.approx(0.9)
-    assert fitted.confidence([-2.0]) == pytest.approx(0.1)
+    assert fitted.confidence({"log_odds": log_odds(-0.01)}) == pytest.approx(0.9)
+    assert fitted.confidence({"log_odds": log_odds(-2.0)}) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
     ("captions", "named"),
     [
         ([], "right and wrong"),
-        ([JudgedCaption([-0.1], True), JudgedCaption([-0.2], True)], "right and wrong"),
-        ([JudgedCaption([-0.1], False), JudgedCaption([-0.2], False)], "right and wrong"),
-        ([JudgedCaption([-0.1], True), JudgedCaption([-0.1], False)], "equally likely"),
-        ([JudgedCaption([-0.2], True), JudgedCaption([-0.1], False)], "not more often right"),
+        ([judged([-0.1], True), judged([-0.2], True)], "right and wrong"),
+        ([judged([-0.1], False), judged([-0.2], False)], "right and wrong"),
+        ([judged([-0.1], True), judged([-0.1], False)], "equally likely"),
+        ([judged([-0.2], True), judged([-0.1], False)], "not more often right"),
     ],
 )
 def test_captions_that_teach_nothing_are_refused(captions: list[JudgedCaption], named: str) -> None:
@@ -79,11 +132,11 @@ def test_reliability_by_hand() -> None:
     confidences = [0.95, 1.0, 0.9, 0.15, 0.1]
     reliability = measure_reliability(confidences, [True, True, False, False, True])
     lowest, highest = reliability.bins[1], reliability.bins[9]
-    assert (lowest.lower, lowest.upper, lowest.captions) == (0.1, 0.2, 2)
-    assert (highest.lower, highest.upper, highest.captions) == (0.9, 1.0, 3)
+    assert (lowest.lower, lowest.upper, lowest.count) == (0.1, 0.2, 2)
+    assert (highest.lower, highest.upper, highest.count) == (0.9, 1.0, 3)
     assert (lowest.mean_confidence, lowest.right) == pytest.approx((0.125, 0.5))
     assert (highest.mean_confidence, highest.right) == pytest.approx((0.95, 2 / 3))
-    assert reliability.captions == 5
+    assert reliability.count == 5
     assert reliability.right == pytest.approx(3 / 5)
     assert reliability.mean_confidence == pytest.approx(0.62)
     # 2 captions 0.375 below, 3 captions 0.95 - 2/3 above.
@@ -97,7 +150,7 @@ def test_reliability_by_hand() -> None:
 
 def test_empty_bins_say_nothing_and_count_nothing() -> None:
     reliability = measure_reliability([0.55, 0.55], [True, False])
-    assert [one.captions for one in reliability.bins] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 0]
+    assert [one.count for one in reliability.bins] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 0]
     assert reliability.bins[0].mean_confidence is None
     assert reliability.bins[0].right is None
     assert reliability.expected_calibration_error == pytest.approx(0.05)
@@ -119,13 +172,20 @@ def test_a_calibration_is_measured_on_other_captions_together_and_by_kind() -> N
         "unsure": synthetic_captions(1500, seed=4, highest=-1e-2),
     }
     report = calibrate(synthetic_captions(4000, seed=2), measuring)
-    assert report.uncalibrated.captions == report.calibrated.captions == 3000
-    assert {kind: one.captions for kind, one in report.by_kind.items()} == {
-        "sure": 1500,
-        "unsure": 1500,
-    }
-    assert report.by_kind["sure"].right > report.by_kind["unsure"].right
-    assert report.uncalibrated.expected_calibration_error > 0.2
-    assert report.calibrated.expected_calibration_error < 0.05
-    # A confidence that rises with another one sorts captions alike.
-    assert report.calibrated.auc == report.uncalibrated.auc
+    assert set(report.fits) == set(SIGNALS)
+    for name, fit in report.fits.items():
+        each = len(WORDS) if name.endswith("word") else 1
+        assert fit.uncalibrated.count == fit.calibrated.count == 3000 * each
+        counts = {kind: one.count for kind, one in fit.by_kind.items()}
+        assert counts == {"sure": 1500 * each, "unsure": 1500 * each}
+        assert fit.by_kind["sure"].right > fit.by_kind["unsure"].right
+        assert fit.calibrated.expected_calibration_error < 0.05
+        assert fit.uncalibrated.expected_calibration_error > 0.1
+        assert set(fit.signals["sure"]) == set(SIGNALS[name])
+    caption = report.fits["caption"]
+    # A confidence that rises with another one sorts captions alike, as its only signal does.
+    assert caption.calibrated.auc == caption.uncalibrated.auc
+    assert caption.signals["sure"]["log_odds"] == caption.by_kind["sure"].auc
+    # A signal that has nothing to do with being right is worth nothing alone.
+    by_itself = report.fits["grounded_caption"].signals["unsure"]["grounding"]
+    assert by_itself == pytest.approx(0.5, abs=0.05)

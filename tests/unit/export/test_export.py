@@ -17,7 +17,7 @@ import torch
 from captionserve_server.cli.console import ExitCode
 from captionserve_server.cli.main import app
 from captionserve_server.core.bundle import Bundle
-from captionserve_server.core.confidence import Calibration
+from captionserve_server.core.confidence import Calibration, Logistic
 from captionserve_server.export import checkpoint as checkpoint_module
 from captionserve_server.export import repository as repository_module
 from captionserve_server.export import torchscript_export
@@ -287,7 +287,7 @@ def test_the_bundle_carries_the_checkpoints_own_defaults(
 
 def test_the_bundle_carries_the_checkpoints_calibration(checkpoint: Path) -> None:
     assert load_checkpoint(str(checkpoint)).bundle.calibration == Calibration()
-    calibration = Calibration(slope=0.8, intercept=-4.5)
+    calibration = Calibration(Logistic(-4.5, {"log_odds": 0.8}))
     (checkpoint / "confidence.json").write_text(calibration.to_json())
     bundle = load_checkpoint(str(checkpoint)).bundle
     assert bundle.calibration == calibration
@@ -295,7 +295,7 @@ def test_the_bundle_carries_the_checkpoints_calibration(checkpoint: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b'{"slope": -1.0, "intercept": 0.0}', b'{"slope": "steep"}', b"\xff"]
+    "content", [b"", b"{}", b'{"slope": 0.8, "intercept": -4.5}', b'{"caption": "steep"}', b"\xff"]
 )
 def test_a_malformed_calibration_is_refused_by_name(checkpoint: Path, content: bytes) -> None:
     (checkpoint / "confidence.json").write_bytes(content)
@@ -322,7 +322,7 @@ def test_a_checkpoint_may_be_a_hub_id(
 def test_a_hub_checkpoint_may_have_a_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibration = Calibration(slope=0.8, intercept=-4.5)
+    calibration = Calibration(Logistic(-4.5, {"log_odds": 0.8}))
     (tmp_path / "confidence.json").write_text(calibration.to_json())
     monkeypatch.setattr(
         checkpoint_module, "hf_hub_download", lambda _, name, **kwargs: tmp_path / name

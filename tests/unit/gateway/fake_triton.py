@@ -42,6 +42,7 @@ def good_outputs() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
         wire.TOKEN_TEXTS: np.array(
             [[b"a red", b" apple", b""], [b"un caf\xc3\xa9", b"", b""]], np.object_
         ),
+        wire.WORD_CONFIDENCES: np.array([[0.875, 0.75, 0.5], [0.25, 0.125, 0]], "<f8"),
     }
 
 
@@ -49,6 +50,14 @@ def with_attention() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
     """The same with attention over a grid of 1 x 2."""
     values = np.arange(12, dtype="<f4").reshape(2, 3, 1, 2) / 16
     return good_outputs() | {wire.ATTENTIONS: values}
+
+
+def with_grounding() -> dict[TensorSpec, bytes | NDArray[np.generic]]:
+    """The same with what the image adds to each token, and reasons to doubt the second caption."""
+    return good_outputs() | {
+        wire.TOKEN_GROUNDINGS: np.array([[2.0, 4.0, 0.0], [-1.0, 0, 0]], "<f4"),
+        wire.REVIEW_REASONS: encode_strings([b"", b"low_confidence not_grounded"]),
+    }
 
 
 def with_region() -> dict[TensorSpec, bytes | NDArray[np.generic]]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
 from captionserve_server.core.framing import MAX_REGIONS, RESIZES
-from captionserve_server.gateway.conversion import EARLY_STOPPING
+from captionserve_server.gateway.conversion import ENUM_OPTIONS
 from captionserve_server.gateway.kserve import decode_strings, encode_strings
 from captionserve_server.triton import wire
 from captionserve_server.triton.wire import TensorSpec
@@ -24,6 +24,7 @@ from tests.unit.gateway.fake_triton import (
     good_outputs,
     infer_response,
     with_attention,
+    with_grounding,
     with_region,
 )
 from tests.unit.gateway.harness import IMAGE, detail_of, gateway_setup, request_of
@@ -72,6 +73,11 @@ def test_captions_come_back_whole() -> None:
                 finish_reason=caption_pb2.FINISH_REASON_EOS,
                 token_texts=["a red", " apple", ""],
                 confidence=0.75,
+                words=[
+                    caption_pb2.Word(text="a", first_token=0, tokens=1, confidence=0.875),
+                    caption_pb2.Word(text="red", first_token=0, tokens=1, confidence=0.75),
+                    caption_pb2.Word(text="apple", first_token=1, tokens=1, confidence=0.5),
+                ],
             ),
             caption_pb2.Caption(
                 text="un caf\N{LATIN SMALL LETTER E WITH ACUTE}",
@@ -83,6 +89,15 @@ def test_captions_come_back_whole() -> None:
                 token_texts=["un caf\N{LATIN SMALL LETTER E WITH ACUTE}"],
                 confidence=0.5,
                 degenerate=True,
+                words=[
+                    caption_pb2.Word(text="un", first_token=0, tokens=1, confidence=0.25),
+                    caption_pb2.Word(
+                        text="caf\N{LATIN SMALL LETTER E WITH ACUTE}",
+                        first_token=0,
+                        tokens=1,
+                        confidence=0.125,
+                    ),
+                ],
             ),
         ],
         model_version=3,
@@ -118,6 +133,7 @@ def test_a_caption_without_tokens_is_a_caption() -> None:
         wire.TOKEN_IDS: np.zeros((1, 0), "<i4"),
         wire.TOKEN_LOGPROBS: np.zeros((1, 0), "<f4"),
         wire.TOKEN_TEXTS: np.zeros((1, 0), np.object_),
+        wire.WORD_CONFIDENCES: np.zeros((1, 0), "<f8"),
         wire.ATTENTIONS: np.zeros((1, 0, 2, 3), "<f4"),
         wire.TIMES: good_outputs()[wire.TIMES],
     }
@@ -155,6 +171,11 @@ def options_sent(**options: Any) -> Any:
         ({"early_stopping": caption_pb2.EARLY_STOPPING_NEVER}, {"early_stopping": "never"}),
         ({"early_stopping": caption_pb2.EARLY_STOPPING_TRUE}, {"early_stopping": True}),
         ({"early_stopping": caption_pb2.EARLY_STOPPING_FALSE}, {"early_stopping": False}),
+        (
+            {"num_beams": 2, "rerank": caption_pb2.RERANK_GROUNDING},
+            {"num_beams": 2, "rerank": "grounding"},
+        ),
+        ({"min_confidence": 0.5}, {"min_confidence": 0.5}),
         ({"do_sample": False}, {"do_sample": False}),
         ({"do_sample": True, "seed": 2**62 + 1}, {"do_sample": True, "seed": 2**62 + 1}),
         ({"prefix": ""}, {"prefix": ""}),
@@ -168,9 +189,42 @@ def test_the_options_that_are_set_are_sent(given: dict[str, Any], expected: Any)
     assert options_sent(**given) == expected
 
 
-def test_every_value_of_early_stopping_has_its_json() -> None:
-    named = set(caption_pb2.EarlyStopping.values()) - {caption_pb2.EARLY_STOPPING_UNSPECIFIED}
-    assert set(EARLY_STOPPING) == named
+def test_every_value_of_an_enum_has_its_json() -> None:
+    assert ENUM_OPTIONS == {
+        "early_stopping": {
+            caption_pb2.EARLY_STOPPING_FALSE: False,
+            caption_pb2.EARLY_STOPPING_TRUE: True,
+            caption_pb2.EARLY_STOPPING_NEVER: "never",
+        },
+        "rerank": {
+            caption_pb2.RERANK_LIKELIHOOD: "likelihood",
+            caption_pb2.RERANK_GROUNDING: "grounding",
+        },
+    }
+
+
+def test_every_token_word_and_caption_has_its_grounding() -> None:
+    first, second = answer_to(with_grounding()).captions
+    assert list(first.token_groundings) == [2.0, 4.0, 0.0]
+    assert first.grounding == 2.0
+    # "a" and "red" are of the same token.
+    assert [word.grounding for word in first.words] == [2.0, 2.0, 4.0]
+    assert list(second.token_groundings) == [-1.0]
+    assert second.grounding == -1.0
+    for caption in answer_to(good_outputs()).captions:
+        assert not caption.HasField("grounding")
+        assert not any(word.HasField("grounding") for word in caption.words)
+
+
+def test_reasons_to_look_at_a_caption_are_its_own() -> None:
+    first, second = answer_to(with_grounding()).captions
+    assert not first.needs_review
+    assert not first.review_reasons
+    assert second.needs_review
+    assert list(second.review_reasons) == [
+        caption_pb2.REVIEW_REASON_LOW_CONFIDENCE,
+        caption_pb2.REVIEW_REASON_NOT_GROUNDED,
+    ]
 
 
 def test_pixel_values_are_sent_as_they_are() -> None:

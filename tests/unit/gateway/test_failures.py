@@ -123,7 +123,7 @@ def test_a_request_without_image_is_refused(
 def test_an_unnamed_early_stopping_is_refused() -> None:
     failure = failing(lambda triton: None, request_of(early_stopping=17))
     assert failure.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert violations_of(failure) == {"options.early_stopping": 'must be true, false or "never"'}
+    assert violations_of(failure) == {"options.early_stopping": 'must be true or false or "never"'}
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,11 @@ def without(spec: wire.TensorSpec) -> dict[Any, Any]:
         good_outputs() | {wire.ATTENTIONS: np.zeros((2, 1, 1, 2), "<f4")},
         good_outputs() | {wire.ATTENTIONS: np.zeros((1, 3, 1, 2), "<f4")},
         good_outputs() | {wire.ATTENTIONS: np.zeros((2, 3, 2), "<f4")},
+        good_outputs() | {wire.WORD_CONFIDENCES: np.zeros((2, 1), "<f8")},
+        good_outputs() | {wire.WORD_CONFIDENCES: np.zeros((1, 3), "<f8")},
+        good_outputs() | {wire.TOKEN_GROUNDINGS: np.zeros((2, 2), "<f4")},
+        good_outputs() | {wire.REVIEW_REASONS: encode_strings([b"", b"a bad day"])},
+        good_outputs() | {wire.REVIEW_REASONS: encode_strings([b""])},
         {key: value for key, value in with_region().items() if key is not wire.REGION_CAPTIONS},
         with_region() | {wire.REGION_CAPTIONS: np.array([2], "<i4")},
         with_region() | {wire.REGION_CAPTIONS: np.array([3], "<i4")},

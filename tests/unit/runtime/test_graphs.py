@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from captionserve_server.core.search.grounding import forced_rows
 from captionserve_server.core.step_model import RowRequests, StepBatch
 from captionserve_server.export.checkpoint import Checkpoint, load_checkpoint
 from captionserve_server.export.sources import (
@@ -212,3 +213,37 @@ def test_onnx_is_opened_without_pytorch(model_repository: Repositories) -> None:
 def test_torchscript_without_pytorch_says_what_to_install(tmp_path: Path) -> None:
     process = without_torch(OPEN, tmp_path / "model.pt")
     assert "install captionserve-server[torchscript]" in process.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("tokens", [(3,), (3, 5, 9, 2, 7, 7, 1)])
+def test_a_caption_read_at_once_has_the_log_probabilities_of_its_steps(
+    tokens: tuple[int, ...], repository: Path, checkpoint: Checkpoint
+) -> None:
+    geometry = checkpoint.bundle.geometry
+    step_model = GraphStepModel(
+        open_decoder(repository / files.DECODER / "1"), geometry, capacity=3
+    )
+    shape = (1, geometry.image_tokens, geometry.encoder_width)
+    image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    slots = step_model.prefill(np.concatenate([image, np.zeros_like(image)]))
+    start = checkpoint.bundle.special.start
+    other = ((start, 4), (6, 8))
+    for slot, read in zip(slots.tolist(), (slots[0], None), strict=True):
+        # Beside another caption that begins with other tokens.
+        rows = forced_rows([((start,), tokens), other])
+        at_once = step_model.forced_logprobs(None if read is None else int(read), rows)
+        one_by_one = []
+        for before, token in zip((start, *tokens), tokens, strict=False):
+            requests = RowRequests(
+                tokens=np.array([before]),
+                parents=np.zeros(1, np.int64),
+                candidate_counts=np.zeros(1, np.int64),
+                normalise_first=np.zeros(1, np.bool_),
+                probe_rows=np.zeros(1, np.int64),
+                probe_tokens=np.array([token]),
+            )
+            answer = step_model.step(StepBatch(np.array([slot]), np.ones(1, np.int64), requests))
+            one_by_one += answer.probe_logprobs.tolist()
+        np.testing.assert_allclose(at_once[: len(tokens)], one_by_one, atol=1e-4)
+        again = step_model.forced_logprobs(None if read is None else int(read), rows)
+        np.testing.assert_allclose(again, at_once, atol=1e-6)

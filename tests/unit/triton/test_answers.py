@@ -18,7 +18,7 @@ from captionserve_server.core.errors import (
     OverloadedError,
 )
 from captionserve_server.core.options import DecodingOptions
-from captionserve_server.core.results import FinishedCaption, Finisher
+from captionserve_server.core.results import CaptionWord, FinishedCaption, Finisher, ReviewReason
 from captionserve_server.core.words import WordTokens
 from captionserve_server.triton import wire
 from hypothesis import HealthCheck, given, settings
@@ -85,7 +85,11 @@ def decoded(*token_ids: int) -> DecodedCaption:
 
 
 def finished(
-    token_ids: tuple[int, ...], attention: np.ndarray[Any, Any] | None = None
+    token_ids: tuple[int, ...],
+    attention: np.ndarray[Any, Any] | None = None,
+    *,
+    grounded: bool = False,
+    reasons: tuple[ReviewReason, ...] = (),
 ) -> FinishedCaption:
     """A caption whose every figure follows from its tokens."""
     return FinishedCaption(
@@ -97,6 +101,13 @@ def finished(
         token_texts=tuple(decode([token]) for token in token_ids),
         confidence=1 / (1 + len(token_ids)),
         degenerate=len(token_ids) % 3 == 0,
+        words=tuple(
+            CaptionWord(decode([token]), first, 1, token / 32, None)
+            for first, token in enumerate(token_ids[::2])
+        ),
+        token_groundings=tuple(token / 4 for token in token_ids) if grounded else None,
+        grounding=0.0 if grounded else None,
+        review_reasons=reasons,
         attention=attention,
     )
 
@@ -114,21 +125,31 @@ captions = st.lists(st.lists(st.integers(0, 20), max_size=5).map(tuple), min_siz
 
 
 @many
-@given(ids=captions, grids=st.booleans())
+@given(ids=captions, grids=st.booleans(), grounded=st.booleans(), reasons=st.booleans())
 def test_captions_of_any_lengths_can_be_read_from_their_tensors(
-    ids: list[tuple[int, ...]], grids: bool
+    ids: list[tuple[int, ...]], grids: bool, grounded: bool, reasons: bool
 ) -> None:
     from captionserve_server.triton.answers import caption_tensors
 
     told = [
-        finished(each, np.full((len(each), 2, 3), row + 1, np.float32) if grids else None)
+        finished(
+            each,
+            np.full((len(each), 2, 3), row + 1, np.float32) if grids else None,
+            grounded=grounded,
+            # The first has none.
+            reasons=("low_confidence", "degenerate") if reasons and row else (),
+        )
         for row, each in enumerate(ids)
     ]
     tensors = caption_tensors(told)
     longest = max(map(len, ids))
-    asked_for = {wire.ATTENTIONS} if grids else set()
-    wanted = set(wire.CAPTIONS).difference(wire.WHERE_ASKED_FOR) | asked_for
-    assert set(tensors) == wanted
+    asked_for = {
+        wire.ATTENTIONS: grids,
+        wire.TOKEN_GROUNDINGS: grounded,
+        wire.REVIEW_REASONS: reasons and len(ids) > 1,
+    }
+    wanted = set(wire.CAPTIONS).difference(wire.WHERE_ASKED_FOR)
+    assert set(tensors) == wanted | {spec for spec, is_there in asked_for.items() if is_there}
     for row, caption in enumerate(told):
         length = len(caption.token_ids)
         assert tensors[wire.TEXT][row] == caption.text.encode()
@@ -149,6 +170,19 @@ def test_captions_of_any_lengths_can_be_read_from_their_tensors(
             *(text.encode() for text in caption.token_texts),
             *[b""] * padding,
         ]
+        most_words = max(len(one.words) for one in told)
+        assert tensors[wire.WORD_CONFIDENCES][row].tolist() == [
+            *(word.confidence for word in caption.words),
+            *[0.0] * (most_words - len(caption.words)),
+        ]
+        if grounded:
+            assert tensors[wire.TOKEN_GROUNDINGS][row].tolist() == [
+                *(caption.token_groundings or ()),
+                *[0.0] * padding,
+            ]
+        if wire.REVIEW_REASONS in tensors:
+            told_reasons = tensors[wire.REVIEW_REASONS][row].decode().split()
+            assert told_reasons == list(caption.review_reasons)
         if grids:
             attentions = tensors[wire.ATTENTIONS][row]
             assert attentions.shape == (longest, 2, 3)
@@ -166,7 +200,8 @@ def test_tensors_have_the_types_that_their_specs_say() -> None:
         "TYPE_FP32": np.float32,
         "TYPE_FP64": np.float64,
     }
-    told = [finished((1, 2), np.zeros((2, 2, 2), np.float32))]
+    grid = np.zeros((2, 2, 2), np.float32)
+    told = [finished((1, 2), grid, grounded=True, reasons=("degenerate",))]
     tensors = caption_tensors(told, [((0, 0, 1, 1), told)])
     assert set(tensors) == set(wire.CAPTIONS)
     for spec, array in tensors.items():

@@ -81,6 +81,34 @@ normalising makes 0.
 """
 Global___Resize: _TypeAlias = Resize  # noqa: Y015
 
+class _Rerank:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RerankEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rerank.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RERANK_UNSPECIFIED: _Rerank.ValueType  # 0
+    """The checkpoint's own default."""
+    RERANK_LIKELIHOOD: _Rerank.ValueType  # 1
+    """Their score."""
+    RERANK_GROUNDING: _Rerank.ValueType  # 2
+    """The mean over their tokens of 0.8 x log-probability and 0.2 x grounding, of all captions that the
+    search or the draws have found; needs more than one.
+    """
+
+class Rerank(_Rerank, metaclass=_RerankEnumTypeWrapper):
+    """Rerank says what puts captions in order."""
+
+RERANK_UNSPECIFIED: Rerank.ValueType  # 0
+"""The checkpoint's own default."""
+RERANK_LIKELIHOOD: Rerank.ValueType  # 1
+"""Their score."""
+RERANK_GROUNDING: Rerank.ValueType  # 2
+"""The mean over their tokens of 0.8 x log-probability and 0.2 x grounding, of all captions that the
+search or the draws have found; needs more than one.
+"""
+Global___Rerank: _TypeAlias = Rerank  # noqa: Y015
+
 class _EarlyStopping:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -108,6 +136,38 @@ EARLY_STOPPING_TRUE: EarlyStopping.ValueType  # 2
 EARLY_STOPPING_NEVER: EarlyStopping.ValueType  # 3
 """"never": stop only when no better caption is possible."""
 Global___EarlyStopping: _TypeAlias = EarlyStopping  # noqa: Y015
+
+class _ReviewReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReviewReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReviewReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REVIEW_REASON_UNSPECIFIED: _ReviewReason.ValueType  # 0
+    """Not known."""
+    REVIEW_REASON_LOW_CONFIDENCE: _ReviewReason.ValueType  # 1
+    """Its confidence is below min_confidence."""
+    REVIEW_REASON_DEGENERATE: _ReviewReason.ValueType  # 2
+    """It looks broken."""
+    REVIEW_REASON_UNFINISHED: _ReviewReason.ValueType  # 3
+    """The deadline came before its end."""
+    REVIEW_REASON_NOT_GROUNDED: _ReviewReason.ValueType  # 4
+    """The image makes it no likelier than no image does."""
+
+class ReviewReason(_ReviewReason, metaclass=_ReviewReasonEnumTypeWrapper):
+    """ReviewReason says why a person should look at a caption."""
+
+REVIEW_REASON_UNSPECIFIED: ReviewReason.ValueType  # 0
+"""Not known."""
+REVIEW_REASON_LOW_CONFIDENCE: ReviewReason.ValueType  # 1
+"""Its confidence is below min_confidence."""
+REVIEW_REASON_DEGENERATE: ReviewReason.ValueType  # 2
+"""It looks broken."""
+REVIEW_REASON_UNFINISHED: ReviewReason.ValueType  # 3
+"""The deadline came before its end."""
+REVIEW_REASON_NOT_GROUNDED: ReviewReason.ValueType  # 4
+"""The image makes it no likelier than no image does."""
+Global___ReviewReason: _TypeAlias = ReviewReason  # noqa: Y015
 
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -787,6 +847,9 @@ class GenerationOptions(_message.Message):
     ALLOW_PARTIAL_FIELD_NUMBER: _builtins.int
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     MIN_NEW_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_GROUNDING_FIELD_NUMBER: _builtins.int
+    RERANK_FIELD_NUMBER: _builtins.int
+    MIN_CONFIDENCE_FIELD_NUMBER: _builtins.int
     num_beams: _builtins.int
     """Beams of the beam search; 1 is greedy search. Range: 1 to 16."""
     max_length: _builtins.int
@@ -831,6 +894,12 @@ class GenerationOptions(_message.Message):
     """Most tokens generated, start token and prefix not counted; instead of max_length. Range: 1 to 255."""
     min_new_tokens: _builtins.int
     """Fewest tokens generated, start token and prefix not counted; instead of min_length. Range: 0 to 255."""
+    output_grounding: _builtins.bool
+    """Return how much likelier the image makes each token than no image does."""
+    rerank: Global___Rerank.ValueType
+    """What puts the captions of a search in order, and so says which are returned."""
+    min_confidence: _builtins.float
+    """Captions of a lower confidence say needs_review; 0 for none. Range: 0 to 1."""
     @_builtins.property
     def bad_words(self) -> Global___StringList:
         """Words or phrases that are not generated."""
@@ -870,10 +939,13 @@ class GenerationOptions(_message.Message):
         allow_partial: _builtins.bool | None = ...,
         max_new_tokens: _builtins.int | None = ...,
         min_new_tokens: _builtins.int | None = ...,
+        output_grounding: _builtins.bool | None = ...,
+        rerank: Global___Rerank.ValueType = ...,
+        min_confidence: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_new_tokens", b"_max_new_tokens", "_min_length", b"_min_length", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_length", b"min_length", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_new_tokens", b"_max_new_tokens", "_min_confidence", b"_min_confidence", "_min_length", b"_min_length", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_output_grounding", b"_output_grounding", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_confidence", b"min_confidence", "min_length", b"min_length", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "output_grounding", b"output_grounding", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_new_tokens", b"_max_new_tokens", "_min_length", b"_min_length", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "early_stopping", b"early_stopping", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_length", b"min_length", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_new_tokens", b"_max_new_tokens", "_min_confidence", b"_min_confidence", "_min_length", b"_min_length", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_output_grounding", b"_output_grounding", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "early_stopping", b"early_stopping", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_confidence", b"min_confidence", "min_length", b"min_length", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "output_grounding", b"output_grounding", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "rerank", b"rerank", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__allow_partial: _TypeAlias = _typing.Literal["allow_partial"]  # noqa: Y015
     _WhichOneofArgType__allow_partial: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial"]  # noqa: Y015
@@ -887,6 +959,8 @@ class GenerationOptions(_message.Message):
     _WhichOneofArgType__max_length: _TypeAlias = _typing.Literal["_max_length", b"_max_length"]  # noqa: Y015
     _WhichOneofReturnType__max_new_tokens: _TypeAlias = _typing.Literal["max_new_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_new_tokens: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__min_confidence: _TypeAlias = _typing.Literal["min_confidence"]  # noqa: Y015
+    _WhichOneofArgType__min_confidence: _TypeAlias = _typing.Literal["_min_confidence", b"_min_confidence"]  # noqa: Y015
     _WhichOneofReturnType__min_length: _TypeAlias = _typing.Literal["min_length"]  # noqa: Y015
     _WhichOneofArgType__min_length: _TypeAlias = _typing.Literal["_min_length", b"_min_length"]  # noqa: Y015
     _WhichOneofReturnType__min_new_tokens: _TypeAlias = _typing.Literal["min_new_tokens"]  # noqa: Y015
@@ -903,6 +977,8 @@ class GenerationOptions(_message.Message):
     _WhichOneofArgType__num_return_sequences: _TypeAlias = _typing.Literal["_num_return_sequences", b"_num_return_sequences"]  # noqa: Y015
     _WhichOneofReturnType__output_attentions: _TypeAlias = _typing.Literal["output_attentions"]  # noqa: Y015
     _WhichOneofArgType__output_attentions: _TypeAlias = _typing.Literal["_output_attentions", b"_output_attentions"]  # noqa: Y015
+    _WhichOneofReturnType__output_grounding: _TypeAlias = _typing.Literal["output_grounding"]  # noqa: Y015
+    _WhichOneofArgType__output_grounding: _TypeAlias = _typing.Literal["_output_grounding", b"_output_grounding"]  # noqa: Y015
     _WhichOneofReturnType__prefix: _TypeAlias = _typing.Literal["prefix"]  # noqa: Y015
     _WhichOneofArgType__prefix: _TypeAlias = _typing.Literal["_prefix", b"_prefix"]  # noqa: Y015
     _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
@@ -928,6 +1004,8 @@ class GenerationOptions(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_new_tokens) -> _WhichOneofReturnType__max_new_tokens | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_confidence) -> _WhichOneofReturnType__min_confidence | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_length) -> _WhichOneofReturnType__min_length | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_new_tokens) -> _WhichOneofReturnType__min_new_tokens | None: ...
@@ -943,6 +1021,8 @@ class GenerationOptions(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_return_sequences) -> _WhichOneofReturnType__num_return_sequences | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__output_attentions) -> _WhichOneofReturnType__output_attentions | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_grounding) -> _WhichOneofReturnType__output_grounding | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix) -> _WhichOneofReturnType__prefix | None: ...
     @_typing.overload
@@ -1091,6 +1171,11 @@ class Caption(_message.Message):
     CONFIDENCE_FIELD_NUMBER: _builtins.int
     DEGENERATE_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    TOKEN_GROUNDINGS_FIELD_NUMBER: _builtins.int
+    GROUNDING_FIELD_NUMBER: _builtins.int
+    NEEDS_REVIEW_FIELD_NUMBER: _builtins.int
+    REVIEW_REASONS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The caption as text, without special tokens; begins with the prefix that was given."""
     score: _builtins.float
@@ -1101,6 +1186,10 @@ class Caption(_message.Message):
     """How far the caption can be relied on, 0 to 1; see the bundle's calibration."""
     degenerate: _builtins.bool
     """Whether the caption looks broken: it runs in circles, or ends within a word."""
+    grounding: _builtins.float
+    """The mean of token_groundings."""
+    needs_review: _builtins.bool
+    """Whether a person should look at it; only where min_confidence was set."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The generated token ids: without the decoder start token, the given prefix and padding, with the
@@ -1119,6 +1208,20 @@ class Caption(_message.Message):
     def attention(self) -> Global___Attention:
         """Where in the image each token looked; set when output_attentions was."""
 
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___Word]:
+        """The words of what was generated, in their order, each with its own confidence."""
+
+    @_builtins.property
+    def token_groundings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """What the image adds to the log-probability of each token of token_ids; set when output_grounding
+        was, or rerank is RERANK_GROUNDING, and the deadline left the time.
+        """
+
+    @_builtins.property
+    def review_reasons(self) -> _containers.RepeatedScalarFieldContainer[Global___ReviewReason.ValueType]:
+        """Why."""
+
     def __init__(
         self,
         *,
@@ -1131,14 +1234,61 @@ class Caption(_message.Message):
         confidence: _builtins.float = ...,
         degenerate: _builtins.bool = ...,
         attention: Global___Attention | None = ...,
+        words: _abc.Iterable[Global___Word] | None = ...,
+        token_groundings: _abc.Iterable[_builtins.float] | None = ...,
+        grounding: _builtins.float | None = ...,
+        needs_review: _builtins.bool = ...,
+        review_reasons: _abc.Iterable[Global___ReviewReason.ValueType] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grounding", b"_grounding", "attention", b"attention", "grounding", b"grounding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "confidence", b"confidence", "degenerate", b"degenerate", "finish_reason", b"finish_reason", "score", b"score", "text", b"text", "token_ids", b"token_ids", "token_logprobs", b"token_logprobs", "token_texts", b"token_texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grounding", b"_grounding", "attention", b"attention", "confidence", b"confidence", "degenerate", b"degenerate", "finish_reason", b"finish_reason", "grounding", b"grounding", "needs_review", b"needs_review", "review_reasons", b"review_reasons", "score", b"score", "text", b"text", "token_groundings", b"token_groundings", "token_ids", b"token_ids", "token_logprobs", b"token_logprobs", "token_texts", b"token_texts", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__grounding: _TypeAlias = _typing.Literal["grounding"]  # noqa: Y015
+    _WhichOneofArgType__grounding: _TypeAlias = _typing.Literal["_grounding", b"_grounding"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grounding) -> _WhichOneofReturnType__grounding | None: ...
 
 Global___Caption: _TypeAlias = Caption  # noqa: Y015
+
+@_typing.final
+class Word(_message.Message):
+    """Word is a run of letters, digits, underscores, apostrophes and hyphens in a caption."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    GROUNDING_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """The word; the part of it that was generated, where a prefix begins it."""
+    first_token: _builtins.int
+    """The first of its tokens, as an index into token_ids."""
+    tokens: _builtins.int
+    """How many tokens it has."""
+    confidence: _builtins.float
+    """How far the word can be relied on, 0 to 1."""
+    grounding: _builtins.float
+    """The sum of its tokens' groundings, where there are any."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        first_token: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        confidence: _builtins.float = ...,
+        grounding: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grounding", b"_grounding", "grounding", b"grounding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grounding", b"_grounding", "confidence", b"confidence", "first_token", b"first_token", "grounding", b"grounding", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__grounding: _TypeAlias = _typing.Literal["grounding"]  # noqa: Y015
+    _WhichOneofArgType__grounding: _TypeAlias = _typing.Literal["_grounding", b"_grounding"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grounding) -> _WhichOneofReturnType__grounding | None: ...
+
+Global___Word: _TypeAlias = Word  # noqa: Y015
 
 @_typing.final
 class Attention(_message.Message):

@@ -14,9 +14,11 @@ from rich.table import Table
 from captionserve_server.cli.captioning import asked_service, caption_all
 from captionserve_server.cli.console import ExitCode, messages, output, print_json
 from captionserve_server.cli.service_options import ServiceOptions, with_service_options
+from captionserve_server.core.confidence import Evidence, SpokenWord
 from captionserve_server.evaluation.calibration import (
     CalibrationReport,
     CannotCalibrateError,
+    FitReport,
     JudgedCaption,
     Reliability,
     ReliabilityBin,
@@ -44,8 +46,8 @@ def calibrate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Fit the confidence in a caption to held-out demo scenes and measure it on others."""
-    options = GenerationOptions(num_beams=num_beams)
+    """Fit confidences in captions and words to held-out demo scenes, and measure them on others."""
+    options = GenerationOptions(num_beams=num_beams, output_grounding=True)
     with asked_service(service, checkpoint) as asked:
         fitting = _judged_captions(asked, scenes, seed, options)
         measuring = _judged_captions(asked, scenes, seed + 1, options)
@@ -57,7 +59,8 @@ def calibrate(
     if output_file is not None:
         output_file.write_text(report.calibration.to_json(), encoding="utf-8")
     if as_json:
-        print_json(dataclasses.asdict(report))
+        fits = {name: dataclasses.asdict(fit) for name, fit in report.fits.items()}
+        print_json({"calibration": report.calibration.as_values(), "fits": fits})
     else:
         _print(report)
 
@@ -74,33 +77,41 @@ def _judged_split(
     service: ServiceOptions, split: Split, count: int, seed: int, options: GenerationOptions
 ) -> list[JudgedCaption]:
     # Imported here: the metrics' library is wanted by the commands that judge captions alone.
-    from captionserve_server.evaluation.metrics import is_exact
+    from captionserve_server.evaluation.metrics import is_exact, right_words
 
     scenes = list(held_out_scenes(split, count, seed))
     images = [scene.image for scene in scenes]
     results = caption_all(service, images, options, label=f"{split}, seed {seed}")
-    return [
-        JudgedCaption(result.captions[0].token_logprobs, is_exact(result.text, scene.caption))
-        for scene, result in zip(scenes, results, strict=True)
-    ]
+    judged = []
+    for scene, result in zip(scenes, results, strict=True):
+        best = result.captions[0]
+        words = [SpokenWord(word.text, word.first_token, word.tokens) for word in best.words]
+        judged.append(
+            JudgedCaption(
+                Evidence(best.token_logprobs, words, best.token_groundings),
+                is_exact(best.text, scene.caption),
+                right_words([word.text for word in words], scene.caption),
+            )
+        )
+    return judged
 
 
 def _print(report: CalibrationReport) -> None:
-    calibration = report.calibration
-    output.print(f"slope {calibration.slope:.4f}, intercept {calibration.intercept:.4f}")
-    output.print(_figures_table(report))
-    output.print(_bins_table("uncalibrated", report.uncalibrated.bins))
-    output.print(_bins_table("calibrated", report.calibrated.bins))
+    for name, values in report.calibration.as_values().items():
+        if name in report.fits:
+            output.print(name.replace("_", " "), values)
+    for name, fit in report.fits.items():
+        title = name.replace("_", " ")
+        output.print(_figures_table(title, fit))
+        output.print(_signals_table(title, fit))
+        output.print(_bins_table(f"{title}, uncalibrated", fit.uncalibrated.bins))
+        output.print(_bins_table(f"{title}, calibrated", fit.calibrated.bins))
 
 
-def _figures_table(report: CalibrationReport) -> Table:
-    columns = {
-        "uncalibrated": report.uncalibrated,
-        "calibrated": report.calibrated,
-        **report.by_kind,
-    }
+def _figures_table(title: str, fit: FitReport) -> Table:
+    columns = {"uncalibrated": fit.uncalibrated, "calibrated": fit.calibrated, **fit.by_kind}
     names = [name.replace("_", " ") for name in columns]
-    table = Table("", *names, title="on scenes that the fit did not see")
+    table = Table("", *names, title=f"{title}, on scenes that the fit did not see")
     for field in dataclasses.fields(Reliability):
         if field.name != "bins":
             values = [getattr(column, field.name) for column in columns.values()]
@@ -108,10 +119,20 @@ def _figures_table(report: CalibrationReport) -> Table:
     return table
 
 
+def _signals_table(title: str, fit: FitReport) -> Table:
+    kinds = [kind.replace("_", " ") for kind in fit.signals]
+    table = Table("AUC of each signal alone", *kinds, title=title)
+    for signal in next(iter(fit.signals.values())):
+        table.add_row(
+            signal.replace("_", " "), *(_as_text(own[signal]) for own in fit.signals.values())
+        )
+    return table
+
+
 def _bins_table(title: str, bins: Sequence[ReliabilityBin]) -> Table:
-    table = Table("confidence", "captions", "mean confidence", "right", title=title)
+    table = Table("confidence", "how many", "mean confidence", "right", title=title)
     for one in bins:
-        values = (one.captions, one.mean_confidence, one.right)
+        values = (one.count, one.mean_confidence, one.right)
         table.add_row(f"{one.lower:.1f} to {one.upper:.1f}", *map(_as_text, values))
     return table
 

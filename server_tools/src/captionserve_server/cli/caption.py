@@ -250,16 +250,19 @@ def _region_as_json(region: DescribedRegion) -> Answer:
 
 
 def _caption_as_json(found: Caption) -> Answer:
-    values: dict[str, object] = {
-        field.name: getattr(found, field.name) for field in dataclasses.fields(found)
-    }
+    values: Answer = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     values["finish_reason"] = found.finish_reason.value
-    if found.attention is None:
-        del values["attention"]
-    else:
+    values["words"] = [_without_none(dataclasses.asdict(word)) for word in found.words]
+    values["review_reasons"] = [reason.value for reason in found.review_reasons]
+    if found.attention is not None:
         tokens = range(len(found.token_ids))
         values["attention"] = [found.attention.grid(token) for token in tokens]
-    return values
+    return _without_none(values)
+
+
+def _without_none(values: Answer) -> Answer:
+    """Without what was not asked for."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _print(answer: Answer) -> None:
@@ -288,4 +291,6 @@ def _print_regions(image: object, regions: object) -> None:
 
 def _print_captions(name: object, captions: object) -> None:
     for found in cast("list[Answer]", captions):
-        output.print(f"{name}: {found['text']} ({found['score']:.3f})", markup=False)
+        doubts = ", ".join(cast("list[str]", found["review_reasons"]))
+        review = f" needs review: {doubts}" if found["needs_review"] else ""
+        output.print(f"{name}: {found['text']} ({found['score']:.3f}){review}", markup=False)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from captionserve import GenerationOptions
 
 from captionserve_server.cli.parameters import with_parameters
-from captionserve_server.core.options import OPTIONS
-
-_EARLY_STOPPING: Mapping[str, bool | str] = {"true": True, "false": False, "never": "never"}
+from captionserve_server.core.options import OPTIONS, Option
 
 
 def with_decoding_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -62,9 +60,18 @@ def _sendable(parameter: typer.CallbackParam, value: Any) -> Any:
 def _options(**given: Any) -> GenerationOptions:
     # An option that may be repeated is an empty list where it was not given.
     values = {name: None if value == [] else value for name, value in given.items()}
-    text = values["early_stopping"]
-    if text is not None:
-        if text not in _EARLY_STOPPING:
-            raise typer.BadParameter("must be true, false or never", param_hint="--early-stopping")
-        values["early_stopping"] = _EARLY_STOPPING[text]
+    for name, said in OPTIONS.items():
+        if said.words and values[name] is not None:
+            values[name] = _meaning(name, said, values[name])
     return GenerationOptions(**values)
+
+
+def _meaning(name: str, said: Option, text: Any) -> bool | str:
+    """What a word means; true and false too where these are values of the option."""
+    meanings: dict[str, bool | str] = {"true": True, "false": False} if said.kind is bool else {}
+    meanings |= {word: word for word in said.words}
+    if text not in meanings:
+        flag = said.flag or "--" + name.replace("_", "-")
+        *others, last = meanings
+        raise typer.BadParameter(f"must be {', '.join(others)} or {last}", param_hint=flag)
+    return meanings[text]

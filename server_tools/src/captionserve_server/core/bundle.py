@@ -79,7 +79,8 @@ class Bundle:
 
     def to_json(self) -> str:
         """Write as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        values = dataclasses.asdict(self) | {"calibration": self.calibration.as_values()}
+        return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Bundle:
@@ -90,7 +91,7 @@ class Bundle:
             geometry=DecoderGeometry(**values["geometry"]),
             special=SpecialTokens(start=special["start"], end=tuple(special["end"])),
             defaults=DecodingOptions.from_given(values["defaults"]),
-            calibration=Calibration(**values["calibration"]),
+            calibration=Calibration.from_values(values["calibration"]),
             rules=_rules(values["rules"]),
             precision=values["precision"],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -92,6 +93,8 @@ class DecodedCaption:
         finish_reason: "eos", "length", or "deadline" for the best so far.
         attention: float32 [tokens, image tokens], mean over layers and heads of the cross-attention
             that chose each token; None when not asked for.
+        token_groundings: log-probability of each token with the image less that without it, both
+            the model's own; None when not asked for, or when the deadline came first.
     """
 
     token_ids: tuple[int, ...]
@@ -99,3 +102,10 @@ class DecodedCaption:
     score: float
     finish_reason: FinishReason
     attention: NDArray[np.float32] | None = None
+    token_groundings: tuple[float, ...] | None = None
+
+    @property
+    def grounding(self) -> float | None:
+        """The mean of the tokens' groundings, in nats."""
+        found = self.token_groundings
+        return None if found is None else math.fsum(found) / len(found)

@@ -1,6 +1,7 @@
-"""How far a caption can be trusted: a confidence, and the signs of a decoder gone astray.
+"""How far a caption and its words can be trusted, and the signs of a decoder gone astray.
 
-Both are read from the caption alone: its tokens' log-probabilities, their texts and how it ended.
+All is read from the caption alone: its tokens' log-probabilities, groundings and texts, and how it
+ended.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ import dataclasses
 import json
 import math
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 
 # Nearer to probability 0 or 1 than this, a mean log-probability in float32 says nothing more.
-_LOWEST_MEAN_LOGPROB = -100.0
-_HIGHEST_MEAN_LOGPROB = -1e-6
+_LOWEST_LOGPROB = -100.0
+_HIGHEST_LOGPROB = -1e-6
+# A word's log-probability nearer to 0 counts as this: what is left is float32's rounding, of which
+# the log-odds would make much, and a confidence must not depend on who computed it.
+_SUREST_WORD = -1e-4
+_LARGEST_WEIGHT = 1e6
 
 # With the straight apostrophe and the typographic one.
 _WORD = re.compile(r"[\w'\u2019-]+")
@@ -25,49 +31,111 @@ _REPEATS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
-    """From a caption's token log-probabilities to a confidence.
-
-    With p the geometric mean of the tokens' probabilities,
-
-        log-odds(confidence) = intercept + slope * log-odds(p)
-
-    so that the default, which every checkpoint without a calibration has, gives p itself. Fitted to
-    captions known to be right or wrong, the confidence is the chance that a caption is right, for
-    images like those (see docs/adr/0007-confidence.md).
+class SpokenWord:
+    """A word of a text, and where in its tokens it stands.
 
     Attributes:
-        slope: finite and above 0, so that likelier tokens never lower the confidence.
-        intercept: finite.
-
-    Raises:
-        ValueError: if slope or intercept is out of range.
+        text: the word.
+        first_token: the first token that has a part of it, as an index.
+        tokens: how many there are from there to the last that has one.
     """
 
-    slope: float = 1.0
-    intercept: float = 0.0
+    text: str
+    first_token: int
+    tokens: int
+
+    @property
+    def own(self) -> slice:
+        """Its tokens among all."""
+        return slice(self.first_token, self.first_token + self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Logistic:
+    """A confidence as a logistic function of signals.
+
+        log-odds(confidence) = intercept + sum of weight x signal
+
+    Attributes:
+        intercept: at most a million, or minus that.
+        weights: by the signal's name; likewise, and that of "log_odds" above 0, so that likelier
+            tokens never lower the confidence.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    intercept: float
+    weights: Mapping[str, float]
 
     def __post_init__(self) -> None:
         """Refuse what gives no confidence."""
-        if not (math.isfinite(self.slope) and self.slope > 0):
-            raise ValueError(f"slope must be finite and above 0, is {self.slope}")
-        if not math.isfinite(self.intercept):
-            raise ValueError(f"intercept must be finite, is {self.intercept}")
+        for name, number in {"intercept": self.intercept, **self.weights}.items():
+            # Also false of what is no number.
+            if not abs(number) <= _LARGEST_WEIGHT:
+                raise ValueError(f"{name} must be at most {_LARGEST_WEIGHT:g}, is {number}")
+        if self.weights.get("log_odds", 0.0) <= 0:
+            raise ValueError("the weight of log_odds must be above 0")
 
-    def confidence(self, token_logprobs: Sequence[float]) -> float:
-        """Return the confidence in a caption, 0..1.
-
-        Args:
-            token_logprobs: natural log-probability of each generated token, the end token's
-                included; at least one.
-        """
-        log_odds = self.intercept + self.slope * mean_log_odds(token_logprobs)
+    def confidence(self, signals: Mapping[str, float]) -> float:
+        """The confidence, 0..1, from at least the signals that have a weight."""
+        weighted = (weight * signals[name] for name, weight in self.weights.items())
         # The logistic function, written so that it never overflows.
-        return 0.5 + 0.5 * math.tanh(0.5 * log_odds)
+        return 0.5 + 0.5 * math.tanh(0.5 * math.fsum((self.intercept, *weighted)))
+
+
+AS_IT_IS = Logistic(0.0, {"log_odds": 1.0})
+"""The probability itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """From the log-probabilities and groundings of tokens to confidences.
+
+    Fitted to captions and words known to be right or wrong, a confidence is the chance that one is
+    right, for images like those (see docs/adr/0007-confidence.md and 0021-grounding.md). Without a
+    calibration a caption's is the geometric mean of its tokens' probabilities, and a word's the
+    product of its own.
+
+    Attributes:
+        caption: of a caption, from `caption_signals`.
+        word: of a word, from `word_signals`.
+        grounded_caption: of a caption whose groundings are known; None where nothing was fitted to
+            them, and they change no confidence.
+        grounded_word: likewise of a word.
+        records: the log-odds with which each word has been right among those of the fit, by the
+            word in lower case; "" is for those that the fit has not seen.
+    """
+
+    caption: Logistic = AS_IT_IS
+    word: Logistic = AS_IT_IS
+    grounded_caption: Logistic | None = None
+    grounded_word: Logistic | None = None
+    records: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def caption_confidence(self, evidence: Evidence) -> float:
+        """Return the confidence in a caption, 0..1."""
+        fit = self.grounded_caption if evidence.token_groundings is not None else None
+        return (fit or self.caption).confidence(caption_signals(evidence, self.record))
+
+    def word_confidence(self, evidence: Evidence, word: SpokenWord) -> float:
+        """Return the confidence in a word of a caption, 0..1."""
+        fit = self.grounded_word if evidence.token_groundings is not None else None
+        return (fit or self.word).confidence(word_signals(evidence, word, self.record))
+
+    def record(self, word: SpokenWord) -> float:
+        """The log-odds with which a word has been right; 0 where nothing is known."""
+        return self.records.get(word.text.lower(), self.records.get("", 0.0))
+
+    def as_values(self) -> dict[str, dict[str, float]]:
+        """What there is as JSON values: of each fit the intercept, and its weights by name."""
+        fits = {name: fit for name in SIGNALS if (fit := getattr(self, name)) is not None}
+        values = {name: {"intercept": fit.intercept, **fit.weights} for name, fit in fits.items()}
+        return values | {_RECORDS: dict(self.records)}
 
     def to_json(self) -> str:
         """Write as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(self.as_values(), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -76,13 +144,100 @@ class Calibration:
         Raises:
             ValueError: if the text is anything else.
         """
-        values = json.loads(text, parse_int=float)
-        names = [field.name for field in dataclasses.fields(cls)]
-        if not isinstance(values, dict) or sorted(values) != sorted(names):
-            raise ValueError(f"must be a JSON object of {' and '.join(names)}, nothing else")
-        if not all(isinstance(value, float) for value in values.values()):
-            raise ValueError(f"{' and '.join(names)} must be numbers")
-        return cls(**values)
+        return cls.from_values(json.loads(text, parse_int=float))
+
+    @classmethod
+    def from_values(cls, values: object) -> Calibration:
+        """Read what `as_values` gave; ValueError as `from_json`."""
+        if isinstance(values, dict) and values.keys() == {"slope", "intercept"}:
+            raise ValueError(
+                "is of an older captionserve; `captionserve calibrate` writes a new one"
+            )
+        needed, known = {"caption", "word", _RECORDS}, {*SIGNALS, _RECORDS}
+        if not isinstance(values, dict) or not needed <= values.keys() <= known:
+            raise ValueError(f"must be a JSON object of {', '.join(sorted(known))}")
+        if not all(map(_are_numbers, values.values())):
+            raise ValueError("must be a JSON object of objects of numbers")
+        records = values[_RECORDS]
+        if not all(abs(record) <= _LARGEST_WEIGHT for record in records.values()):
+            raise ValueError(f"{_RECORDS} must be at most {_LARGEST_WEIGHT:g}")
+        fits = {name: _fit(name, values[name]) for name in SIGNALS if name in values}
+        return cls(**fits, records=records)
+
+
+def _are_numbers(values: object) -> bool:
+    """Whether this is an object of numbers."""
+    return isinstance(values, dict) and all(isinstance(each, float) for each in values.values())
+
+
+def _fit(name: str, values: Mapping[str, float]) -> Logistic:
+    weights = dict(values)
+    if not {"intercept", "log_odds"} <= weights.keys() <= {"intercept", *SIGNALS[name]}:
+        raise ValueError(
+            f"{name} must have intercept and log_odds, and may have {', '.join(SIGNALS[name][1:])}"
+        )
+    return Logistic(weights.pop("intercept"), weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What a confidence is read from.
+
+    Attributes:
+        token_logprobs: natural log-probability of each generated token, the end token's included;
+            at least one.
+        words: the words of what was generated.
+        token_groundings: what the image adds to each token's log-probability; None where that is
+            not known.
+    """
+
+    token_logprobs: Sequence[float]
+    words: Sequence[SpokenWord] = ()
+    token_groundings: Sequence[float] | None = None
+
+
+Record = Callable[[SpokenWord], float]
+"""Gives the log-odds with which a word has been right."""
+
+
+def caption_signals(evidence: Evidence, record: Record) -> dict[str, float]:
+    """What speaks for a caption and against it, by name."""
+    signals = {
+        "log_odds": mean_log_odds(evidence.token_logprobs),
+        # The log-probability that all of them are right, were each as often right as it has been.
+        "record": -math.fsum(_softplus(-record(word)) for word in evidence.words),
+    }
+    if evidence.token_groundings is not None:
+        signals["grounding"] = math.fsum(evidence.token_groundings) / len(evidence.token_groundings)
+        signals["least_grounding"] = min(evidence.token_groundings)
+    return signals
+
+
+def word_signals(evidence: Evidence, word: SpokenWord, record: Record) -> dict[str, float]:
+    """What speaks for a word and against it, by name."""
+    signals = {
+        "log_odds": log_odds(min(math.fsum(evidence.token_logprobs[word.own]), _SUREST_WORD)),
+        "caption_log_odds": mean_log_odds(evidence.token_logprobs),
+        "record": record(word),
+    }
+    if evidence.token_groundings is not None:
+        signals["grounding"] = math.fsum(evidence.token_groundings[word.own])
+    return signals
+
+
+SIGNALS: Mapping[str, tuple[str, ...]] = {
+    "caption": ("log_odds",),
+    "word": ("log_odds", "caption_log_odds", "record"),
+    "grounded_caption": ("log_odds", "record", "grounding", "least_grounding"),
+    "grounded_word": ("log_odds", "caption_log_odds", "record", "grounding"),
+}
+"""The signals that each fit of a Calibration may have weights for."""
+_RECORDS = "records"
+
+
+def _softplus(number: float) -> float:
+    """log(1 + exp(number))."""
+    return max(number, 0.0) + math.log1p(math.exp(-abs(number)))
 
 
 def mean_log_odds(token_logprobs: Sequence[float]) -> float:
@@ -91,9 +246,30 @@ def mean_log_odds(token_logprobs: Sequence[float]) -> float:
     Args:
         token_logprobs: natural log-probabilities, at least one.
     """
-    mean = math.fsum(token_logprobs) / len(token_logprobs)
-    mean = min(max(mean, _LOWEST_MEAN_LOGPROB), _HIGHEST_MEAN_LOGPROB)
-    return mean - math.log(-math.expm1(mean))
+    return log_odds(math.fsum(token_logprobs) / len(token_logprobs))
+
+
+def log_odds(logprob: float) -> float:
+    """Return the log-odds of a probability, -100 to 14, from its natural logarithm."""
+    logprob = min(max(logprob, _LOWEST_LOGPROB), _HIGHEST_LOGPROB)
+    return logprob - math.log(-math.expm1(logprob))
+
+
+def spoken_words(token_texts: Sequence[str]) -> list[SpokenWord]:
+    """The words of a text, in their order.
+
+    A word is a run of letters, digits, underscores, apostrophes and hyphens. What stands between
+    words, and the end token, belongs to none.
+
+    Args:
+        token_texts: each token's part of the text; together they are the text.
+    """
+    ends = list(accumulate(map(len, token_texts)))
+    words = []
+    for match in _WORD.finditer("".join(token_texts)):
+        first, last = bisect_right(ends, match.start()), bisect_left(ends, match.end())
+        words.append(SpokenWord(match.group(), first, last + 1 - first))
+    return words
 
 
 def is_degenerate(token_texts: Sequence[str], finished: bool) -> bool:

@@ -12,12 +12,13 @@ import json
 import math
 import numbers
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from captionserve_server.core.errors import InvalidOptionsError, shortened
 
 EarlyStopping = bool | Literal["never"]
 EARLY_STOPPING_VALUES: tuple[EarlyStopping, ...] = (False, True, "never")
+Rerank = Literal["likelihood", "grounding"]
 
 MAX_NUM_BEAMS = 16
 # A caption is a sentence; a longer one only holds memory that others wait for.
@@ -54,7 +55,7 @@ class Option:
         least: smallest number allowed; None where there is no range.
         most: largest number allowed.
         above_least: whether the least itself is too small.
-        words: other values it takes, as text.
+        words: other values it takes, as text; of a text, the only ones.
         max_items: most elements of a list; None for what is no list.
         min_characters: fewest characters of a text, spaces around it not counted.
         max_characters: most characters of a text.
@@ -112,8 +113,9 @@ class Option:
 
     def wanted(self) -> str:
         """The type in words, such as "an integer"."""
-        name = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
-        return " or ".join([name, *(f'"{word}"' for word in self.words)])
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+        own = [] if self.words and self.kind is str else [names[self.kind]]
+        return " or ".join([*own, *(f'"{word}"' for word in self.words)])
 
     def range(self) -> str:
         """The range in words, such as "1 to 16"; empty where there is none."""
@@ -133,7 +135,7 @@ class DecodingOptions:
     """How captions are decoded; names, meanings and defaults of transformers' GenerationConfig.
 
     What transformers lacks: `seed`, words as text instead of token ids (`bad_words`, `force_words`,
-    `prefix`), and `allow_partial`.
+    `prefix`), `allow_partial`, `output_grounding`, `rerank` and `min_confidence`.
 
     Raises:
         InvalidOptionsError: naming every field that has the wrong type, is out of range or
@@ -303,6 +305,26 @@ class DecodingOptions:
         "When the deadline comes first, return the best so far instead of failing.",
         flag="--allow-partial",
     )
+    output_grounding: bool = _option(
+        False,
+        bool,
+        "Return how much likelier the image makes each token than no image does.",
+        flag="--grounding",
+    )
+    rerank: Rerank = _option(  # noqa: RUF009  # It is a dataclass field.
+        "likelihood",
+        str,
+        "What puts captions in order and says which are returned: likelihood, which is their "
+        "score, or grounding, of all that num_beams or num_return_sequences made.",
+        words=get_args(Rerank),
+    )
+    min_confidence: float = _option(
+        0.0,
+        float,
+        "Captions of a lower confidence say needs_review; 0 for none.",
+        least=0.0,
+        most=1.0,
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be decoded, all fields at once."""
@@ -343,6 +365,16 @@ class DecodingOptions:
     def rows(self) -> int:
         """Most rows of the decoder that the caption takes at a step."""
         return self.num_return_sequences if self.do_sample else self.num_beams
+
+    @property
+    def wants_grounding(self) -> bool:
+        """Whether finished captions are read once more, without their image."""
+        return self.output_grounding or self.rerank == "grounding"
+
+    @property
+    def candidates(self) -> int:
+        """Finished captions among which those to be returned are chosen."""
+        return self.rows if self.rerank == "grounding" else self.num_return_sequences
 
     @property
     def reproducible(self) -> bool:
@@ -437,6 +469,9 @@ class NamedOptions(TypedDict, total=False):
     suppress_tokens: Sequence[int] | None
     output_attentions: bool | None
     allow_partial: bool | None
+    output_grounding: bool | None
+    rerank: Rerank | None
+    min_confidence: float | None
 
 
 def parse_options(text: str | bytes) -> dict[str, object]:
@@ -562,6 +597,7 @@ def _contradictions(options: DecodingOptions, given: Collection[str]) -> Iterato
     yield _forced(options)
     yield _lengths(options)
     yield _size(options)
+    yield _rerank(options)
     for new, whole in _NEW_TOKENS.items():
         if {new, whole} <= set(given):
             yield {new: f"cannot be combined with {whole}", whole: f"cannot be combined with {new}"}
@@ -654,6 +690,16 @@ def _size(options: DecodingOptions) -> dict[str, str]:
     name = "num_return_sequences" if options.do_sample else "num_beams"
     text = f"{name} x max_length must be at most {MAX_ROWS_TIMES_LENGTH}"
     return {name: text, longest: text}
+
+
+def _rerank(options: DecodingOptions) -> dict[str, str]:
+    if options.rerank == "likelihood" or options.rows > 1:
+        return {}
+    name = "num_return_sequences" if options.do_sample else "num_beams"
+    return {
+        "rerank": "grounding needs several captions to choose from",
+        name: "must be at least 2 to rerank by grounding",
+    }
 
 
 def _length_names(options: DecodingOptions) -> tuple[str, str]:

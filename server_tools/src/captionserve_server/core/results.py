@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption, FinishReason
-from captionserve_server.core.confidence import is_degenerate
+from captionserve_server.core.confidence import (
+    Evidence,
+    SpokenWord,
+    is_degenerate,
+    spoken_words,
+)
 from captionserve_server.core.detokenise import Decode, caption_text, token_texts
+
+ReviewReason = Literal["low_confidence", "degenerate", "unfinished", "not_grounded"]
+"""Why a person should look at a caption: its confidence is below min_confidence, it looks broken,
+the deadline came before its end, or the image makes it no likelier than no image does."""
+
+
+@dataclass(frozen=True)
+class CaptionWord:
+    """A word of what was generated.
+
+    Attributes:
+        text: the word; the part of it that was generated, where a prefix begins it.
+        first_token: the first of its tokens, as an index into token_ids.
+        tokens: how many it has.
+        confidence: how far it can be relied on, 0 to 1.
+        grounding: the sum of its tokens' groundings, in nats; None where there are none.
+    """
+
+    text: str
+    first_token: int
+    tokens: int
+    confidence: float
+    grounding: float | None
 
 
 @dataclass(frozen=True)
@@ -27,6 +57,11 @@ class FinishedCaption:
         token_texts: each token's part of the text; empty for special tokens.
         confidence: how far the caption can be relied on, 0 to 1.
         degenerate: whether it looks broken: it runs in circles, or ends within a word.
+        words: the words of what was generated, in their order.
+        token_groundings: what the image adds to each token's log-probability, in nats; None unless
+            output_grounding was set or rerank is by grounding, and where the deadline came first.
+        grounding: their mean; None likewise.
+        review_reasons: why a person should look at it; none unless min_confidence was set.
         attention: float32 [tokens, grid rows, grid columns], where each token looked; a token's
             values sum to at most 1. None unless output_attentions was set.
     """
@@ -39,8 +74,17 @@ class FinishedCaption:
     token_texts: tuple[str, ...]
     confidence: float
     degenerate: bool
+    words: tuple[CaptionWord, ...]
+    token_groundings: tuple[float, ...] | None
+    grounding: float | None
+    review_reasons: tuple[ReviewReason, ...]
     # Arrays have no single answer to ==.
     attention: NDArray[np.float32] | None = field(compare=False)
+
+    @property
+    def needs_review(self) -> bool:
+        """Whether a person should look at it."""
+        return bool(self.review_reasons)
 
 
 class Finisher:
@@ -66,6 +110,10 @@ class Finisher:
         prefix, token_ids = plan.words.prefix, caption.token_ids
         parts = token_texts(self._decode, prefix, token_ids)
         ended = caption.finish_reason == "eos"
+        words = spoken_words(parts)
+        evidence = Evidence(caption.token_logprobs, words, caption.token_groundings)
+        confidence = self._bundle.calibration.caption_confidence(evidence)
+        degenerate = is_degenerate([self._decode(prefix), *parts], finished=ended)
         return FinishedCaption(
             text=caption_text(self._decode, [*prefix, *token_ids]),
             score=caption.score,
@@ -73,9 +121,25 @@ class Finisher:
             token_logprobs=caption.token_logprobs,
             finish_reason=caption.finish_reason,
             token_texts=tuple(parts),
-            confidence=self._bundle.calibration.confidence(caption.token_logprobs),
-            degenerate=is_degenerate([self._decode(prefix), *parts], finished=ended),
+            confidence=confidence,
+            degenerate=degenerate,
+            words=tuple(self._word(word, evidence) for word in words),
+            token_groundings=caption.token_groundings,
+            grounding=caption.grounding,
+            review_reasons=_review_reasons(
+                caption, confidence, plan.options.min_confidence, degenerate=degenerate
+            ),
             attention=self._over_patches(caption.attention),
+        )
+
+    def _word(self, word: SpokenWord, evidence: Evidence) -> CaptionWord:
+        groundings = evidence.token_groundings
+        return CaptionWord(
+            text=word.text,
+            first_token=word.first_token,
+            tokens=word.tokens,
+            confidence=self._bundle.calibration.word_confidence(evidence, word),
+            grounding=None if groundings is None else math.fsum(groundings[word.own]),
         )
 
     def _over_patches(self, attention: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
@@ -86,3 +150,18 @@ class Finisher:
         rows, cols = geometry.grid_rows, geometry.grid_cols
         # The patches stand last, behind the class and distillation tokens.
         return attention[:, -rows * cols :].reshape(-1, rows, cols)
+
+
+def _review_reasons(
+    caption: DecodedCaption, confidence: float, min_confidence: float, *, degenerate: bool
+) -> tuple[ReviewReason, ...]:
+    """Why a person should look at a caption; nothing where no confidence is asked for."""
+    if not min_confidence:
+        return ()
+    reasons: dict[ReviewReason, bool] = {
+        "low_confidence": confidence < min_confidence,
+        "degenerate": degenerate,
+        "unfinished": caption.finish_reason == "deadline",
+        "not_grounded": caption.grounding is not None and caption.grounding <= 0,
+    }
+    return tuple(reason for reason, holds in reasons.items() if holds)

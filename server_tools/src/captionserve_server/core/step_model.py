@@ -124,6 +124,25 @@ class StepAnswer:
     attention: Float32Array
 
 
+@dataclass(frozen=True)
+class ForcedRows:
+    """Tokens that are there already, as rows of one run: none waits for the one before it.
+
+    Attributes:
+        tokens: [rows].
+        positions: [rows], that of each token; 0 is the decoder start token.
+        sees: bool [rows, rows], whether a row (first dim) is or continues another one.
+        probe_rows: [probes], rows of which one next token's log-probability is wanted.
+        probe_tokens: [probes].
+    """
+
+    tokens: Int64Array
+    positions: Int64Array
+    sees: BoolArray
+    probe_rows: Int64Array
+    probe_tokens: Int64Array
+
+
 class ImageEncoder(Protocol):
     """From pixels to what the decoder looks at."""
 
@@ -160,3 +179,14 @@ class StepModel(Protocol):
 
     def free(self, slots: Int64Array) -> None:
         """Give slots back; [captions]."""
+
+    def forced_logprobs(self, slot: int | None, rows: ForcedRows) -> Float32Array:
+        """Read whole captions in one run; what the slots hold is not changed.
+
+        Args:
+            slot: of the image that they are read over; None for no image at all.
+            rows: their tokens.
+
+        Returns:
+            [probes], natural log-probabilities, the model's own.
+        """

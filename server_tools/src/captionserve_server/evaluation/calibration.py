@@ -1,23 +1,38 @@
 """Fits confidences to captions known to be right or wrong, and measures what they are worth.
 
 The fit is Platt's (1999, "Probabilistic outputs for support vector machines"): a logistic
-regression on one score, whose targets keep a little off 0 and 1 so that few captions, or captions
-that the score tells apart without fault, do not give a confidence without doubt.
+regression, whose targets keep a little off 0 and 1 so that few captions, or captions that the
+signals tell apart without fault, do not give a confidence without doubt.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from captionserve_server.core.confidence import Calibration, mean_log_odds
+from captionserve_server.core.confidence import (
+    AS_IT_IS,
+    SIGNALS,
+    Calibration,
+    Evidence,
+    Logistic,
+    Record,
+    SpokenWord,
+    caption_signals,
+    word_signals,
+)
 
 NUM_BINS = 10
 _MOST_NEWTON_STEPS = 100
 _CONVERGED = 1e-9
+# A word said once or twice says little of itself.
+_FEW_WORDS = 2.0
 
 Float64Array = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -29,32 +44,34 @@ class CannotCalibrateError(ValueError):
 
 @dataclass(frozen=True)
 class JudgedCaption:
-    """A caption of which it is known whether it is right.
+    """A caption of which it is known whether it and its words are right.
 
     Attributes:
-        token_logprobs: natural log-probability of each generated token.
+        evidence: what is known of it otherwise, its groundings among that.
         right: whether it is right.
+        right_words: of each of its words, whether it is right.
     """
 
-    token_logprobs: Sequence[float]
+    evidence: Evidence
     right: bool
+    right_words: Sequence[bool]
 
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """The captions whose confidence is in [lower, upper); the last bin's upper end belongs to it.
+    """Those whose confidence is in [lower, upper); the last bin's upper end belongs to it.
 
     Attributes:
         lower: lower end, 0..1.
         upper: upper end, 0..1.
-        captions: how many there are.
+        count: how many there are.
         mean_confidence: their mean confidence, 0..1; None if there are none.
         right: the share of them that is right, 0..1; None if there are none.
     """
 
     lower: float
     upper: float
-    captions: int
+    count: int
     mean_confidence: float | None
     right: float | None
 
@@ -64,7 +81,7 @@ class Reliability:
     """How well confidences agree with what turned out right.
 
     Attributes:
-        captions: how many were judged.
+        count: how many captions, or words, were judged.
         right: the share of them that is right, 0..1.
         mean_confidence: 0..1; above `right` where the captioner thinks too well of itself.
         expected_calibration_error: over the bins, the mean distance between mean confidence and
@@ -76,7 +93,7 @@ class Reliability:
         bins: ten of equal width, from confidence 0 to 1.
     """
 
-    captions: int
+    count: int
     right: float
     mean_confidence: float
     expected_calibration_error: float
@@ -86,20 +103,42 @@ class Reliability:
 
 
 @dataclass(frozen=True)
+class FitReport:
+    """What one fit of a calibration is worth on captions, or words, that it was not fitted to.
+
+    Attributes:
+        uncalibrated: of the probabilities as they are, over all kinds of captions.
+        calibrated: of the fit, over all kinds of captions.
+        by_kind: of the fit, on each kind of captions alone.
+        signals: by kind of captions, the AUC of each signal alone; None unless there are right and
+            wrong ones.
+    """
+
+    uncalibrated: Reliability
+    calibrated: Reliability
+    by_kind: dict[str, Reliability]
+    signals: dict[str, dict[str, float | None]]
+
+
+@dataclass(frozen=True)
 class CalibrationReport:
     """A calibration and what it is worth on captions that it was not fitted to.
 
     Attributes:
         calibration: the one fitted.
-        uncalibrated: of the default calibration, over all kinds of captions.
-        calibrated: of the fitted one, over all kinds of captions.
-        by_kind: of the fitted one, on each kind of captions alone.
+        fits: what each of its fits is worth, by name.
     """
 
     calibration: Calibration
-    uncalibrated: Reliability
-    calibrated: Reliability
-    by_kind: dict[str, Reliability]
+    fits: dict[str, FitReport]
+
+
+@dataclass(frozen=True)
+class _Observation:
+    """What a fit is given of a caption or a word, and whether that is right."""
+
+    signals: Mapping[str, float]
+    right: bool
 
 
 def calibrate(
@@ -115,33 +154,126 @@ def calibrate(
         CannotCalibrateError: as `fit_calibration` does.
     """
     calibration = fit_calibration(fitting)
-    together = [caption for captions in measuring.values() for caption in captions]
     return CalibrationReport(
-        calibration=calibration,
-        uncalibrated=_reliability(Calibration(), together),
-        calibrated=_reliability(calibration, together),
-        by_kind={kind: _reliability(calibration, some) for kind, some in measuring.items()},
+        calibration,
+        {name: _fit_report(name, calibration, measuring) for name in SIGNALS},
     )
 
 
 def fit_calibration(captions: Sequence[JudgedCaption]) -> Calibration:
-    """Fit a calibration to captions.
+    """Fit a calibration to captions and their words.
+
+    What a word's record says of a caption it was taken from would be too good, so that of each
+    caption is of all the others.
 
     Raises:
-        CannotCalibrateError: unless there are right and wrong captions, and the right ones tend to
-            have likelier tokens.
+        CannotCalibrateError: unless there are right and wrong ones, and the right ones tend to have
+            likelier tokens.
     """
-    log_odds = np.array([mean_log_odds(caption.token_logprobs) for caption in captions])
-    labels = np.array([caption.right for caption in captions], dtype=np.bool_)
+    tally = _Tally.of(captions)
+    records = [tally.record_without(_Tally.of([caption])) for caption in captions]
+    fits = {name: _fit(name, _observations(name, captions, records)) for name in SIGNALS}
+    return Calibration(**fits, records=tally.records())
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """How often each word, in lower case, has been said, and right."""
+
+    said: Counter[str]
+    right: Counter[str]
+
+    @classmethod
+    def of(cls, captions: Sequence[JudgedCaption]) -> _Tally:
+        """That of captions."""
+        tally = cls(Counter(), Counter())
+        for caption in captions:
+            for word, right in zip(caption.evidence.words, caption.right_words, strict=True):
+                tally.said[word.text.lower()] += 1
+                tally.right[word.text.lower()] += right
+        return tally
+
+    def records(self) -> dict[str, float]:
+        """Each word's log-odds of being right; under "" those of a word that is not among them."""
+        words = ("", *sorted(self.said))
+        return {word: self._log_odds(self.said[word], self.right[word]) for word in words}
+
+    def record_without(self, own: _Tally) -> Record:
+        """What gives words their records, without those of a caption that is among these."""
+
+        def record(word: SpokenWord) -> float:
+            text = word.text.lower()
+            return self._log_odds(
+                self.said[text] - own.said[text], self.right[text] - own.right[text]
+            )
+
+        return record
+
+    def _log_odds(self, said: int, right: int) -> float:
+        """The log-odds of being right, with a few words more that are right as often as all."""
+        share = (self.right.total() + 1) / (self.said.total() + 2)
+        wrong = said - right
+        return math.log(right + _FEW_WORDS * share) - math.log(wrong + _FEW_WORDS * (1 - share))
+
+
+def _fit(name: str, observations: Sequence[_Observation]) -> Logistic:
+    labels = np.array([each.right for each in observations], dtype=np.bool_)
     if labels.all() or not labels.any():
         raise CannotCalibrateError("both right and wrong captions are needed")
-    if np.ptp(log_odds) == 0:
+    columns = [[each.signals[signal] for each in observations] for signal in SIGNALS[name]]
+    # What does not vary says nothing, and leaves the fit without a single best.
+    if any(np.ptp(column) == 0 for column in columns):
         raise CannotCalibrateError("all captions are equally likely")
-    features = np.stack((np.ones_like(log_odds), log_odds), axis=1)
-    intercept, slope = fit_logistic(features, _platt_targets(labels))
-    if slope <= 0:
+    features = np.stack((np.ones(len(labels)), *map(np.array, columns)), axis=1)
+    intercept, *weights = fit_logistic(features, _platt_targets(labels)).tolist()
+    by_name = dict(zip(SIGNALS[name], weights, strict=True))
+    if by_name["log_odds"] <= 0:
         raise CannotCalibrateError("captions of likelier tokens are not more often right")
-    return Calibration(slope=float(slope), intercept=float(intercept))
+    return Logistic(intercept, by_name)
+
+
+def _observations(
+    name: str, captions: Sequence[JudgedCaption], records: Sequence[Record]
+) -> list[_Observation]:
+    """What a fit of this name learns from, or is measured on, with a record of words a caption."""
+    found = []
+    for caption, record in zip(captions, records, strict=True):
+        evidence = caption.evidence
+        if not name.startswith("grounded"):
+            evidence = dataclasses.replace(evidence, token_groundings=None)
+        if name.endswith("caption"):
+            found.append(_Observation(caption_signals(evidence, record), caption.right))
+        else:
+            found += [
+                _Observation(word_signals(evidence, word, record), right)
+                for word, right in zip(evidence.words, caption.right_words, strict=True)
+            ]
+    return found
+
+
+def _fit_report(
+    name: str, calibration: Calibration, measuring: Mapping[str, Sequence[JudgedCaption]]
+) -> FitReport:
+    fitted: Logistic = getattr(calibration, name)
+    by_kind = {
+        kind: _observations(name, captions, [calibration.record] * len(captions))
+        for kind, captions in measuring.items()
+    }
+    together = [each for observations in by_kind.values() for each in observations]
+    return FitReport(
+        uncalibrated=_reliability(AS_IT_IS, together),
+        calibrated=_reliability(fitted, together),
+        by_kind={kind: _reliability(fitted, own) for kind, own in by_kind.items()},
+        signals={
+            kind: {signal: _signal_auc(signal, own) for signal in SIGNALS[name]}
+            for kind, own in by_kind.items()
+        },
+    )
+
+
+def _signal_auc(signal: str, observations: Sequence[_Observation]) -> float | None:
+    values = np.array([each.signals[signal] for each in observations])
+    return _auc(values, np.array([each.right for each in observations], dtype=np.bool_))
 
 
 def fit_logistic(features: Float64Array, targets: Float64Array) -> Float64Array:
@@ -169,7 +301,7 @@ def measure_reliability(confidences: Sequence[float], right: Sequence[bool]) -> 
     confidence, labels = np.array(confidences), np.array(right, dtype=np.bool_)
     bins = _bins(confidence, labels)
     return Reliability(
-        captions=len(confidence),
+        count=len(confidence),
         right=float(labels.mean()),
         mean_confidence=float(confidence.mean()),
         expected_calibration_error=_expected_calibration_error(bins),
@@ -179,9 +311,9 @@ def measure_reliability(confidences: Sequence[float], right: Sequence[bool]) -> 
     )
 
 
-def _reliability(calibration: Calibration, captions: Sequence[JudgedCaption]) -> Reliability:
-    confidences = [calibration.confidence(caption.token_logprobs) for caption in captions]
-    return measure_reliability(confidences, [caption.right for caption in captions])
+def _reliability(fit: Logistic, observations: Sequence[_Observation]) -> Reliability:
+    confidences = [fit.confidence(each.signals) for each in observations]
+    return measure_reliability(confidences, [each.right for each in observations])
 
 
 def _platt_targets(labels: BoolArray) -> Float64Array:
@@ -224,7 +356,7 @@ def _bin(number: int, confidence: Float64Array, labels: BoolArray) -> Reliabilit
     return ReliabilityBin(
         lower=number / NUM_BINS,
         upper=(number + 1) / NUM_BINS,
-        captions=len(confidence),
+        count=len(confidence),
         mean_confidence=float(confidence.mean()) if len(confidence) else None,
         right=float(labels.mean()) if len(labels) else None,
     )
@@ -232,11 +364,11 @@ def _bin(number: int, confidence: Float64Array, labels: BoolArray) -> Reliabilit
 
 def _expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     distances = (
-        one.captions * abs(one.mean_confidence - one.right)
+        one.count * abs(one.mean_confidence - one.right)
         for one in bins
         if one.mean_confidence is not None and one.right is not None
     )
-    return sum(distances) / sum(one.captions for one in bins)
+    return sum(distances) / sum(one.count for one in bins)
 
 
 def _auc(confidence: Float64Array, labels: BoolArray) -> float | None:

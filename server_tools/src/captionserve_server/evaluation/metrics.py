@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Protocol
 
 from pycocoevalcap.bleu.bleu import Bleu
@@ -78,6 +79,19 @@ def score_captions(scenes: Sequence[TrueScene], predictions: Sequence[str]) -> E
 def is_exact(said: str, true: str) -> bool:
     """Tell whether a caption is right word for word; case and spacing do not matter."""
     return _normalise(said) == true
+
+
+def right_words(said: Sequence[str], true: str) -> list[bool]:
+    """Tell of each word said whether the true caption has it, in the same order; case is ignored.
+
+    Of words that both have in another order, those of the longest runs are right.
+    """
+    words = [word.lower() for word in said]
+    matcher = SequenceMatcher(a=words, b=true.split(), autojunk=False)
+    right = [False] * len(words)
+    for block in matcher.get_matching_blocks():
+        right[block.a : block.a + block.size] = [True] * block.size
+    return right
 
 
 def _bleu_4(said: Sequence[str], true: Sequence[str]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from captionserve.v1 import caption_pb2
 
+from captionserve_server.core.confidence import spoken_words
 from captionserve_server.core.errors import (
     ImageMissingError,
     InvalidOptionsError,
@@ -24,11 +26,17 @@ from captionserve_server.gateway.kserve import InputTensor, Outputs, encode_stri
 from captionserve_server.settings import Settings
 from captionserve_server.triton import wire
 
-EARLY_STOPPING: Mapping[caption_pb2.EarlyStopping.ValueType, bool | str] = {
-    caption_pb2.EARLY_STOPPING_FALSE: False,
-    caption_pb2.EARLY_STOPPING_TRUE: True,
-    caption_pb2.EARLY_STOPPING_NEVER: "never",
+ENUM_OPTIONS: Mapping[str, Mapping[int, bool | str]] = {
+    field.name: {
+        value.number: {"true": True, "false": False}.get(word, word)
+        for value in field.enum_type.values
+        if value.number
+        for word in [value.name.removeprefix(f"{field.name.upper()}_").lower()]
+    }
+    for field in caption_pb2.GenerationOptions.DESCRIPTOR.fields
+    if field.enum_type is not None
 }
+"""By option, what each number of its enum means, which is the end of the number's name."""
 FINISH_REASONS: Mapping[str, caption_pb2.FinishReason.ValueType] = {
     "eos": caption_pb2.FINISH_REASON_EOS,
     "length": caption_pb2.FINISH_REASON_LENGTH,
@@ -39,6 +47,13 @@ _RESIZES: Mapping[caption_pb2.Resize.ValueType, Resize] = {
     caption_pb2.RESIZE_CHECKPOINT: "checkpoint",
     caption_pb2.RESIZE_CENTER_CROP: "center_crop",
     caption_pb2.RESIZE_LETTERBOX: "letterbox",
+}
+
+REVIEW_REASONS: Mapping[str, caption_pb2.ReviewReason.ValueType] = {
+    "low_confidence": caption_pb2.REVIEW_REASON_LOW_CONFIDENCE,
+    "degenerate": caption_pb2.REVIEW_REASON_DEGENERATE,
+    "unfinished": caption_pb2.REVIEW_REASON_UNFINISHED,
+    "not_grounded": caption_pb2.REVIEW_REASON_NOT_GROUNDED,
 }
 
 _FLOAT32_BYTES = 4
@@ -79,7 +94,7 @@ def decoder_message(request: caption_pb2.CaptionRequest) -> Message:
         ImageMissingError: if there is no image.
         ImageCorruptError: if pixel values do not have the size that is announced.
         InvalidFramingError: if regions, tiles or resize are wrong whatever the image is.
-        InvalidOptionsError: if early_stopping is a number that the API does not name.
+        InvalidOptionsError: if an option is a number that the API does not name.
     """
     image, framing = _image(request.image), _framing(request)
     if image.spec is wire.PIXEL_VALUES:
@@ -130,9 +145,9 @@ def _given_options(options: caption_pb2.GenerationOptions) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for field, value in options.ListFields():
         if field.enum_type is not None:
-            if value not in EARLY_STOPPING:
-                raise InvalidOptionsError({field.name: 'must be true, false or "never"'})
-            value = EARLY_STOPPING[value]
+            if value not in ENUM_OPTIONS[field.name]:
+                raise InvalidOptionsError({field.name: f"must be {OPTIONS[field.name].wanted()}"})
+            value = ENUM_OPTIONS[field.name][value]
         elif field.message_type is not None:
             # Lists are messages, so that an empty one can be told from none.
             value = list(value.values)
@@ -204,6 +219,12 @@ def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.Captio
         captions.append(caption)
     if len(captions) != count:
         raise ValueError("captions and tokens do not belong together")
+    _add_words(captions, outputs)
+    if wire.REVIEW_REASONS.name in outputs:
+        reasons = outputs[wire.REVIEW_REASONS.name].values
+        for caption, own in zip(captions, reasons, strict=True):
+            caption.review_reasons.extend(REVIEW_REASONS[reason] for reason in own.split())
+            caption.needs_review = bool(caption.review_reasons)
     if wire.ATTENTIONS.name in outputs:
         shape, values = outputs[wire.ATTENTIONS.name]
         if shape[:2] != ids.shape:
@@ -240,6 +261,37 @@ def _response(
     return response
 
 
+def _add_words(captions: Sequence[caption_pb2.Caption], outputs: Outputs) -> None:
+    """Give captions their words, and tokens and words their groundings where there are any."""
+    rows, most_words = (confidences := outputs[wire.WORD_CONFIDENCES.name]).shape
+    groundings = outputs.get(wire.TOKEN_GROUNDINGS.name)
+    if rows != len(captions) or (
+        groundings is not None and groundings.shape != outputs[wire.TOKEN_IDS.name].shape
+    ):
+        raise ValueError("captions and their words do not belong together")
+    for row, caption in enumerate(captions):
+        if groundings is not None:
+            begin = row * groundings.shape[1]
+            caption.token_groundings.extend(
+                groundings.values[begin : begin + len(caption.token_ids)]
+            )
+            # Of a caption without tokens there is nothing to ground.
+            own = caption.token_groundings
+            caption.grounding = math.fsum(own) / max(1, len(own))
+        words = spoken_words(caption.token_texts)
+        if len(words) > most_words:
+            raise ValueError("words have no confidence")
+        for word, confidence in zip(words, confidences.values[row * most_words :], strict=False):
+            message = caption.words.add(
+                text=word.text,
+                first_token=word.first_token,
+                tokens=word.tokens,
+                confidence=confidence,
+            )
+            if groundings is not None:
+                message.grounding = math.fsum(caption.token_groundings[word.own])
+
+
 # One value for each caption.
 _COLUMNS = (wire.TEXT, wire.SCORE, wire.FINISH_REASON, wire.CONFIDENCE, wire.DEGENERATE)
 # One row for each caption, all of the length of the longest.
@@ -248,8 +300,7 @@ _TOKEN_ROWS = (wire.TOKEN_IDS, wire.TOKEN_LOGPROBS, wire.TOKEN_TEXTS)
 
 def model_message(description: Description, *, is_default: bool) -> caption_pb2.Model:
     """What callers are told of a version of the model."""
-    defaults = dict(description.defaults.as_given())
-    early_stopping = defaults.pop("early_stopping")
+    defaults = description.defaults.as_given()
     message = caption_pb2.Model(
         version=description.version,
         is_default=is_default,
@@ -257,11 +308,11 @@ def model_message(description: Description, *, is_default: bool) -> caption_pb2.
         image_height=description.image_size[0],
         image_width=description.image_size[1],
     )
-    message.defaults.early_stopping = next(
-        number for number, meaning in EARLY_STOPPING.items() if meaning == early_stopping
-    )
     for name, value in defaults.items():
-        if isinstance(value, list):
+        if name in ENUM_OPTIONS:
+            numbers = ENUM_OPTIONS[name].items()
+            setattr(message.defaults, name, next(at for at, word in numbers if word == value))
+        elif isinstance(value, list):
             getattr(message.defaults, name).values.extend(value)
         else:
             setattr(message.defaults, name, value)

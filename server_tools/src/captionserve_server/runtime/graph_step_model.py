@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 
-from captionserve_server.core.engine.kv_cache import KVCache
+from captionserve_server.core.engine.kv_cache import HIDDEN, KVCache
 from captionserve_server.core.geometry import DecoderGeometry
 from captionserve_server.core.search.selection import select
 from captionserve_server.core.step_model import (
     Float32Array,
+    ForcedRows,
     Int64Array,
     RowRequests,
     StepAnswer,
@@ -99,6 +101,35 @@ class GraphStepModel:
         for slot in slots:
             self._cache.remove(int(slot))
 
+    def forced_logprobs(self, slot: int | None, rows: ForcedRows) -> Float32Array:
+        """Run all rows at once, as those of a caption without memory; KeyError as `step`."""
+        count, layers = len(rows.tokens), self._geometry.layers
+        cross = self._no_image if slot is None else self._cache.cross_of(slot)
+        inputs: dict[str, Array] = {
+            names.TOKENS: rows.tokens,
+            names.POSITIONS: rows.positions,
+            names.CELL_ROW: np.arange(count)[None],
+            names.ROW_CELL: np.arange(count),
+            names.ENTRY_BIAS: np.where(rows.sees, np.float32(0), HIDDEN)[None, None],
+        }
+        inputs |= dict(zip(names.cross_names(layers), cross, strict=True))
+        nothing = np.zeros((1, self._geometry.heads, 0, self._geometry.head_dim), np.float32)
+        inputs |= dict.fromkeys(names.self_names(layers), nothing)
+        logits, normalisers, *_ = self.graphs.step.run(
+            _doubled_if_alone(inputs), into=self._large_outputs(max(count, _FEWEST_ROWS))
+        )
+        logprobs: Float32Array = (
+            logits[rows.probe_rows, rows.probe_tokens] - normalisers[rows.probe_rows]
+        )
+        return logprobs
+
+    @cached_property
+    def _no_image(self) -> list[Array]:
+        """Cross-attention keys and values of no image: of states that are all 0."""
+        of = self._geometry
+        states = np.zeros((1, of.image_tokens, of.encoder_width), np.float32)
+        return self.graphs.prefill.run({names.ENCODER_STATES: states})
+
     def _inputs(
         self, row_places: Int64Array, rows: Int64Array, tokens: Int64Array
     ) -> dict[str, Array]:
@@ -115,12 +146,9 @@ class GraphStepModel:
             names.ROW_CELL: row_places * most_rows + rows,
             names.ENTRY_BIAS: cache.entry_bias(count, most_rows),
         }
-        if len(rows) < _FEWEST_ROWS:
-            for name in (names.TOKENS, names.POSITIONS, names.ROW_CELL):
-                inputs[name] = np.repeat(inputs[name], _FEWEST_ROWS)
         inputs |= dict(zip(names.cross_names(layers), cache.cross(count), strict=True))
         inputs |= dict(zip(names.self_names(layers), cache.remembered(count), strict=True))
-        return inputs
+        return _doubled_if_alone(inputs)
 
     def _large_outputs(self, rows: int) -> dict[str, Float32Array]:
         """Where a step of so many rows is to write logits and projections."""
@@ -150,6 +178,14 @@ class GraphStepModel:
             {names.LOGITS: logits, names.CANDIDATE_RANKS: np.arange(count)}
         )
         return best, tokens
+
+
+def _doubled_if_alone(inputs: dict[str, Array]) -> dict[str, Array]:
+    """The step graph's inputs, with a lone row given _FEWEST_ROWS times."""
+    if len(inputs[names.TOKENS]) >= _FEWEST_ROWS:
+        return inputs
+    rows = (names.TOKENS, names.POSITIONS, names.ROW_CELL)
+    return inputs | {name: np.repeat(inputs[name], _FEWEST_ROWS) for name in rows}
 
 
 def _index_within(counts: Int64Array) -> Int64Array:

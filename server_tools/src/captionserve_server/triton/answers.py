@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.detokenise import TextStream
@@ -229,7 +230,17 @@ def caption_tensors(
         wire.TOKEN_IDS: token_ids,
         wire.TOKEN_LOGPROBS: logprobs,
         wire.TOKEN_TEXTS: texts,
+        wire.WORD_CONFIDENCES: _padded(
+            [[word.confidence for word in caption.words] for caption in captions], np.float64
+        ),
     }
+    if any(caption.review_reasons for caption in captions):
+        reasons = (" ".join(caption.review_reasons) for caption in captions)
+        tensors[wire.REVIEW_REASONS] = text_array(*reasons)
+    groundings = [each.token_groundings for each in captions if each.token_groundings is not None]
+    # All captions of an answer have them, or none.
+    if groundings:
+        tensors[wire.TOKEN_GROUNDINGS] = _padded(groundings, np.float32)
     grids = [caption.attention for caption in captions if caption.attention is not None]
     if grids:
         attentions = np.zeros((len(captions), longest, *grids[0].shape[1:]), np.float32)
@@ -240,3 +251,11 @@ def caption_tensors(
         tensors[wire.REGION_BOXES] = np.array([box for box, _ in parts], np.int32)
         tensors[wire.REGION_CAPTIONS] = np.array([len(own) for _, own in parts], np.int32)
     return tensors
+
+
+def _padded(rows: Sequence[Sequence[float]], dtype: DTypeLike) -> Array:
+    """Rows of numbers as one array, as wide as the longest, with 0 behind the shorter ones."""
+    padded = np.zeros((len(rows), max(map(len, rows))), dtype)
+    for row, own in zip(padded, rows, strict=True):
+        row[: len(own)] = own
+    return padded

@@ -102,6 +102,14 @@ REGION_CAPTIONS = TensorSpec("REGION_CAPTIONS", "TYPE_INT32", (-1,))
 """[parts], how many captions each part has. In the tensors above, the first captions are those of
 the whole image; those of the parts follow, part by part."""
 
+WORD_CONFIDENCES = TensorSpec("WORD_CONFIDENCES", "TYPE_FP64", (-1, -1))
+"""[captions, most words], 0 to 1, padded with 0; see `spoken_words` in core/confidence.py."""
+REVIEW_REASONS = TensorSpec("REVIEW_REASONS", "TYPE_STRING", (-1,))
+"""[captions], why a person should look at it: words with spaces between them; missing where no
+caption has a reason."""
+TOKEN_GROUNDINGS = TensorSpec("TOKEN_GROUNDINGS", "TYPE_FP32", (-1, -1))
+"""[captions, longest caption], padded with 0; missing where not asked for."""
+
 TIMES = TensorSpec("TIMES", "TYPE_FP64", (1 + len(STAGES),))
 """When the decoder took the request, in seconds since 1970, and how many seconds each of its stages
 took, in the order of STAGES."""
@@ -118,12 +126,15 @@ CAPTIONS = (
     TOKEN_IDS,
     TOKEN_LOGPROBS,
     TOKEN_TEXTS,
+    WORD_CONFIDENCES,
+    REVIEW_REASONS,
     ATTENTIONS,
+    TOKEN_GROUNDINGS,
     REGION_BOXES,
     REGION_CAPTIONS,
 )
-WHERE_ASKED_FOR = (ATTENTIONS, REGION_BOXES, REGION_CAPTIONS)
-"""Of those, which are missing where they were not asked for."""
+WHERE_ASKED_FOR = (REVIEW_REASONS, ATTENTIONS, TOKEN_GROUNDINGS, REGION_BOXES, REGION_CAPTIONS)
+"""Of those, which are missing where they were not asked for, or there is nothing to say."""
 
 ANSWER = (*CAPTIONS, TIMES)
 """What the last response of a request has."""

@@ -22,6 +22,7 @@ from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOpti
 from captionserve_server.core.search import Search, SearchStep, Vocabulary
 from captionserve_server.core.step_model import (
     Float32Array,
+    ForcedRows,
     ImageEncoder,
     Int64Array,
     StepAnswer,
@@ -34,6 +35,7 @@ from hypothesis import strategies as st
 
 from tests.unit.core.fake_step_model import (
     END,
+    NO_IMAGE,
     START,
     VOCABULARY_SIZE,
     FakeEncoder,
@@ -59,13 +61,16 @@ common = {
     "no_repeat_ngram_size": st.integers(0, 3),
     "suppress_tokens": st.sampled_from([(), (), (4, 9)]),
     "output_attentions": st.booleans(),
+    "output_grounding": st.booleans(),
 }
+reranks = st.sampled_from(["likelihood", "likelihood", "grounding"])
 greedy = st.builds(DecodingOptions, **common)
 beams = st.builds(
     DecodingOptions,
     num_beams=st.integers(2, 5),
     early_stopping=st.sampled_from(EARLY_STOPPING_VALUES),
     num_return_sequences=st.integers(1, 2),
+    rerank=reranks,
     **common,
 )
 groups = st.builds(
@@ -86,6 +91,8 @@ samples = st.builds(
     min_p=st.sampled_from([0.0, 0.05]),
     **common,
 )
+# Each reads its captions once more at the end, some with their image too.
+readers = st.builds(DecodingOptions, num_beams=st.just(3), rerank=st.just("grounding"), **common)
 # Without what could forbid the words themselves.
 forced = st.builds(
     DecodingOptions,
@@ -103,7 +110,7 @@ def as_plan(options: DecodingOptions, prefix: tuple[int, ...]) -> CaptionPlan:
     return CaptionPlan(options, WordTokens(prefix=prefix, bad=((6,), (8, 9)), forced=words))
 
 
-plans = st.builds(as_plan, st.one_of(greedy, beams, groups, samples, forced), prefixes)
+plans = st.builds(as_plan, st.one_of(greedy, beams, groups, samples, forced, readers), prefixes)
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,7 @@ def as_values(outcome: Outcome) -> object:
 
 
 def running(scheduler: Scheduler) -> list[Request]:
-    return [request for batch in scheduler._batches for request in batch.requests]
+    return scheduler._running()
 
 
 @settings(max_examples=60, deadline=None)
@@ -290,6 +297,130 @@ def test_the_best_so_far_begins_as_a_caption(image: int, plan: CaptionPlan, step
     if generated and not plan.options.force_words:
         assert len(best) == plan.options.num_return_sequences or plan.options.num_beams > 1
         assert best
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000), plans)
+def test_groundings_are_what_the_image_adds_to_the_models_own_log_probabilities(
+    image: int, plan: CaptionPlan
+) -> None:
+    captions = captions_alone(image, plan)
+    assert len(captions) <= max(plan.options.num_return_sequences, plan.options.rows)
+    for caption in captions:
+        if not plan.options.wants_grounding:
+            assert caption.token_groundings is None
+            continue
+        history: tuple[int, ...] = (START, *plan.words.prefix)
+        expected = []
+        for token in caption.token_ids:
+            added = logprobs(image, history)[token] - logprobs(NO_IMAGE, history)[token]
+            expected.append(float(added))
+            history = (*history, token)
+        np.testing.assert_allclose(caption.token_groundings or (), expected, atol=1e-5)
+        assert caption.grounding == pytest.approx(np.mean(expected), abs=1e-5)
+    if plan.options.rerank == "grounding":
+        assert len(captions) <= plan.options.num_return_sequences
+        order = []
+        for caption in captions:
+            history = (START, *plan.words.prefix)
+            own = []
+            for token in caption.token_ids:
+                own.append(float(logprobs(image, history)[token]))
+                history = (*history, token)
+            order.append(0.8 * float(np.mean(own)) + 0.2 * (caption.grounding or 0.0))
+        assert order == pytest.approx(sorted(order, reverse=True), abs=1e-5)
+        likeliest = dataclasses.replace(
+            plan.options, rerank="likelihood", num_return_sequences=plan.options.rows
+        )
+        everything = captions_alone(image, dataclasses.replace(plan, options=likeliest))
+        found = {caption.token_ids for caption in captions}
+        assert found <= {caption.token_ids for caption in everything}
+
+
+READER = CaptionPlan(DecodingOptions(num_beams=3, max_length=8, rerank="grounding"))
+
+
+def until_read(scheduler: Scheduler) -> None:
+    """Step until captions are complete, and withhold what reads them."""
+    scheduler._read = dict  # type: ignore[method-assign]
+    for _ in range(20):
+        scheduler.step()
+    del scheduler._read
+
+
+def test_readings_hold_running_captions_up_by_few_rows() -> None:
+    model = FakeStepModel(capacity=20)
+    scheduler = new_scheduler(model, dataclasses.replace(LIMITS, max_rows=60, max_entries=480))
+    for key in range(10):
+        scheduler.submit(request(key, READER))
+    until_read(scheduler)
+    assert scheduler.running == 10
+    assert not scheduler.idle
+    ended: dict[Hashable, Outcome] = {}
+    while not scheduler.idle:
+        before = len(model.readings)
+        ended |= scheduler.step()
+        assert len(model.readings) == before + 1
+    assert len(model.readings) > 1
+    assert max(model.readings) <= 60
+    assert list(ended) == list(range(10))
+    assert model.histories == {}
+
+
+def test_a_request_that_is_to_be_read_can_be_abandoned_and_has_a_best_so_far() -> None:
+    model = FakeStepModel(capacity=4)
+    scheduler = new_scheduler(model)
+    for key in range(3):
+        scheduler.submit(request(key, READER))
+    until_read(scheduler)
+    (best,) = scheduler.best_so_far(1)
+    assert best.token_groundings is None
+    certain = scheduler.certain_tokens(1)
+    scheduler.abandon(1)
+    assert len(model.histories) == 2
+    ended = scheduler.step() | scheduler.step()
+    assert ended.keys() == {0, 2}
+    assert model.histories == {}
+    (chosen,) = captions_alone(1, READER)
+    assert chosen.token_ids[: len(certain)] == certain
+    assert scheduler.best_so_far(1) == []
+
+
+def test_a_reading_that_fails_ends_those_that_were_read() -> None:
+    model = Failing(4, {"read": {1}})
+    scheduler = new_scheduler(model)
+    scheduler.submit(request(0, READER))
+    scheduler.submit(request(1, CaptionPlan(DecodingOptions(max_length=12, min_length=12))))
+    ended: dict[Hashable, Outcome] = {}
+    while not scheduler.idle:
+        ended |= scheduler.step()
+    assert isinstance(ended[0], ModelFaultError)
+    assert as_values(ended[1]) == as_values(
+        alone(1, CaptionPlan(DecodingOptions(max_length=12, min_length=12)))
+    )
+    assert model.histories == {}
+
+
+def test_a_reading_without_numbers_is_a_fault_of_its_caption() -> None:
+    class NoNumbersForOne(FakeStepModel):
+        def forced_logprobs(self, slot: int | None, rows: ForcedRows) -> Float32Array:
+            found = super().forced_logprobs(slot, rows)
+            if slot is not None and self.histories[slot][0] == FAULTY:
+                found[0] = np.nan
+            return found
+
+    # Something changes the log-probabilities, so that they are read with the image too.
+    options = dataclasses.replace(READER.options, repetition_penalty=1.5)
+    model = NoNumbersForOne(capacity=8)
+    scheduler = new_scheduler(model)
+    for key in range(4):
+        scheduler.submit(request(key, CaptionPlan(options)))
+    ended: dict[Hashable, Outcome] = {}
+    while not scheduler.idle:
+        ended |= scheduler.step()
+    faults = {key for key, outcome in ended.items() if isinstance(outcome, ModelFaultError)}
+    assert faults == {FAULTY}
+    assert model.histories == {}
 
 
 def test_captions_are_admitted_in_their_order() -> None:
@@ -443,6 +574,10 @@ class Failing(FakeStepModel):
         self._count("step")
         return super().step(batch)
 
+    def forced_logprobs(self, slot: int | None, rows: ForcedRows) -> Float32Array:
+        self._count("read")
+        return super().forced_logprobs(slot, rows)
+
     def free(self, slots: Int64Array) -> None:
         self._count("free")
         super().free(slots)
@@ -454,7 +589,7 @@ calls = st.sets(st.integers(1, 20), max_size=5)
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(plans, st.integers(0, 8)), min_size=1, max_size=8),
-    st.fixed_dictionaries({"prefill": calls, "step": calls, "free": calls}),
+    st.fixed_dictionaries({"prefill": calls, "step": calls, "read": calls, "free": calls}),
     st.integers(3, 5),
 )
 def test_whatever_fails_every_request_ends_once_and_all_room_comes_back(

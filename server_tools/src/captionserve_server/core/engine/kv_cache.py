@@ -137,6 +137,11 @@ class KVCache:
         """Tokens taken so far, [captions]."""
         return self._positions[places]
 
+    def cross_of(self, handle: int) -> list[Float32Array]:
+        """2 L views [1, *shape] of one caption's; KeyError for a handle that is not valid."""
+        place = self._places[handle]
+        return [store[place : place + 1] for store in self._cross]
+
     def cross(self, count: int) -> list[Float32Array]:
         """2 L views [count, *shape] of the first places, as `next_cross` has one."""
         return [store[:count] for store in self._cross]

@@ -13,7 +13,10 @@ Rules, which tests/unit/core/engine/test_scheduler.py holds on any mixture of re
     5. Running requests stay within the limits of rows and entries; one alone may exceed them.
     6. Newcomers cost running requests at most `max_admissions` encoded images at a step.
     7. A failure ends those whom it concerns: of encoder and prefill the images given to them, of a
-       step all that are running, of a search the one caption in which it lies.
+       step all that are running, of a search the one caption in which it lies, of a reading those
+       that are read.
+    8. Readings cost running requests at most `max_rows` rows at a step, or one request's, and as
+       many again where what is read has to be read over its image too.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 
@@ -39,9 +43,16 @@ from captionserve_server.core.search import (
     search_kind,
     start_search,
 )
+from captionserve_server.core.search.grounding import (
+    Text,
+    forced_rows,
+    grounded,
+    has_own_logprobs,
+)
 from captionserve_server.core.search.logits_processors import joined
 from captionserve_server.core.step_model import (
     BoolArray,
+    Float32Array,
     ImageEncoder,
     Int64Array,
     RowRequests,
@@ -135,6 +146,40 @@ class _Batch:
         return [self.kept(one) for one in np.eye(len(self.requests), dtype=np.bool_)]
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """A request whose captions are complete, and are to be read once more for their grounding.
+
+    Attributes:
+        request: which.
+        slot: that of its image, which it still holds.
+        captions: best first.
+    """
+
+    request: Request
+    slot: int
+    captions: list[DecodedCaption]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all captions: as many rows at most."""
+        given = self.request.plan.given_tokens
+        return sum(given + len(caption.token_ids) - 1 for caption in self.captions)
+
+    @property
+    def certain_tokens(self) -> tuple[int, ...]:
+        """What all share that may yet be the first."""
+        reranks = self.request.plan.options.rerank == "grounding"
+        candidates = self.captions if reranks else self.captions[:1]
+        together = zip(*(caption.token_ids for caption in candidates), strict=False)
+        return tuple(each[0] for each in takewhile(lambda each: len(set(each)) == 1, together))
+
+    def texts(self, start: int) -> list[Text]:
+        """What is read, behind the start token."""
+        given = (start, *self.request.plan.words.prefix)
+        return [(given, caption.token_ids) for caption in self.captions]
+
+
 class Scheduler:
     """Steps all running requests together and admits waiting ones between steps."""
 
@@ -163,6 +208,7 @@ class Scheduler:
         self._limits = limits
         self._waiting: deque[Request] = deque()
         self._batches: list[_Batch] = []
+        self._readings: deque[_Reading] = deque()
         # Slots whose requests have ended, and which the step model would not take back yet.
         self._owed: list[int] = []
         # Admitted, and without a token yet.
@@ -171,12 +217,12 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._waiting and not self._batches
+        return not (self._waiting or self._batches or self._readings)
 
     @property
     def running(self) -> int:
-        """Requests being decoded."""
-        return sum(len(batch.requests) for batch in self._batches)
+        """Requests being decoded, or read."""
+        return len(self._running())
 
     @property
     def waiting(self) -> int:
@@ -195,19 +241,34 @@ class Scheduler:
             if going.any():
                 self._release([(batch, going)])
                 return
+        for reading in self._readings:
+            if reading.request.key == key:
+                self._readings = deque(each for each in self._readings if each is not reading)
+                self._give_back([reading.slot])
+                return
 
     def best_so_far(self, key: Hashable) -> list[DecodedCaption]:
         """The best captions that a running request has now; empty for one that has not begun."""
+        reading = self._find_reading(key)
+        if reading is not None:
+            return reading.captions[: reading.request.plan.options.num_return_sequences]
         found = self._find(key)
-        return [] if found is None else found[0].search.best_so_far(found[1])
+        if found is None:
+            return []
+        batch, lane = found
+        wanted = batch.requests[lane].plan.options.num_return_sequences
+        return batch.search.best_so_far(lane)[:wanted]
 
     def certain_tokens(self, key: Hashable) -> tuple[int, ...]:
         """The generated tokens with which a running request's caption will begin for certain."""
+        reading = self._find_reading(key)
+        if reading is not None:
+            return reading.certain_tokens
         found = self._find(key)
         return () if found is None else found[0].search.certain_tokens(found[1])
 
     def step(self) -> dict[Hashable, Outcome]:
-        """Encode and admit who finds room, then decode one token of every running request.
+        """Encode and admit who finds room, decode one token of every running request, then read.
 
         Returns:
             what became of the requests that ended with this step, by key: the captions, or an error
@@ -217,7 +278,15 @@ class Scheduler:
         Raises:
             RuntimeError: if the step model has not taken back so many slots that none is left.
         """
-        return self._admit() | self._decode()
+        return self._admit() | self._decode() | self._read()
+
+    def _running(self) -> list[Request]:
+        """All that hold a slot."""
+        decoded = [request for batch in self._batches for request in batch.requests]
+        return decoded + [reading.request for reading in self._readings]
+
+    def _find_reading(self, key: Hashable) -> _Reading | None:
+        return next((each for each in self._readings if each.request.key == key), None)
 
     def _find(self, key: Hashable) -> tuple[_Batch, int] | None:
         for batch in self._batches:
@@ -251,7 +320,7 @@ class Scheduler:
 
     def _next_newcomers(self) -> list[Request]:
         """Take from the queue, in order, what the limits allow; at least one when none runs."""
-        running = [request for batch in self._batches for request in batch.requests]
+        running = self._running()
         rows = sum(request.rows for request in running)
         entries = sum(request.entries for request in running)
         room = self._limits.slots - len(running) - len(self._owed)
@@ -299,9 +368,62 @@ class Scheduler:
         leaving = [(batch, batch.search.finished) for batch in self._batches]
         for batch, finished in leaving:
             for lane in np.flatnonzero(finished):
-                ended[batch.requests[lane].key] = _outcome(batch.search, int(lane))
+                request, outcome = batch.requests[lane], _outcome(batch.search, int(lane))
+                if request.plan.options.wants_grounding and isinstance(outcome, list):
+                    self._readings.append(_Reading(request, batch.slots[lane], outcome))
+                else:
+                    ended[request.key] = outcome
         self._release(leaving)
         return ended
+
+    def _read(self) -> dict[Hashable, Outcome]:
+        """Read complete captions, as many as the rows allow; what became of them."""
+        now: list[_Reading] = []
+        rows = 0
+        while self._readings:
+            rows += self._readings[0].tokens
+            if now and rows > self._limits.max_rows:
+                break
+            now.append(self._readings.popleft())
+        if not now:
+            return {}
+        ended: dict[Hashable, Outcome] = {}
+        try:
+            without = self._forced_logprobs(None, now)
+        except Exception as error:
+            ended = {reading.request.key: _fault(error) for reading in now}
+        else:
+            for reading, own in zip(now, without, strict=True):
+                try:
+                    ended[reading.request.key] = self._grounded(reading, own)
+                except Exception as error:
+                    ended[reading.request.key] = _fault(error)
+        self._give_back([reading.slot for reading in now])
+        return ended
+
+    def _grounded(self, reading: _Reading, without: Float32Array) -> Outcome:
+        """A request's captions with their groundings, given what is known without its image."""
+        plan = reading.request.plan
+        if has_own_logprobs(plan):
+            logprobs = [caption.token_logprobs for caption in reading.captions]
+            with_image = np.concatenate(logprobs).astype(np.float32)
+        else:
+            (with_image,) = self._forced_logprobs(reading.slot, [reading])
+        if not np.isfinite(with_image - without).all():
+            return _no_numbers()
+        return grounded(reading.captions, plan, with_image, without)
+
+    def _forced_logprobs(
+        self, slot: int | None, readings: Sequence[_Reading]
+    ) -> list[Float32Array]:
+        """The model's own log-probabilities of what is read, over a slot's image or none."""
+        start = self._vocabulary.special.start
+        rows = forced_rows([text for reading in readings for text in reading.texts(start)])
+        logprobs = self._step_model.forced_logprobs(slot, rows)
+        lengths = [
+            sum(len(caption.token_ids) for caption in reading.captions) for reading in readings
+        ]
+        return np.split(logprobs, np.cumsum(lengths)[:-1])
 
     def _begin_steps(self) -> tuple[list[tuple[_Batch, SearchStep]], dict[Hashable, Outcome]]:
         """What every search wants of the step, and whose search failed to say so."""
@@ -354,12 +476,17 @@ class Scheduler:
         return {request.key: _fault(error) for request in batch.requests}
 
     def _release(self, leaving: Sequence[tuple[_Batch, BoolArray]]) -> None:
-        """Let lanes go and give their slots back, with a mask [lanes] for each batch."""
+        """Let lanes go and give their slots back, with a mask [lanes] for each batch.
+
+        What is still to be read keeps its slot.
+        """
+        held = {reading.slot for reading in self._readings}
         slots: list[int] = []
         for batch, going in leaving:
             if not going.any():
                 continue
-            slots += [slot for slot, goes in zip(batch.slots, going, strict=True) if goes]
+            gone = [slot for slot, goes in zip(batch.slots, going, strict=True) if goes]
+            slots += [slot for slot in gone if slot not in held]
             if going.all():
                 self._batches = [each for each in self._batches if each is not batch]
             else:

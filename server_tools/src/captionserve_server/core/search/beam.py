@@ -96,7 +96,7 @@ class BeamSearch(Search):
         return finished
 
     def captions(self, lane: int) -> list[DecodedCaption]:
-        """The best num_return_sequences completed captions of all groups."""
+        """The best completed captions of all groups, as many as may be returned."""
         return self._best(lane, running=None)
 
     def best_so_far(self, lane: int) -> list[DecodedCaption]:
@@ -133,7 +133,7 @@ class BeamSearch(Search):
                     scored += [(float(scores[row]), pool, int(row)) for row in alive]
         scored = [entry for entry in scored if self._is_valid(entry[1], lane, entry[2])]
         scored.sort(key=lambda entry: -entry[0])
-        wanted = scored[: self.lanes.plans[lane].options.num_return_sequences]
+        wanted = scored[: self.lanes.plans[lane].options.candidates]
         return [self._caption(pool, lane, row, score) for score, pool, row in wanted]
 
     def _is_valid(self, hypotheses: Hypotheses, lane: int, row: int) -> bool:
