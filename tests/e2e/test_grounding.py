@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from captionserve import CaptionClient, CaptionError, CaptionResult, GenerationOptions, ReviewReason
+from captionserve import (
+    CaptionClient,
+    CaptionError,
+    CaptionResult,
+    Framing,
+    GenerationOptions,
+    ReviewReason,
+)
 from captionserve_server.bulk.local_outcomes import local_outcomes
 from captionserve_server.local import LocalCaptioner
 from captionserve_server.serving.ready import ReadyReport
@@ -46,7 +53,7 @@ def test_service_stream_many_and_edge_say_the_same(
         streams = [list(client.caption_stream(image, options)) for image in images]
         many = [outcome.result for outcome in client.caption_many(images, options)]
     with LocalCaptioner(model_repository(DEMO)) as captioner:
-        local = list(local_outcomes(captioner, images, options))
+        local = list(local_outcomes(captioner, images, options, Framing()))
     for one, stream, item, edge in zip(served, streams, many, local, strict=True):
         assert "".join(part.text for part in stream) == one.text
         tokens = itertools.chain.from_iterable(part.token_ids for part in stream)

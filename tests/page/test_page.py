@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -27,7 +28,11 @@ CAPTIONS: dict[str, str] = json.loads((IMAGES / "captions.json").read_text())
 SAMPLES = Path(__file__).parents[2] / "server_tools/src/captionserve_server/playground/samples"
 # What the page asks for at first, of a checkpoint that has beams of its own.
 ASKED = GenerationOptions(
-    num_return_sequences=4, output_attentions=True, output_beams=True, output_stages=True
+    num_return_sequences=4,
+    output_attentions=True,
+    output_beams=True,
+    output_stages=True,
+    output_grounding=True,
 )
 # A picture from a file, as a browser hands it over when it is dropped or pasted.
 HANDED_OVER = """
@@ -127,8 +132,7 @@ def test_captions_come_best_first_with_their_figures(visit: Visit, client: Capti
     for at, caption in enumerate(expected.captions):
         text = rows.nth(at).inner_text()
         assert caption.text in text
-        score = f"{caption.score:.3f}".replace("-0.000", "0.000").replace("-", "\N{MINUS SIGN}")
-        assert f"score {score}" in text
+        assert f"score {shown_number(caption.score, 3)}" in text
     rows.nth(1).click()
     assert visitor.caption == expected.captions[1].text
     assert rows.nth(1).get_attribute("aria-pressed") == "true"
@@ -183,6 +187,35 @@ def test_a_word_shows_where_it_looked_and_what_else_was_likely(
     assert abs(darkness[2] - (row + 0.5) / attention.rows) < 1.5 / attention.rows
     word.click()
     assert not heat.is_visible()
+
+
+def test_captions_and_words_say_what_they_rest_on(visit: Visit, client: CaptionClient) -> None:
+    visitor = visit()
+    visitor.set_option("min_confidence", "0.5")
+    visitor.take_sample("penguin")
+    expected = client.caption(
+        SAMPLES / "penguin.webp", dataclasses.replace(ASKED, min_confidence=0.5)
+    )
+    for at, caption in enumerate(expected.captions):
+        text = visitor.page.locator(".choice").nth(at).inner_text()
+        assert caption.grounding is not None
+        assert f"grounding {shown_number(caption.grounding, 2)}" in text
+        assert ("look at it: low confidence" in text) is caption.needs_review
+    # The first is sure, and the others are doubted.
+    assert [caption.needs_review for caption in expected.captions] == [False, True, True, True]
+    visitor.page.locator(".word", has_text="penguin").click()
+    word = next(each for each in expected.captions[0].words if each.text == "penguin")
+    assert word.grounding is not None
+    facts = visitor.page.locator("#word .facts").inner_text()
+    assert f"{shown_number(word.grounding, 2)} nats" in facts
+    assert "Confidence" in facts
+
+
+def shown_number(value: float, digits: int) -> str:
+    """A number as the page shows it."""
+    text = f"{value:.{digits}f}"
+    zero = f"{0:.{digits}f}"
+    return zero if text == f"-{zero}" else text.replace("-", "\N{MINUS SIGN}")
 
 
 def test_the_search_is_a_tree_and_a_table(visit: Visit, client: CaptionClient) -> None:

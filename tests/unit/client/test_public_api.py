@@ -51,7 +51,9 @@ def test_exports_exactly_the_public_names() -> None:
         "Models",
         "OptionLimits",
         "Outcome",
+        "ReviewReason",
         "Stage",
+        "Word",
         "pipeline",
         "tls_credentials",
     }
