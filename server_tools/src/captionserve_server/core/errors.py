@@ -36,7 +36,7 @@ MAX_MESSAGE_BYTES = 480
 MAX_FIELDS_BYTES = 1900
 _MAX_NAME_BYTES = 60
 # Tried in turn until all fields have room.
-_MAX_TEXT_BYTES = (200, 100, 60, 40)
+_MAX_TEXT_BYTES = (200, 100, 60, 40, 24)
 # What a field takes beside its name and text: its place in the request, and punctuation.
 _FIELD_BYTES = 20
 _CUT = "..."
