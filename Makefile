@@ -21,7 +21,7 @@ $(VENV)/installed: client/pyproject.toml server_tools/pyproject.toml constraints
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --constraint constraints.txt \
 		--editable './client[images]' \
-		--editable './server_tools[service,embedded,export,evaluation,bulk,bench,dev]'
+		--editable './server_tools[service,embedded,export,evaluation,bulk,bench,playground,dev]'
 	touch $@
 
 demo: setup  ## Caption the bundled images through the whole stack.
@@ -63,6 +63,15 @@ $(TOOLS)/installed: docker/tools.txt | setup
 
 lint-deploy: $(TOOLS)/installed  ## Images, compose and manifests; placeholders for digests are refused with RELEASE=1.
 	LINT_DEPLOY=1 $(BIN)/python -m pytest tests/deploy --ignore-glob "*/test_images*" $(if $(RELEASE),--release)
+
+PAGE := $(VENV)/page-installed
+
+$(PAGE): tests/page/requirements.txt | setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --requirement tests/page/requirements.txt
+	touch $@
+
+test-page: $(PAGE)  ## The playground in Debian's chromium; its pictures with PICTURES=docs/pictures.
+	TEST_PAGE=1 $(BIN)/python -m pytest tests/page $(if $(PICTURES),--pictures $(PICTURES))
 
 DOCS_TOOLS := $(VENV)/docs
 

@@ -27,6 +27,7 @@ ALLOWED = {
     "gateway": {"captionserve", "settings", "tracing", "triton"},
     "serving": {"gateway", "export", "runtime", "settings", "tracing", "triton"},
     "bulk": {"captionserve", "gateway", "local"},
+    "playground": {"captionserve", "bulk", "local"},
     "demo": set(),
     "evaluation": {"demo", "local"},
     "bench": {
@@ -46,6 +47,7 @@ ALLOWED = {
         "gateway",
         "serving",
         "bulk",
+        "playground",
         "settings",
         "tracing",
         "export",

@@ -69,6 +69,8 @@ VALUES: dict[str, Any] = {
     "output_grounding": True,
     "rerank": "grounding",
     "min_confidence": 0.5,
+    "output_beams": True,
+    "output_stages": True,
 }
 
 

@@ -101,6 +101,19 @@ def test_without_a_service_captions_are_the_same(
             np.testing.assert_allclose(attention, true["attention"], atol=1e-4)
 
 
+def test_json_tells_of_search_and_stages(
+    service: Callable[[str], ReadyReport], model_repository: Callable[[str], Path]
+) -> None:
+    arguments = ("caption", IMAGES[0], "--json", "--num-beams", "3", "--beams", "--stages")
+    for where in (("--target", service(DEMO).grpc), ("--local", str(model_repository(DEMO)))):
+        (answer,) = json.loads(run(*arguments, *where).stdout)
+        path = answer["beams"]["paths"][0]["continuations"]
+        walked = [answer["beams"]["steps"][step][at] for step, at in enumerate(path)]
+        assert [each["token_id"] for each in walked] == answer["captions"][0]["token_ids"]
+        assert {each["fate"] for each in walked} == {"kept", "finished"}
+        assert answer["stages"]["steps"] > 0
+
+
 def _without_numbers(answer: dict[str, Any]) -> dict[str, Any]:
     """An answer without what rounding may change."""
     rounded = {"score", "token_logprobs", "confidence", "attention"}

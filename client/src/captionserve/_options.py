@@ -54,6 +54,8 @@ class GenerationOptions:
         rerank: what puts captions in order and says which are returned: "likelihood", which is
             their score, or "grounding", of all that num_beams or num_return_sequences made.
         min_confidence: captions of a lower confidence say needs_review; 0 for none.
+        output_beams: return what the search considered at each step.
+        output_stages: return how long each stage took.
     """
 
     num_beams: int | None = None
@@ -83,6 +85,8 @@ class GenerationOptions:
     output_grounding: bool | None = None
     rerank: Literal["likelihood", "grounding"] | None = None
     min_confidence: float | None = None
+    output_beams: bool | None = None
+    output_stages: bool | None = None
 
 
 _BITS = {FieldDescriptor.TYPE_INT32: 32, FieldDescriptor.TYPE_INT64: 64}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from captionserve._alt_text import (
     DEFAULT_HEDGE_BELOW,
@@ -149,6 +151,107 @@ class Caption:
     review_reasons: tuple[ReviewReason, ...] = ()
 
 
+class BeamFate(str, enum.Enum):
+    """What became of a beam's continuation."""
+
+    KEPT = "kept"
+    """It went on as a beam."""
+    DROPPED = "dropped"
+    """Others were better, or the search had ended."""
+    FINISHED = "finished"
+    """It was a complete caption, returned if no better ones were found."""
+    UNKNOWN = "unknown"
+    """The server named a fate that this client does not know."""
+
+    __str__ = str.__str__
+
+
+_BEAM_FATES: dict[int, BeamFate] = {
+    caption_pb2.BEAM_FATE_KEPT: BeamFate.KEPT,
+    caption_pb2.BEAM_FATE_DROPPED: BeamFate.DROPPED,
+    caption_pb2.BEAM_FATE_FINISHED: BeamFate.FINISHED,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """What a beam might have become at one step.
+
+    Attributes:
+        parent: the beam that it continues; at the first step 0, or the first beam of its group.
+        token_id: the token that follows.
+        token_text: its text; empty for special tokens.
+        token_logprob: its natural log-probability, as it was compared.
+        score: the sum of the log-probabilities of the beam and the token.
+        fate: what became of it.
+        beam: the beam that it became; None where it was not kept.
+    """
+
+    parent: int
+    token_id: int
+    token_text: str
+    token_logprob: float
+    score: float
+    fate: BeamFate
+    beam: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelyToken:
+    """One of the likeliest tokens at a place of a caption.
+
+    Attributes:
+        token_id: the token.
+        token_text: its text; empty for special tokens.
+        token_logprob: its natural log-probability, as the logits processors left it.
+    """
+
+    token_id: int
+    token_text: str
+    token_logprob: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamPath:
+    """How a caption came about.
+
+    Attributes:
+        continuations: of each of its tokens, which of the step's continuations it is.
+        likeliest: of each of its tokens, the likeliest at that place; at most 5, likeliest first.
+    """
+
+    continuations: tuple[int, ...]
+    likeliest: tuple[tuple[LikelyToken, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamHistory:
+    """What a search considered on its way to the captions of an image.
+
+    Attributes:
+        steps: of each generated token the continuations; in each group of beams the best come
+            first. Of those that were dropped only the likeliest are here: in beam search with the
+            others at most twice as many as beams, else 5 of each row.
+        paths: of each caption, in the order of the captions.
+    """
+
+    steps: tuple[tuple[Continuation, ...], ...]
+    paths: tuple[BeamPath, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of the way of a request.
+
+    Attributes:
+        name: of the stage, as docs/metrics.md explains it.
+        milliseconds: how long it took.
+    """
+
+    name: str
+    milliseconds: float
+
+
 @dataclasses.dataclass(frozen=True)
 class DescribedRegion:
     """The captions of a part of an image.
@@ -177,12 +280,17 @@ class CaptionResult:
         model_version: the version of the model that answered.
         cached: whether the answer was there already, or was computed for an identical request.
         regions: the parts that were asked for: the regions, then the tiles row by row.
+        beams: what the search considered; None unless output_beams was set.
+        stages: how long each stage took, in their order; empty unless output_stages was set, and
+            for what was there already.
     """
 
     captions: tuple[Caption, ...]
     model_version: int
     cached: bool
     regions: tuple[DescribedRegion, ...] = ()
+    beams: BeamHistory | None = None
+    stages: tuple[Stage, ...] = ()
 
     @property
     def text(self) -> str:
@@ -220,6 +328,8 @@ def from_proto(response: caption_pb2.CaptionResponse) -> CaptionResult:
         model_version=response.model_version,
         cached=response.cached,
         regions=tuple(map(_region, response.regions)),
+        beams=_beams(response.beams) if response.HasField("beams") else None,
+        stages=tuple(Stage(each.name, each.milliseconds) for each in response.stages),
     )
 
 
@@ -283,6 +393,32 @@ def _word(message: caption_pb2.Word) -> Word:
         confidence=message.confidence,
         grounding=message.grounding if message.HasField("grounding") else None,
     )
+
+
+def _beams(message: caption_pb2.BeamHistory) -> BeamHistory:
+    steps = tuple(tuple(map(Continuation, *_columns(step))) for step in message.steps)
+    paths = tuple(
+        BeamPath(
+            tuple(path.continuations),
+            tuple(
+                tuple(map(LikelyToken, each.token_ids, each.token_texts, each.token_logprobs))
+                for each in path.likeliest
+            ),
+        )
+        for path in message.paths
+    )
+    return BeamHistory(steps, paths)
+
+
+def _columns(step: caption_pb2.BeamStep) -> Iterator[Iterable[Any]]:
+    """The fields of Continuation, in their order."""
+    yield step.parents
+    yield step.token_ids
+    yield step.token_texts
+    yield step.token_logprobs
+    yield step.scores
+    yield (_BEAM_FATES.get(fate, BeamFate.UNKNOWN) for fate in step.fates)
+    yield (None if beam < 0 else beam for beam in step.beams)
 
 
 def _attention(message: caption_pb2.Caption) -> Attention | None:

@@ -18,14 +18,15 @@ from captionserve_server.core.decode_budget import DEFAULT_DECODE_MEGABYTES
 VARIABLE_PREFIX = "CAPTIONSERVE_"
 
 
-def _host_and_port(text: str) -> str:
+def host_and_port(text: str) -> str:
+    """A HOST:PORT as it was given; ValueError if it is none."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError("must be HOST:PORT")
     return text
 
 
-Address = Annotated[str, AfterValidator(_host_and_port)]
+Address = Annotated[str, AfterValidator(host_and_port)]
 
 
 def _model_repository(folder: Path) -> Path:

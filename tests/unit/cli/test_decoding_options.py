@@ -56,6 +56,8 @@ TYPED: dict[str, tuple[list[str], Any]] = {
     "output_grounding": (["--grounding"], True),
     "rerank": (["--rerank", "grounding"], "grounding"),
     "min_confidence": (["--min-confidence", "0.5"], 0.5),
+    "output_beams": (["--beams"], True),
+    "output_stages": (["--stages"], True),
 }
 
 

@@ -184,11 +184,15 @@ def waiters(setup: Setup) -> int:
     return sum(work.waiters for work in setup.gateway._service._captions._in_flight.values())
 
 
-async def begin_pair(setup: Setup, second: caption_pb2.CaptionRequest) -> list[Any]:
+async def begin_pair(
+    setup: Setup,
+    second: caption_pb2.CaptionRequest,
+    first: caption_pb2.CaptionRequest = request_of(),  # noqa: B008  # Nobody changes it.
+) -> list[Any]:
     """Two calls that wait for the decoder, in their order."""
     setup.triton.stream = setup.triton.stream_when_allowed
     calls = []
-    for count, request in enumerate((request_of(), second), 1):
+    for count, request in enumerate((first, second), 1):
         calls.append(setup.stub.Caption(request, timeout=60))
         await until(lambda count=count: waiters(setup) == count)  # type: ignore[misc]
     return calls
@@ -218,6 +222,24 @@ def test_identical_calls_in_flight_are_computed_once(
     assert cached == [False, shared]
     assert asked == 2 - shared
     assert samples["captionserve_cache_joined_total"] == shared
+
+
+@pytest.mark.parametrize("megabytes", [0, 1])
+@pytest.mark.parametrize("second", [request_of(), request_of(output_stages=True)], ids=str)
+def test_who_joins_anothers_work_is_told_none_of_its_stages(
+    second: caption_pb2.CaptionRequest, megabytes: int
+) -> None:
+    async def run() -> tuple[list[caption_pb2.CaptionResponse], int]:
+        async with gateway_setup(cache_megabytes=megabytes) as setup:
+            calls = await begin_pair(setup, second, request_of(output_stages=True))
+            setup.triton.may_answer.set()
+            return [await call for call in calls], len(setup.triton.requests)
+
+    (own, joined), asked = asyncio.run(run())
+    assert asked == 1
+    assert (bool(own.stages), own.cached) == (True, False)
+    assert (bool(joined.stages), joined.cached) == (False, True)
+    assert joined.captions == own.captions
 
 
 def test_sampling_without_a_seed_is_not_shared() -> None:

@@ -279,9 +279,9 @@ def test_who_looks_at_no_more_results_is_not_captioned_for(
     callers: list[Caller] = []
     submit = EngineThread.submit
 
-    def recorded(self: EngineThread, pixels: Any, plan: Any, caller: Caller) -> Any:
-        callers.append(caller)
-        return submit(self, pixels, plan, caller)
+    def recorded(self: EngineThread, *given: Any) -> Any:
+        callers.append(given[2])
+        return submit(self, *given)
 
     monkeypatch.setattr(EngineThread, "submit", recorded)
     captions = captioner.caption_each(PICTURES)

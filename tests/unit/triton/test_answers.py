@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from captionserve_server.core.beams import BeamHistory, beam_history
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.detokenise import TextStream
 from captionserve_server.core.errors import (
@@ -42,6 +43,9 @@ class PlainFinisher(Finisher):
         if self.fails:
             raise RuntimeError("a secret")
         return finished(caption.token_ids)
+
+    def beams(self, captions: Sequence[DecodedCaption]) -> BeamHistory | None:
+        return beam_history(captions, decode)
 
 
 class Setup:

@@ -105,6 +105,21 @@ def test_a_message_is_answered_with_every_tensor_of_a_caption(setup: Setup) -> N
     assert setup.unanswered == 0
 
 
+def test_a_history_is_answered_where_it_is_asked_for(setup: Setup) -> None:
+    asked = json.dumps({"num_beams": 3, "max_length": 8, "output_beams": True})
+    outputs = outputs_of(answer_of(setup.ask(OPTIONS=asked)))
+    told = json.loads(outputs["BEAMS"][0])
+    tokens = outputs["TOKEN_IDS"][0].tolist()
+    walked = [
+        step["token_ids"][at]
+        for step, at in zip(told["steps"], told["paths"][0]["continuations"], strict=False)
+    ]
+    assert walked == tokens
+    for step in told["steps"]:
+        assert len({len(column) for column in step.values()}) == 1
+        assert len(step["parents"]) <= 2 * 3
+
+
 def test_a_stream_and_a_plain_call_say_the_same(setup: Setup) -> None:
     plain, stream = setup.ask(), setup.ask(STREAM=True)
     final = outputs_of(answer_of(plain))

@@ -137,6 +137,34 @@ EARLY_STOPPING_NEVER: EarlyStopping.ValueType  # 3
 """"never": stop only when no better caption is possible."""
 Global___EarlyStopping: _TypeAlias = EarlyStopping  # noqa: Y015
 
+class _BeamFate:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BeamFateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BeamFate.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BEAM_FATE_UNSPECIFIED: _BeamFate.ValueType  # 0
+    """Not known."""
+    BEAM_FATE_KEPT: _BeamFate.ValueType  # 1
+    """It went on as a beam."""
+    BEAM_FATE_DROPPED: _BeamFate.ValueType  # 2
+    """Others were better, or the search had ended."""
+    BEAM_FATE_FINISHED: _BeamFate.ValueType  # 3
+    """It was a complete caption, returned if no better ones were found."""
+
+class BeamFate(_BeamFate, metaclass=_BeamFateEnumTypeWrapper):
+    """BeamFate says what became of a beam's continuation."""
+
+BEAM_FATE_UNSPECIFIED: BeamFate.ValueType  # 0
+"""Not known."""
+BEAM_FATE_KEPT: BeamFate.ValueType  # 1
+"""It went on as a beam."""
+BEAM_FATE_DROPPED: BeamFate.ValueType  # 2
+"""Others were better, or the search had ended."""
+BEAM_FATE_FINISHED: BeamFate.ValueType  # 3
+"""It was a complete caption, returned if no better ones were found."""
+Global___BeamFate: _TypeAlias = BeamFate  # noqa: Y015
+
 class _ReviewReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -850,6 +878,8 @@ class GenerationOptions(_message.Message):
     OUTPUT_GROUNDING_FIELD_NUMBER: _builtins.int
     RERANK_FIELD_NUMBER: _builtins.int
     MIN_CONFIDENCE_FIELD_NUMBER: _builtins.int
+    OUTPUT_BEAMS_FIELD_NUMBER: _builtins.int
+    OUTPUT_STAGES_FIELD_NUMBER: _builtins.int
     num_beams: _builtins.int
     """Beams of the beam search; 1 is greedy search. Range: 1 to 16."""
     max_length: _builtins.int
@@ -900,6 +930,10 @@ class GenerationOptions(_message.Message):
     """What puts the captions of a search in order, and so says which are returned."""
     min_confidence: _builtins.float
     """Captions of a lower confidence say needs_review; 0 for none. Range: 0 to 1."""
+    output_beams: _builtins.bool
+    """Return what the search considered at each step."""
+    output_stages: _builtins.bool
+    """Return how long each stage took."""
     @_builtins.property
     def bad_words(self) -> Global___StringList:
         """Words or phrases that are not generated."""
@@ -942,10 +976,12 @@ class GenerationOptions(_message.Message):
         output_grounding: _builtins.bool | None = ...,
         rerank: Global___Rerank.ValueType = ...,
         min_confidence: _builtins.float | None = ...,
+        output_beams: _builtins.bool | None = ...,
+        output_stages: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_new_tokens", b"_max_new_tokens", "_min_confidence", b"_min_confidence", "_min_length", b"_min_length", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_output_grounding", b"_output_grounding", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_confidence", b"min_confidence", "min_length", b"min_length", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "output_grounding", b"output_grounding", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_new_tokens", b"_max_new_tokens", "_min_confidence", b"_min_confidence", "_min_length", b"_min_length", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_output_beams", b"_output_beams", "_output_grounding", b"_output_grounding", "_output_stages", b"_output_stages", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_confidence", b"min_confidence", "min_length", b"min_length", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "output_beams", b"output_beams", "output_grounding", b"output_grounding", "output_stages", b"output_stages", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_new_tokens", b"_max_new_tokens", "_min_confidence", b"_min_confidence", "_min_length", b"_min_length", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_output_grounding", b"_output_grounding", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "early_stopping", b"early_stopping", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_confidence", b"min_confidence", "min_length", b"min_length", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "output_grounding", b"output_grounding", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "rerank", b"rerank", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial", "_diversity_penalty", b"_diversity_penalty", "_do_sample", b"_do_sample", "_length_penalty", b"_length_penalty", "_max_length", b"_max_length", "_max_new_tokens", b"_max_new_tokens", "_min_confidence", b"_min_confidence", "_min_length", b"_min_length", "_min_new_tokens", b"_min_new_tokens", "_min_p", b"_min_p", "_no_repeat_ngram_size", b"_no_repeat_ngram_size", "_num_beam_groups", b"_num_beam_groups", "_num_beams", b"_num_beams", "_num_return_sequences", b"_num_return_sequences", "_output_attentions", b"_output_attentions", "_output_beams", b"_output_beams", "_output_grounding", b"_output_grounding", "_output_stages", b"_output_stages", "_prefix", b"_prefix", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allow_partial", b"allow_partial", "bad_words", b"bad_words", "diversity_penalty", b"diversity_penalty", "do_sample", b"do_sample", "early_stopping", b"early_stopping", "force_words", b"force_words", "length_penalty", b"length_penalty", "max_length", b"max_length", "max_new_tokens", b"max_new_tokens", "min_confidence", b"min_confidence", "min_length", b"min_length", "min_new_tokens", b"min_new_tokens", "min_p", b"min_p", "no_repeat_ngram_size", b"no_repeat_ngram_size", "num_beam_groups", b"num_beam_groups", "num_beams", b"num_beams", "num_return_sequences", b"num_return_sequences", "output_attentions", b"output_attentions", "output_beams", b"output_beams", "output_grounding", b"output_grounding", "output_stages", b"output_stages", "prefix", b"prefix", "repetition_penalty", b"repetition_penalty", "rerank", b"rerank", "seed", b"seed", "suppress_tokens", b"suppress_tokens", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__allow_partial: _TypeAlias = _typing.Literal["allow_partial"]  # noqa: Y015
     _WhichOneofArgType__allow_partial: _TypeAlias = _typing.Literal["_allow_partial", b"_allow_partial"]  # noqa: Y015
@@ -977,8 +1013,12 @@ class GenerationOptions(_message.Message):
     _WhichOneofArgType__num_return_sequences: _TypeAlias = _typing.Literal["_num_return_sequences", b"_num_return_sequences"]  # noqa: Y015
     _WhichOneofReturnType__output_attentions: _TypeAlias = _typing.Literal["output_attentions"]  # noqa: Y015
     _WhichOneofArgType__output_attentions: _TypeAlias = _typing.Literal["_output_attentions", b"_output_attentions"]  # noqa: Y015
+    _WhichOneofReturnType__output_beams: _TypeAlias = _typing.Literal["output_beams"]  # noqa: Y015
+    _WhichOneofArgType__output_beams: _TypeAlias = _typing.Literal["_output_beams", b"_output_beams"]  # noqa: Y015
     _WhichOneofReturnType__output_grounding: _TypeAlias = _typing.Literal["output_grounding"]  # noqa: Y015
     _WhichOneofArgType__output_grounding: _TypeAlias = _typing.Literal["_output_grounding", b"_output_grounding"]  # noqa: Y015
+    _WhichOneofReturnType__output_stages: _TypeAlias = _typing.Literal["output_stages"]  # noqa: Y015
+    _WhichOneofArgType__output_stages: _TypeAlias = _typing.Literal["_output_stages", b"_output_stages"]  # noqa: Y015
     _WhichOneofReturnType__prefix: _TypeAlias = _typing.Literal["prefix"]  # noqa: Y015
     _WhichOneofArgType__prefix: _TypeAlias = _typing.Literal["_prefix", b"_prefix"]  # noqa: Y015
     _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
@@ -1022,7 +1062,11 @@ class GenerationOptions(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__output_attentions) -> _WhichOneofReturnType__output_attentions | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_beams) -> _WhichOneofReturnType__output_beams | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__output_grounding) -> _WhichOneofReturnType__output_grounding | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_stages) -> _WhichOneofReturnType__output_stages | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix) -> _WhichOneofReturnType__prefix | None: ...
     @_typing.overload
@@ -1096,6 +1140,8 @@ class CaptionResponse(_message.Message):
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     CACHED_FIELD_NUMBER: _builtins.int
     REGIONS_FIELD_NUMBER: _builtins.int
+    BEAMS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
     model_version: _builtins.int
     """The model version that answered."""
     cached: _builtins.bool
@@ -1108,6 +1154,16 @@ class CaptionResponse(_message.Message):
     def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___DescribedRegion]:
         """The parts that were asked for: regions, then tiles row by row."""
 
+    @_builtins.property
+    def beams(self) -> Global___BeamHistory:
+        """What the search considered on its way; set when output_beams was."""
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """How long each stage took, in their order; set when output_stages was, unless the answer was there
+        already.
+        """
+
     def __init__(
         self,
         *,
@@ -1115,10 +1171,12 @@ class CaptionResponse(_message.Message):
         model_version: _builtins.int = ...,
         cached: _builtins.bool = ...,
         regions: _abc.Iterable[Global___DescribedRegion] | None = ...,
+        beams: Global___BeamHistory | None = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "captions", b"captions", "model_version", b"model_version", "regions", b"regions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "cached", b"cached", "captions", b"captions", "model_version", b"model_version", "regions", b"regions", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1155,6 +1213,193 @@ class DescribedRegion(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribedRegion: _TypeAlias = DescribedRegion  # noqa: Y015
+
+@_typing.final
+class BeamHistory(_message.Message):
+    """BeamHistory is what a search considered on its way to the captions of the whole image."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___BeamStep]:
+        """Of each generated token."""
+
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedCompositeFieldContainer[Global___BeamPath]:
+        """How each caption came about, in the order of CaptionResponse.captions."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[Global___BeamStep] | None = ...,
+        paths: _abc.Iterable[Global___BeamPath] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["paths", b"paths", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeamHistory: _TypeAlias = BeamHistory  # noqa: Y015
+
+@_typing.final
+class BeamStep(_message.Message):
+    """BeamStep is what the beams might have become at one step. Every list has an entry for each
+    continuation; in each group of beams the likelier ones come first. Of those that were dropped only
+    the likeliest are here: with the others at most twice as many continuations as beams.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENTS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
+    TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    FATES_FIELD_NUMBER: _builtins.int
+    BEAMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The beam that it continues, as `beams` of the step before numbers them. At the first step 0, or
+        the first beam of its group.
+        """
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The token that follows."""
+
+    @_builtins.property
+    def token_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The token's text; empty for special tokens."""
+
+    @_builtins.property
+    def token_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Natural log-probability of the token, as it was compared."""
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their sum over the beam, of which a finished caption's score is made by length_penalty."""
+
+    @_builtins.property
+    def fates(self) -> _containers.RepeatedScalarFieldContainer[Global___BeamFate.ValueType]:
+        """What became of it."""
+
+    @_builtins.property
+    def beams(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The beam that it became; -1 where it was not kept."""
+
+    def __init__(
+        self,
+        *,
+        parents: _abc.Iterable[_builtins.int] | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        token_texts: _abc.Iterable[_builtins.str] | None = ...,
+        token_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+        fates: _abc.Iterable[Global___BeamFate.ValueType] | None = ...,
+        beams: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beams", b"beams", "fates", b"fates", "parents", b"parents", "scores", b"scores", "token_ids", b"token_ids", "token_logprobs", b"token_logprobs", "token_texts", b"token_texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeamStep: _TypeAlias = BeamStep  # noqa: Y015
+
+@_typing.final
+class BeamPath(_message.Message):
+    """BeamPath is how a caption came about."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTINUATIONS_FIELD_NUMBER: _builtins.int
+    LIKELIEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def continuations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of each of its tokens, which of the step's continuations it is."""
+
+    @_builtins.property
+    def likeliest(self) -> _containers.RepeatedCompositeFieldContainer[Global___LikelyTokens]:
+        """Of each of its tokens, what was likeliest there."""
+
+    def __init__(
+        self,
+        *,
+        continuations: _abc.Iterable[_builtins.int] | None = ...,
+        likeliest: _abc.Iterable[Global___LikelyTokens] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continuations", b"continuations", "likeliest", b"likeliest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeamPath: _TypeAlias = BeamPath  # noqa: Y015
+
+@_typing.final
+class LikelyTokens(_message.Message):
+    """LikelyTokens are the likeliest tokens at one place of a caption: at most 5, the likeliest first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOKEN_TEXTS_FIELD_NUMBER: _builtins.int
+    TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens."""
+
+    @_builtins.property
+    def token_texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their texts; empty for special tokens."""
+
+    @_builtins.property
+    def token_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Natural log-probability of each, as the logits processors left it."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        token_texts: _abc.Iterable[_builtins.str] | None = ...,
+        token_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids", "token_logprobs", b"token_logprobs", "token_texts", b"token_texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LikelyTokens: _TypeAlias = LikelyTokens  # noqa: Y015
+
+@_typing.final
+class Stage(_message.Message):
+    """Stage is a part of the way of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MILLISECONDS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, as docs/metrics.md explains it."""
+    milliseconds: _builtins.float
+    """How long it took."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        milliseconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["milliseconds", b"milliseconds", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stage: _TypeAlias = Stage  # noqa: Y015
 
 @_typing.final
 class Caption(_message.Message):

@@ -9,18 +9,25 @@ from pathlib import Path
 import numpy as np
 from captionserve import (
     Attention,
+    BeamFate,
+    BeamHistory,
+    BeamPath,
     Caption,
     CaptionError,
     CaptionResult,
+    Continuation,
     DescribedRegion,
     FinishReason,
     Framing,
     GenerationOptions,
+    LikelyToken,
     ReviewReason,
+    Stage,
     Word,
 )
 from numpy.typing import NDArray
 
+from captionserve_server.core.beams import BeamHistory as LocalBeamHistory
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.status import CODES, field_violations
 from captionserve_server.local import FinishedCaption, LocalCaptioner, LocalResult
@@ -61,6 +68,26 @@ def _result(result: LocalResult) -> CaptionResult:
         regions=tuple(
             DescribedRegion(region.box, tuple(map(_caption, region.captions)))
             for region in result.regions
+        ),
+        beams=None if result.beams is None else _beams(result.beams),
+        stages=tuple(Stage(each.name, each.milliseconds) for each in result.stages),
+    )
+
+
+def _beams(told: LocalBeamHistory) -> BeamHistory:
+    return BeamHistory(
+        tuple(
+            tuple(Continuation(**{**vars(each), "fate": BeamFate(each.fate)}) for each in step)
+            for step in told.steps
+        ),
+        tuple(
+            BeamPath(
+                path.continuations,
+                tuple(
+                    tuple(LikelyToken(**vars(each)) for each in tokens) for tokens in path.likeliest
+                ),
+            )
+            for path in told.paths
         ),
     )
 

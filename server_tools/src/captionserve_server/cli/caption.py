@@ -238,10 +238,14 @@ def captions_as_json(result: CaptionResult) -> list[dict[str, object]]:
 
 
 def _described_as_json(result: CaptionResult) -> Answer:
-    """A result's captions, and its parts' where there are parts."""
+    """A result's captions, and what else was asked for: parts, search and stages."""
     described: Answer = {"captions": captions_as_json(result)}
     if result.regions:
         described["regions"] = list(map(_region_as_json, result.regions))
+    if result.beams is not None:
+        described["beams"] = dataclasses.asdict(result.beams)
+    if result.stages:
+        described["stages"] = {stage.name: stage.milliseconds for stage in result.stages}
     return described
 
 

@@ -18,6 +18,7 @@ from captionserve_server.cli.evaluate import evaluate
 from captionserve_server.cli.export import export, make_checkpoint
 from captionserve_server.cli.health import health
 from captionserve_server.cli.load import load
+from captionserve_server.cli.playground import playground
 from captionserve_server.cli.serve import reload, serve
 from captionserve_server.cli.token import token
 from captionserve_server.export.errors import UnsupportedCheckpointError
@@ -41,6 +42,7 @@ for command in (
     reload,
     health,
     caption,
+    playground,
     bulk_ray,
     evaluate,
     calibrate,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from captionserve import CaptionClient, tls_credentials
+from captionserve import AsyncCaptionClient, CaptionClient, tls_credentials
 
 from captionserve_server.cli.parameters import with_parameters
 
@@ -72,6 +72,13 @@ class ServiceOptions:
             CaptionClient(target, timeout=timeout, credentials=credentials, token=token)
             for target in self.target
         ]
+
+    def async_client(self, timeout: float) -> AsyncCaptionClient:
+        """The client of the only service for the event loop that runs; likewise."""
+        credentials = tls_credentials(*self.tls) if any(self.tls) else None
+        return AsyncCaptionClient(
+            self.only_target, timeout=timeout, credentials=credentials, token=self.token()
+        )
 
     def client(self, timeout: float) -> CaptionClient:
         """The client of the only service; likewise."""

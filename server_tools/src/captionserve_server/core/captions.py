@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from captionserve_server.core.history import CaptionHistory
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.words import NO_WORDS, TokenRuns, WordTokens
 
@@ -95,6 +96,7 @@ class DecodedCaption:
             that chose each token; None when not asked for.
         token_groundings: log-probability of each token with the image less that without it, both
             the model's own; None when not asked for, or when the deadline came first.
+        history: how it came about; None when not asked for.
     """
 
     token_ids: tuple[int, ...]
@@ -103,6 +105,7 @@ class DecodedCaption:
     finish_reason: FinishReason
     attention: NDArray[np.float32] | None = None
     token_groundings: tuple[float, ...] | None = None
+    history: CaptionHistory | None = None
 
     @property
     def grounding(self) -> float | None:

@@ -325,6 +325,10 @@ class DecodingOptions:
         least=0.0,
         most=1.0,
     )
+    output_beams: bool = _option(
+        False, bool, "Return what the search considered at each step.", flag="--beams"
+    )
+    output_stages: bool = _option(False, bool, "Return how long each stage took.", flag="--stages")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be decoded, all fields at once."""
@@ -472,6 +476,8 @@ class NamedOptions(TypedDict, total=False):
     output_grounding: bool | None
     rerank: Rerank | None
     min_confidence: float | None
+    output_beams: bool | None
+    output_stages: bool | None
 
 
 def parse_options(text: str | bytes) -> dict[str, object]:

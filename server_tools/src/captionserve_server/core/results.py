@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from captionserve_server.core.beams import BeamHistory, beam_history
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption, FinishReason
 from captionserve_server.core.confidence import (
@@ -131,6 +133,10 @@ class Finisher:
             ),
             attention=self._over_patches(caption.attention),
         )
+
+    def beams(self, captions: Sequence[DecodedCaption]) -> BeamHistory | None:
+        """What is told of the search that made captions of one image; None where unwanted."""
+        return beam_history(captions, self._decode)
 
     def _word(self, word: SpokenWord, evidence: Evidence) -> CaptionWord:
         groundings = evidence.token_groundings

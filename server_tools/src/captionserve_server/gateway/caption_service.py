@@ -20,12 +20,14 @@ from captionserve_server.core.errors import (
     ModelNotFoundError,
     ModelUnavailableError,
 )
+from captionserve_server.core.options import DecodingOptions
 from captionserve_server.gateway.admission import Turns
 from captionserve_server.gateway.cache import AnswerCache, SharedWork, answer_key, image_digest
 from captionserve_server.gateway.calls import Call
 from captionserve_server.gateway.canary import canary
 from captionserve_server.gateway.conversion import (
     Message,
+    add_stages,
     caption_part,
     caption_response,
     decoder_message,
@@ -200,7 +202,13 @@ class CaptionService:
         version, key = description.version, None
         if options.reproducible:
             scope = call.identity if self._settings.cache_scope == "identity" else ""
-            key = answer_key(image, message.framing, options, version, scope)
+            # What tells of its stages is the same answer.
+            remembered_as = (
+                dataclasses.replace(options, output_stages=False)
+                if options.output_stages
+                else options
+            )
+            key = answer_key(image, message.framing, remembered_as, version, scope)
         work = _Work(message, image, call, call.deadline, version, key)
         admit = partial(
             self.turns.check,
@@ -214,7 +222,7 @@ class CaptionService:
                 object(), lambda: self._caption(work), call.seconds_left, admit=admit
             )
             self._tell(computed.stages)
-            return computed.response
+            return _answered(computed, options)
         remembered = self._cache.get(key)
         if remembered is not None:
             self._metrics.cache_hits.inc()
@@ -228,7 +236,7 @@ class CaptionService:
         )
         self._tell(computed.stages)
         if not joined:
-            return computed.response
+            return _answered(computed, options)
         self._metrics.cache_joined.inc()
         own = caption_pb2.CaptionResponse()
         own.CopyFrom(computed.response)
@@ -242,7 +250,7 @@ class CaptionService:
         call = prioritised(call, request.request)
         message = decoder_message(request.request)
         description = self._described(request.request.model_version)
-        effective_options(description.defaults, request.request.options)
+        options = effective_options(description.defaults, request.request.options)
         inputs = message.inputs(stream=True)
         image = await image_digest(message.image)
         async with AsyncExitStack() as stack:
@@ -257,7 +265,7 @@ class CaptionService:
                     self.last_answer = asyncio.get_running_loop().time()
                     computed = self._computed(answer, turn)
                     self._tell(computed.stages)
-                    yield caption_pb2.StreamCaptionResponse(response=computed.response)
+                    yield caption_pb2.StreamCaptionResponse(response=_answered(computed, options))
                 else:
                     yield caption_pb2.StreamCaptionResponse(part=_part(answer))
 
@@ -330,6 +338,19 @@ def read_answer(answer: Answer) -> Captioned:
         return Captioned(response, stages_of(answer.outputs[wire.TIMES.name].values))
     except (ValueError, LookupError) as error:
         raise ModelFaultError(_UNREADABLE) from error
+
+
+def _answered(computed: Captioned, options: DecodingOptions) -> caption_pb2.CaptionResponse:
+    """A computed answer as its caller gets it, with its stages where these are wanted.
+
+    They are no part of the answer that is remembered, and shared with others: it has none for them.
+    """
+    if not options.output_stages:
+        return computed.response
+    own = caption_pb2.CaptionResponse()
+    own.CopyFrom(computed.response)
+    add_stages(own, computed.stages)
+    return own
 
 
 def prioritised(call: Call, request: caption_pb2.CaptionRequest) -> Call:

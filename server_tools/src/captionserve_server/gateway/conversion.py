@@ -6,13 +6,14 @@ import functools
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from captionserve.v1 import caption_pb2
 
 from captionserve_server.core.confidence import spoken_words
+from captionserve_server.core.engine.timeline import Stage
 from captionserve_server.core.errors import (
     ImageMissingError,
     InvalidOptionsError,
@@ -54,6 +55,11 @@ REVIEW_REASONS: Mapping[str, caption_pb2.ReviewReason.ValueType] = {
     "degenerate": caption_pb2.REVIEW_REASON_DEGENERATE,
     "unfinished": caption_pb2.REVIEW_REASON_UNFINISHED,
     "not_grounded": caption_pb2.REVIEW_REASON_NOT_GROUNDED,
+}
+BEAM_FATES: Mapping[str, caption_pb2.BeamFate.ValueType] = {
+    "kept": caption_pb2.BEAM_FATE_KEPT,
+    "dropped": caption_pb2.BEAM_FATE_DROPPED,
+    "finished": caption_pb2.BEAM_FATE_FINISHED,
 }
 
 _FLOAT32_BYTES = 4
@@ -235,7 +241,10 @@ def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.Captio
             end = begin + len(caption.token_ids) * rows * cols
             caption.attention.rows, caption.attention.cols = rows, cols
             caption.attention.values.extend(values[begin:end])
-    return _response(captions, outputs, model_version)
+    response = _response(captions, outputs, model_version)
+    if wire.BEAMS.name in outputs:
+        _add_beams(response.beams, json.loads(outputs[wire.BEAMS.name].values[0]))
+    return response
 
 
 def _response(
@@ -290,6 +299,22 @@ def _add_words(captions: Sequence[caption_pb2.Caption], outputs: Outputs) -> Non
             )
             if groundings is not None:
                 message.grounding = math.fsum(caption.token_groundings[word.own])
+
+
+def _add_beams(beams: caption_pb2.BeamHistory, told: Mapping[str, Any]) -> None:
+    """Fill in what `beams_text` of wire.py wrote."""
+    for step in told["steps"]:
+        beams.steps.add(**{**step, "fates": [BEAM_FATES[fate] for fate in step["fates"]]})
+    for path in told["paths"]:
+        message = beams.paths.add(continuations=path["continuations"])
+        for tokens in path["likeliest"]:
+            message.likeliest.add(**tokens)
+
+
+def add_stages(response: caption_pb2.CaptionResponse, stages: Iterable[Stage]) -> None:
+    """Tell how long each stage took."""
+    for stage in stages:
+        response.stages.add(name=stage.name, milliseconds=stage.milliseconds)
 
 
 # One value for each caption.

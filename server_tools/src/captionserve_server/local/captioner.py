@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from captionserve_server.core.beams import BeamHistory
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.decode_budget import (
     BYTES_PER_MEGABYTE,
@@ -26,6 +27,7 @@ from captionserve_server.core.decode_budget import (
 )
 from captionserve_server.core.engine.engine_thread import Answer, EngineThread
 from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
+from captionserve_server.core.engine.timeline import Stage, Timeline
 from captionserve_server.core.engine.worker import Worker
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.core.framing import Framing, NamedFraming
@@ -83,11 +85,15 @@ class LocalResult:
         captions: of the whole image; at least one, best first.
         model_version: the version of the model that made them.
         regions: the parts that were asked for: the regions, then the tiles row by row.
+        beams: what the search considered; None unless output_beams was set.
+        stages: how long each stage took, in their order; empty unless output_stages was set.
     """
 
     captions: tuple[FinishedCaption, ...]
     model_version: int
     regions: tuple[LocalRegion, ...] = ()
+    beams: BeamHistory | None = None
+    stages: tuple[Stage, ...] = ()
 
     @property
     def text(self) -> str:
@@ -311,7 +317,8 @@ class LocalCaptioner:
                 image, self._model.preprocessor, self._budget.reserved, asked.framing
             )
             begun.boxes = views.boxes
-            self._engine.submit(views.pixels, asked.plan, begun)
+            begun.timeline.passed("preprocess")
+            self._engine.submit(views.pixels, asked.plan, begun, begun.timeline)
         except (CaptionServeError, OSError) as error:
             begun.captions.set_exception(error)
         return begun
@@ -326,8 +333,13 @@ class LocalCaptioner:
             tuple(self._finisher.finished(caption, asked.plan) for caption in captions)
             for captions in answer
         )
-        regions = tuple(map(LocalRegion, begun.boxes, parts))
-        return LocalResult(whole, self.model_version, regions)
+        return LocalResult(
+            whole,
+            self.model_version,
+            regions=tuple(map(LocalRegion, begun.boxes, parts)),
+            beams=self._finisher.beams(answer[0]),
+            stages=tuple(begun.timeline.stages) if asked.plan.options.output_stages else (),
+        )
 
     def _outcomes(self, images: Iterable[ImageInput], asked: _Asked) -> Iterator[Outcome]:
         ahead = _Ahead(images, lambda image: self._begin(image, asked), self._images_ahead)
@@ -353,18 +365,21 @@ class _Begun:
         boxes: where the parts are.
         has_gone: whether nobody waits any more, so that the engine lets go of it.
         deadline: never.
+        timeline: how long its stages took, until the captions are there.
     """
 
     captions: Future[list[list[DecodedCaption]]] = field(default_factory=Future)
     boxes: Sequence[Box] = ()
     has_gone: bool = False
     deadline: float = math.inf
+    timeline: Timeline = field(default_factory=Timeline)
 
     def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
         """Nobody listens before the end."""
 
     def end(self, answer: Answer) -> None:
         """Hand the captions over, or why there are none."""
+        self.timeline.passed("steps")
         if isinstance(answer, CaptionServeError):
             self.captions.set_exception(answer)
         else:

@@ -113,6 +113,9 @@ class Answering:
             for decoded in answer
         )
         tensors = caption_tensors(whole, list(zip(captioning.boxes, parts, strict=True)))
+        beams = self._finisher.beams(answer[0])
+        if beams is not None:
+            tensors[wire.BEAMS] = text_array(wire.beams_text(beams))
         captioning.timeline.passed("answer")
         return {**tensors, wire.TIMES: np.array(captioning.timeline.numbers, np.float64)}
 

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
+from captionserve_server.core.beams import BeamHistory
 from captionserve_server.core.engine.timeline import STAGES
 from captionserve_server.core.errors import (
     CaptionServeError,
@@ -110,6 +111,8 @@ caption has a reason."""
 TOKEN_GROUNDINGS = TensorSpec("TOKEN_GROUNDINGS", "TYPE_FP32", (-1, -1))
 """[captions, longest caption], padded with 0; missing where not asked for."""
 
+BEAMS = TensorSpec("BEAMS", "TYPE_STRING", (1,))
+"""What the search considered, as `beams_text` writes it; missing where not asked for."""
 TIMES = TensorSpec("TIMES", "TYPE_FP64", (1 + len(STAGES),))
 """When the decoder took the request, in seconds since 1970, and how many seconds each of its stages
 took, in the order of STAGES."""
@@ -133,11 +136,18 @@ CAPTIONS = (
     REGION_BOXES,
     REGION_CAPTIONS,
 )
-WHERE_ASKED_FOR = (REVIEW_REASONS, ATTENTIONS, TOKEN_GROUNDINGS, REGION_BOXES, REGION_CAPTIONS)
-"""Of those, which are missing where they were not asked for, or there is nothing to say."""
 
-ANSWER = (*CAPTIONS, TIMES)
+ANSWER = (*CAPTIONS, BEAMS, TIMES)
 """What the last response of a request has."""
+WHERE_ASKED_FOR = (
+    REVIEW_REASONS,
+    ATTENTIONS,
+    TOKEN_GROUNDINGS,
+    REGION_BOXES,
+    REGION_CAPTIONS,
+    BEAMS,
+)
+"""Of those, which are missing where they were not asked for, or there is nothing to say."""
 
 NEW_TEXT = TensorSpec("NEW_TEXT", "TYPE_STRING", (1,))
 """The text that has become certain since the last response."""
@@ -182,6 +192,41 @@ VISION_ENCODER = ModelSpec(
 )
 
 MODELS = (DECODER, VISION_ENCODER, CAPTIONER, CAPTIONER_STREAM)
+
+
+def beams_text(beams: BeamHistory) -> str:
+    """A history as JSON, with the names of the API; each list has an entry a continuation or token.
+
+    {"steps": [{"parents": [...], "fates": ["kept", ...], ...}, ...], "paths": [{"continuations":
+    [...], "likeliest": [{"token_ids": [...], ...}, ...]}, ...]}
+    """
+    steps = [
+        {
+            "parents": [each.parent for each in step],
+            "token_ids": [each.token_id for each in step],
+            "token_texts": [each.token_text for each in step],
+            "token_logprobs": [each.token_logprob for each in step],
+            "scores": [each.score for each in step],
+            "fates": [each.fate for each in step],
+            "beams": [-1 if each.beam is None else each.beam for each in step],
+        }
+        for step in beams.steps
+    ]
+    paths = [
+        {
+            "continuations": path.continuations,
+            "likeliest": [
+                {
+                    "token_ids": [each.token_id for each in tokens],
+                    "token_texts": [each.token_text for each in tokens],
+                    "token_logprobs": [each.token_logprob for each in tokens],
+                }
+                for tokens in path.likeliest
+            ],
+        }
+        for path in beams.paths
+    ]
+    return json.dumps({"steps": steps, "paths": paths}, allow_nan=False)
 
 
 def error_text(error: CaptionServeError) -> str:

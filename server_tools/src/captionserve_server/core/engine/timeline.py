@@ -32,6 +32,11 @@ class Stage(NamedTuple):
     begin: float
     seconds: float
 
+    @property
+    def milliseconds(self) -> float:
+        """How long it took."""
+        return 1e3 * self.seconds
+
 
 class Timeline:
     """The stages of one request; written by whichever thread has the request.
@@ -56,6 +61,11 @@ class Timeline:
     def numbers(self) -> list[float]:
         """When it began, and the seconds of each of STAGES; see `stages_of`."""
         return [self.begun, *self._seconds.values()]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages themselves."""
+        return stages_of(self.numbers)
 
 
 def stages_of(numbers: Iterable[float]) -> list[Stage]:

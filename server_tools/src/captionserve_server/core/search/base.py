@@ -34,6 +34,7 @@ from captionserve_server.core.captions import (
     FinishReason,
     SpecialTokens,
 )
+from captionserve_server.core.history import LIKELIEST, CaptionHistory, HistoryStep, path_of
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search.hypotheses import Hypotheses, is_one_of
 from captionserve_server.core.search.lanes import LaneRecord
@@ -82,6 +83,7 @@ class Lanes(LaneRecord):
         plans: [lanes].
         processors: bool [lanes, logits processors], which of LOGITS_PROCESSORS apply.
         wants_attention: bool [lanes].
+        wants_history: bool [lanes].
         length_penalty: float64 [lanes].
         given: int64 [lanes], tokens before the first generated one.
         longest: int64 [lanes], tokens allowed, the given ones included.
@@ -89,11 +91,13 @@ class Lanes(LaneRecord):
         parents: int64 [lanes, rows], the row of the decoder's last step that each row continues.
         running: the rows, [lanes, rows].
         attention: [lanes], of each step that gave the lane a token, float32 [rows, image tokens].
+        history: [lanes], of each step that gave the lane a token.
     """
 
     plans: tuple[CaptionPlan, ...]
     processors: BoolArray
     wants_attention: BoolArray
+    wants_history: BoolArray
     length_penalty: Float64Array
     given: Int64Array
     longest: Int64Array
@@ -101,6 +105,7 @@ class Lanes(LaneRecord):
     parents: Int64Array
     running: Hypotheses
     attention: tuple[tuple[Float32Array, ...], ...]
+    history: tuple[tuple[HistoryStep, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -257,7 +262,7 @@ class Search(ABC):
         rows = RowRequests(
             tokens=running.tokens[of_lane, of_row, lanes.seen[of_lane]],
             parents=lanes.parents[of_lane, of_row],
-            candidate_counts=np.where(row_takes, self._candidates_per_row(), 0),
+            candidate_counts=np.where(row_takes, self._candidates_asked_for(), 0),
             normalise_first=np.full(len(of_lane), self.normalises_first),
             edits=edits,
             probe_rows=probe_rows,
@@ -295,6 +300,7 @@ class Search(ABC):
             plans=(plan,),
             processors=np.array([[each.applies(plan) for each in LOGITS_PROCESSORS]], np.bool_),
             wants_attention=np.array([options.output_attentions], np.bool_),
+            wants_history=np.array([options.output_beams], np.bool_),
             length_penalty=np.array([options.length_penalty], np.float64),
             given=np.array([len(given)], np.int64),
             longest=np.array([options.max_length], np.int64),
@@ -302,6 +308,7 @@ class Search(ABC):
             parents=np.zeros((1, options.rows), np.int64),
             running=running,
             attention=((),),
+            history=((),),
         )
 
     @abstractmethod
@@ -311,6 +318,13 @@ class Search(ABC):
     @abstractmethod
     def _candidates_per_row(self) -> int:
         """Candidates wanted of each row."""
+
+    def _candidates_asked_for(self) -> int:
+        """Candidates asked for of each row: also those that are only told."""
+        needed = self._candidates_per_row()
+        if not self.lanes.wants_history.any():
+            return needed
+        return max(needed, min(LIKELIEST, self.vocabulary.size))
 
     @abstractmethod
     def _extended(self, choices: Choices) -> Search:
@@ -354,10 +368,16 @@ class Search(ABC):
             origins = hypotheses.origins[lane, row, generated].tolist()
             steps = zip(lanes.attention[lane], origins, strict=False)
             attention = np.stack([rows[origin] for rows, origin in steps])
+        history: CaptionHistory | None = None
+        if lanes.wants_history[lane]:
+            chosen_by = hypotheses.origins[lane, row, generated].tolist()
+            path = path_of(lanes.history[lane], row, tokens.tolist(), chosen_by)
+            history = CaptionHistory(lanes.history[lane], path)
         return DecodedCaption(
             token_ids=tuple(tokens.tolist()),
             token_logprobs=tuple(hypotheses.logprobs[lane, row, generated].tolist()),
             score=score,
             finish_reason=reason,
             attention=attention,
+            history=history,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
+from captionserve_server.core.history import DROPPED, FINISHED, LIKELIEST, HistoryStep
 from captionserve_server.core.search.base import Choices, Lanes, Search, Vocabulary
 from captionserve_server.core.search.hypotheses import (
     Hypotheses,
@@ -267,7 +268,50 @@ class BeamSearch(Search):
             completed=completed,
             parents=parents,
         )
+        if lanes.wants_history.any():
+            # Which row each continuation is from now on.
+            became = np.where(competing, FINISHED, DROPPED)
+            group, place = np.nonzero(scores > -np.inf)
+            became[group, kept[group, place]] = own.start + place
+            lanes = lanes.with_fields(history=self._remembered(choices, own, found, became))
         return dataclasses.replace(self, lanes=lanes)
+
+    def _remembered(
+        self, choices: Choices, own: slice, found: Continuations, became: Int64Array
+    ) -> tuple[tuple[HistoryStep, ...], ...]:
+        """The lanes' histories with what a group, the rows `own`, has done in this step.
+
+        Args:
+            choices: what might have followed.
+            own: the group's rows.
+            found: what its beams might have become.
+            became: [taking, continuations], the row that each became, DROPPED or FINISHED.
+        """
+        longer = list(self.lanes.history)
+        for number in np.flatnonzero(self.lanes.wants_history[choices.lanes]).tolist():
+            lane = int(choices.lanes[number])
+            scores, rows = found.scores[number], became[number]
+            order = np.argsort(-scores, kind="stable")[: int((scores > -np.inf).sum())]
+            dropped = rows[order] == DROPPED
+            room = 2 * (own.stop - own.start) - int((~dropped).sum())
+            told = order[~dropped | (np.cumsum(dropped) <= room)]
+            step = HistoryStep(
+                parents=found.beams[number, told],
+                tokens=found.tokens[number, told],
+                logprobs=found.logprobs[number, told],
+                scores=scores[told],
+                rows=rows[told],
+                origins=choices.origins[number],
+                # Copies: a view would keep all candidates of the step.
+                likeliest_tokens=choices.tokens[number, :, :LIKELIEST].copy(),
+                likeliest_logprobs=choices.logprobs[number, :, :LIKELIEST].copy(),
+            )
+            if own.start == 0:
+                longer[lane] = (*longer[lane], step)
+            else:
+                *before, others = longer[lane]
+                longer[lane] = (*before, others.followed_by(step))
+        return tuple(longer)
 
 
 def _lowered(choices: Choices, own: slice, taken: Int64Array, lanes: BeamLanes) -> Choices:

@@ -76,8 +76,12 @@ class ConstrainedBeamSearch(BeamSearch):
         return joined([edits, open_end]), np.concatenate(probe_rows), np.concatenate(probe_tokens)
 
     def _continuations(self, choices: Choices, own: slice) -> Continuations:
-        """What completes captions, best first, then what the beams become, [taking, 2 x rows]."""
-        shape = (len(choices.lanes), 2 * self.rows)
+        """What completes captions, best first, then what the beams become, [taking, 2 x rows].
+
+        Where a history is wanted, also the best of the others, [taking, 3 x rows].
+        """
+        tells = bool(self.lanes.wants_history.any())
+        shape = (len(choices.lanes), (3 if tells else 2) * self.rows)
         found = Continuations(
             scores=np.full(shape, -np.inf, np.float32),
             beams=np.zeros(shape, np.int64),
@@ -89,7 +93,12 @@ class ConstrainedBeamSearch(BeamSearch):
             pool = self._pool(choices, number)
             ended = self._ended(choices.lanes[number : number + 1], pool.tokens[None])[0]
             competing, going_on = pool.allocated(self.lanes.progress[lane], ended, self.rows)
-            for begin, chosen in ((0, competing), (self.rows, going_on)):
+            blocks = [(0, competing), (self.rows, going_on)]
+            if tells:
+                others = np.ones(len(pool.scores), np.bool_)
+                others[competing], others[going_on] = False, False
+                blocks.append((2 * self.rows, np.flatnonzero(others)[: self.rows]))
+            for begin, chosen in blocks:
                 place = number, slice(begin, begin + len(chosen))
                 found.scores[place] = pool.scores[chosen]
                 found.beams[place] = pool.beams[chosen]
@@ -123,8 +132,8 @@ class ConstrainedBeamSearch(BeamSearch):
         self, lanes: Int64Array, found: Continuations, beams: int
     ) -> tuple[BoolArray, Int64Array]:
         """As `_continuations` has put them."""
-        columns = np.arange(2 * beams)
-        going_on = np.broadcast_to(columns[beams:], (len(lanes), beams))
+        columns = np.arange(found.scores.shape[1])
+        going_on = np.broadcast_to(columns[beams : 2 * beams], (len(lanes), beams))
         return (columns < beams) & (found.scores > -np.inf), going_on
 
     def _advanced(self, choices: Choices, own: slice, found: Continuations) -> BeamSearch:
@@ -133,7 +142,8 @@ class ConstrainedBeamSearch(BeamSearch):
         progress = list(self.lanes.progress)
         for number, lane in enumerate(choices.lanes.tolist()):
             progress[lane] = progress[lane].followed_by(
-                found.beams[number, self.rows :], found.tokens[number, self.rows :]
+                found.beams[number, self.rows : 2 * self.rows],
+                found.tokens[number, self.rows : 2 * self.rows],
             )
         lanes = search.lanes.with_fields(progress=tuple(progress))
         return dataclasses.replace(search, lanes=lanes)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
+from captionserve_server.core.history import DROPPED, FINISHED, LIKELIEST, HistoryStep
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search.base import Choices, Lanes, Search, Vocabulary
 from captionserve_server.core.search.hypotheses import (
@@ -85,7 +86,8 @@ class RowwiseSearch(Search):
         lanes, running = self.lanes, self.lanes.running.copy()
         moving = ~lanes.ended[choices.lanes]
         taking, rows = np.nonzero(moving)
-        candidates = taking, rows, self._choose(choices)[moving]
+        ranks = self._choose(choices)
+        candidates = taking, rows, ranks[moving]
         tokens, logprobs = choices.tokens[candidates], choices.logprobs[candidates]
         lane = choices.lanes[taking]
         at, ends = (lane, rows), running.lengths[lane, rows]
@@ -98,7 +100,46 @@ class RowwiseSearch(Search):
         ended[at] = is_one_of(tokens, self.vocabulary.end_ids) | (ends + 1 >= lanes.longest[lane])
         parents[choices.lanes] = choices.origins
         lanes = lanes.with_fields(running=running, ended=ended, parents=parents)
+        if lanes.wants_history.any():
+            lanes = lanes.with_fields(history=self._remembered(choices, moving, ranks, ended))
         return dataclasses.replace(self, lanes=lanes)
+
+    def _remembered(
+        self, choices: Choices, moving: BoolArray, ranks: Int64Array, ended: BoolArray
+    ) -> tuple[tuple[HistoryStep, ...], ...]:
+        """The lanes' histories with this step: each row's likeliest tokens, and the chosen one.
+
+        Args:
+            choices: what might have followed.
+            moving: [taking, rows], which rows have taken a token.
+            ranks: [taking, rows], which of the candidates that was.
+            ended: [lanes, rows], which rows have ended by now.
+        """
+        longer = list(self.lanes.history)
+        for number in np.flatnonzero(self.lanes.wants_history[choices.lanes]).tolist():
+            lane = int(choices.lanes[number])
+            rows = np.flatnonzero(moving[number])
+            chosen = ranks[number, rows]
+            told = np.zeros((len(rows), choices.tokens.shape[2]), np.bool_)
+            told[:, :LIKELIEST] = True
+            told[np.arange(len(rows)), chosen] = True
+            told &= choices.logprobs[number, rows] > -np.inf
+            at, rank = np.nonzero(told)
+            parents = rows[at]
+            logprobs = choices.logprobs[number, parents, rank]
+            became = np.where(ended[lane, parents], FINISHED, parents)
+            step = HistoryStep(
+                parents=parents,
+                tokens=choices.tokens[number, parents, rank],
+                logprobs=logprobs,
+                scores=self.lanes.running.scores[lane, parents] + logprobs,
+                rows=np.where(rank == chosen[at], became, DROPPED),
+                origins=choices.origins[number],
+                likeliest_tokens=choices.tokens[number, :, :LIKELIEST].copy(),
+                likeliest_logprobs=choices.logprobs[number, :, :LIKELIEST].copy(),
+            )
+            longer[lane] = (*longer[lane], step)
+        return tuple(longer)
 
 
 @dataclass(frozen=True)
