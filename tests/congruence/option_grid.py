@@ -29,6 +29,8 @@ NOT_IN_GRID = frozenset(
         "output_attentions",
         "allow_partial",
         "output_grounding",
+        "output_beams",
+        "output_stages",
         "rerank",
         "min_confidence",
     }
