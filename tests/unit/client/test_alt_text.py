@@ -280,7 +280,9 @@ def test_it_is_of_the_best_caption_of_a_result() -> None:
 
 
 def test_the_edge_mode_gives_the_same() -> None:
-    finished = FinishedCaption(**{**vars(BEST), "finish_reason": "eos"})
+    shared = {field.name for field in dataclasses.fields(FinishedCaption)}
+    values = {name: value for name, value in vars(BEST).items() if name in shared}
+    finished = FinishedCaption(**values | {"finish_reason": "eos"})
     result = LocalResult((finished,), model_version=1)
     assert result.alt_text(14, "brown dog", "abrowndog.jpg", 0.1) == alt_text_of(
         BEST, 14, "brown dog", "abrowndog.jpg", 0.1

@@ -16,10 +16,17 @@ from hypothesis import strategies as st
 PROTO_FIELDS = caption_pb2.GenerationOptions.DESCRIPTOR.fields_by_name
 NAMES = [field.name for field in dataclasses.fields(GenerationOptions)]
 REPEATED = ["bad_words", "force_words", "suppress_tokens"]
-MEANINGS: dict[int, bool | str] = {
-    caption_pb2.EARLY_STOPPING_FALSE: False,
-    caption_pb2.EARLY_STOPPING_TRUE: True,
-    caption_pb2.EARLY_STOPPING_NEVER: "never",
+# Of each option that has names for values.
+MEANINGS: dict[str, dict[int, bool | str]] = {
+    "early_stopping": {
+        caption_pb2.EARLY_STOPPING_FALSE: False,
+        caption_pb2.EARLY_STOPPING_TRUE: True,
+        caption_pb2.EARLY_STOPPING_NEVER: "never",
+    },
+    "rerank": {
+        caption_pb2.RERANK_LIKELIHOOD: "likelihood",
+        caption_pb2.RERANK_GROUNDING: "grounding",
+    },
 }
 ELEMENTS: dict[int, st.SearchStrategy[Any]] = {
     FieldDescriptor.TYPE_BOOL: st.booleans(),
@@ -27,13 +34,14 @@ ELEMENTS: dict[int, st.SearchStrategy[Any]] = {
     FieldDescriptor.TYPE_INT64: st.integers(-(2**63), 2**63 - 1),
     FieldDescriptor.TYPE_DOUBLE: st.floats(allow_nan=False),
     FieldDescriptor.TYPE_STRING: st.text(st.characters(codec="utf-8")),
-    FieldDescriptor.TYPE_ENUM: st.sampled_from(list(MEANINGS.values())),
 }
 
 
 def values_of(name: str) -> st.SearchStrategy[Any]:
     """What an option may hold."""
     field = PROTO_FIELDS[name]
+    if name in MEANINGS:
+        return st.sampled_from(list(MEANINGS[name].values()))
     if field.message_type is None:
         return ELEMENTS[field.type]
     return st.lists(ELEMENTS[field.message_type.fields_by_name["values"].type])
@@ -43,8 +51,8 @@ def read_back(message: caption_pb2.GenerationOptions) -> dict[str, Any]:
     """The options that are set in a message, as Python has them."""
     values: dict[str, Any] = {}
     for field, value in message.ListFields():
-        if field.name == "early_stopping":
-            values[field.name] = MEANINGS[value]
+        if field.name in MEANINGS:
+            values[field.name] = MEANINGS[field.name][value]
         else:
             values[field.name] = value if field.message_type is None else list(value.values)
     return values
@@ -57,7 +65,8 @@ def test_options_are_sent_as_they_are(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REPEATED])
 def test_zero_is_not_unset(name: str) -> None:
-    zero: Any = False if name == "early_stopping" else PROTO_FIELDS[name].default_value
+    names = MEANINGS.get(name)
+    zero: Any = PROTO_FIELDS[name].default_value if names is None else next(iter(names.values()))
     assert read_back(to_proto(GenerationOptions(**{name: zero}))) == {name: zero}
 
 
