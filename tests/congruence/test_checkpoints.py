@@ -166,7 +166,8 @@ def refusal(folder: Path, output: Path) -> str | None:
     if not ended.value.code:
         return None
     # What it says on the way comes before.
-    *_, sentence = said.getvalue().strip().splitlines()
+    *stages, sentence = said.getvalue().strip().splitlines()
+    assert all(stage.endswith(" ...") for stage in stages), stages
     assert ended.value.code == ExitCode.UNSUPPORTED, sentence
     assert sentence.startswith("error: ")
     assert not output.exists()

@@ -88,7 +88,8 @@ def test_calls_that_are_cancelled_at_random_moments_leave_nothing(goes_on: str) 
             begin, message = chance.choice(((whole, request), (streamed, stream)))
             call = begin(message, timeout=WAIT_SECONDS)
             code = asyncio.ensure_future(call.code())
-            await asyncio.wait([code], timeout=chance.expovariate(100))
+            # Within a millisecond or ten: a fast machine answers many before the latter.
+            await asyncio.wait([code], timeout=chance.expovariate(chance.choice((100, 1000))))
             return bool(call.cancel())
 
     async def storm() -> int:
@@ -96,8 +97,7 @@ def test_calls_that_are_cancelled_at_random_moments_leave_nothing(goes_on: str) 
             turn = asyncio.Semaphore(MOST_STREAMS)
             return sum(await asyncio.gather(*(one(channel, turn) for _ in range(2000))))
 
-    # How many are answered before they are given up is the machine's matter.
-    assert asyncio.run(storm()) > 200
+    assert asyncio.run(storm()) > 1000
 
 
 def mutations(valid: bytes, count: int, chance: random.Random) -> Iterator[bytes]:

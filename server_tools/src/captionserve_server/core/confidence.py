@@ -7,6 +7,7 @@ ended.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -195,6 +196,11 @@ class Evidence:
     words: Sequence[SpokenWord] = ()
     token_groundings: Sequence[float] | None = None
 
+    @functools.cached_property
+    def log_odds(self) -> float:
+        """Of the caption; each of its words is judged by it as well."""
+        return mean_log_odds(self.token_logprobs)
+
 
 Record = Callable[[SpokenWord], float]
 """Gives the log-odds with which a word has been right."""
@@ -203,7 +209,7 @@ Record = Callable[[SpokenWord], float]
 def caption_signals(evidence: Evidence, record: Record) -> dict[str, float]:
     """What speaks for a caption and against it, by name."""
     signals = {
-        "log_odds": mean_log_odds(evidence.token_logprobs),
+        "log_odds": evidence.log_odds,
         # The log-probability that all of them are right, were each as often right as it has been.
         "record": -math.fsum(_softplus(-record(word)) for word in evidence.words),
     }
@@ -217,7 +223,7 @@ def word_signals(evidence: Evidence, word: SpokenWord, record: Record) -> dict[s
     """What speaks for a word and against it, by name."""
     signals = {
         "log_odds": log_odds(min(math.fsum(evidence.token_logprobs[word.own]), _SUREST_WORD)),
-        "caption_log_odds": mean_log_odds(evidence.token_logprobs),
+        "caption_log_odds": evidence.log_odds,
         "record": record(word),
     }
     if evidence.token_groundings is not None:
