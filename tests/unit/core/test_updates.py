@@ -20,9 +20,7 @@ from tests.unit.core.search.search_run import Run
 
 def decode(token_ids: Sequence[int]) -> str:
     # Letters all of them, of which no text is stripped.
-    return "".join(
-        chr(ord("\N{LATIN CAPITAL LETTER A WITH MACRON}") + token) for token in token_ids
-    )
+    return "".join(chr(0x100 + token) for token in token_ids)
 
 
 def text(token: int) -> str:
