@@ -384,7 +384,16 @@ def test_who_leaves_a_stream_is_not_captioned_for(
     assert len(captioner.caption_all(PICTURES)) == len(PICTURES)
 
 
-def test_a_closed_stream_gives_no_more_and_wakes_who_waits_for_it(
+def test_a_closed_stream_gives_no_more(captioner: LocalCaptioner) -> None:
+    updates = captioner.stream(PICTURES[0], max_length=40, min_length=40)
+    next(updates)
+    # More is waiting there to be taken.
+    wait_until(lambda: updates._begun.news.qsize() > 0)
+    updates.close()
+    assert list(updates) == []
+
+
+def test_closing_a_stream_wakes_who_waits_for_it(
     captioner: LocalCaptioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_step = threading.Event()
@@ -411,7 +420,6 @@ def test_a_closed_stream_gives_no_more_and_wakes_who_waits_for_it(
     may_step.set()
     assert isinstance(waiting.exception(WAIT_SECONDS), CancelledError)
     thread.join()
-    assert next(updates, None) is None
 
 
 def test_a_stream_raises_what_a_caption_raises(captioner: LocalCaptioner, tmp_path: Path) -> None:
