@@ -308,6 +308,24 @@ def test_who_looks_at_the_tree_while_it_grows_goes_on_doing_so(visit: Visit) -> 
     assert page.get_by_label("also what was dropped").is_checked()
 
 
+def test_what_was_put_off_to_the_next_frame_does_not_undo_the_result(visit: Visit) -> None:
+    visitor = visit()
+    page = visitor.page
+    # The next frame comes when it is told to.
+    page.evaluate(
+        """() => {
+          window.put_off = [];
+          window.requestAnimationFrame = (draw) => window.put_off.push(draw);
+        }"""
+    )
+    page.get_by_role("button", name="Sample penguin").click()
+    visitor.wait()
+    assert page.evaluate("window.put_off.length") == 1
+    page.evaluate("window.put_off.forEach((draw) => draw())")
+    assert page.locator(".tree .node.own").count() > 0
+    assert page.locator("#beam-steps").count() == 1
+
+
 def test_a_search_that_is_stopped_leaves_what_is_known_of_it(visit: Visit) -> None:
     visitor = visit()
     page = visitor.page
