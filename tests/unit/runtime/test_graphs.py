@@ -136,7 +136,7 @@ def test_outputs_are_written_where_they_are_wanted(repository: Path) -> None:
     top = opened(repository, wire.DECODER, files.TOP_GRAPH_FILE)
     logits = np.random.default_rng(0).normal(size=(3, 301)).astype(np.float32)
     inputs = {graph_tensors.LOGITS: logits, graph_tensors.CANDIDATE_RANKS: np.arange(4)}
-    wanted = {
+    wanted: dict[str, Array] = {
         graph_tensors.BEST: np.zeros((3, 4), np.float32),
         graph_tensors.BEST_TOKENS: np.zeros((3, 4), np.int64),
     }
