@@ -51,7 +51,8 @@ Answer = dict[str, object]
 Outcome = CaptionResult | Exception
 """What became of one image."""
 Asked = tuple[Iterator[Iterator[CaptionUpdate]], Iterator[Outcome]]
-"""Of each image, the words as they become certain, or what became of it; asked when it is read."""
+"""Of each image its words as they become certain, and what became of it; what is not read is not
+asked."""
 
 
 @with_decoding_options
