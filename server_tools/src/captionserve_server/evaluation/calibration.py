@@ -2,7 +2,8 @@
 
 The fit is Platt's (1999, "Probabilistic outputs for support vector machines"): a logistic
 regression, whose targets keep a little off 0 and 1 so that few captions, or captions that the
-signals tell apart without fault, do not give a confidence without doubt.
+signals tell apart without fault, do not give a confidence without doubt. The weights of an image's
+mean encoder state, of which there are hundreds, are held near 0 by a ridge penalty.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from captionserve_server.core.confidence import (
 NUM_BINS = 10
 _MOST_NEWTON_STEPS = 100
 _CONVERGED = 1e-9
+# Times half the square of a weight, for numbers scaled to variance 1: that of a weight a prior.
+_IMAGE_PENALTY = 1.0
 # A word said once or twice says little of itself.
 _FEW_WORDS = 2.0
 
@@ -47,7 +50,7 @@ class JudgedCaption:
     """A caption of which it is known whether it and its words are right.
 
     Attributes:
-        evidence: what is known of it otherwise, its groundings among that.
+        evidence: what is known of it otherwise, its groundings and image_state among that.
         right: whether it is right.
         right_words: of each of its words, whether it is right.
     """
@@ -172,8 +175,16 @@ def fit_calibration(captions: Sequence[JudgedCaption]) -> Calibration:
     """
     tally = _Tally.of(captions)
     records = [tally.record_without(_Tally.of([caption])) for caption in captions]
-    fits = {name: _fit(name, _observations(name, captions, records)) for name in SIGNALS}
-    return Calibration(**fits, records=tally.records())
+    states = np.array([caption.evidence.image_state for caption in captions], np.float64)
+    fits: dict[str, Logistic] = {}
+    image: tuple[float, ...] = ()
+    for name, signals in SIGNALS.items():
+        observations = _observations(name, captions, records)
+        if "image" in signals:
+            fits[name], image = _fit_with_image(name, observations, states)
+        else:
+            fits[name] = _fit(name, observations)
+    return Calibration(**fits, records=tally.records(), image=image)
 
 
 @dataclass(frozen=True)
@@ -217,32 +228,67 @@ class _Tally:
 
 
 def _fit(name: str, observations: Sequence[_Observation]) -> Logistic:
+    """Fit to signals that are all known."""
+    fitted, _ = _fit_with_image(name, observations, np.zeros((len(observations), 0)))
+    return fitted
+
+
+def _fit_with_image(
+    name: str, observations: Sequence[_Observation], states: Float64Array
+) -> tuple[Logistic, tuple[float, ...]]:
+    """Fit to the signals, and find the one of the image.
+
+    Args:
+        name: of the fit.
+        observations: what it learns from.
+        states: [observations, encoder width], mean encoder state of each; a width of 0 for none.
+
+    Returns:
+        the fit, in which the image has a weight of 1, and that of each number of its mean state.
+    """
     labels = np.array([each.right for each in observations], dtype=np.bool_)
     if labels.all() or not labels.any():
         raise CannotCalibrateError("both right and wrong captions are needed")
-    columns = [[each.signals[signal] for each in observations] for signal in SIGNALS[name]]
+    signals = [signal for signal in SIGNALS[name] if signal != "image"]
+    columns = [[each.signals[signal] for each in observations] for signal in signals]
     # What does not vary says nothing, and leaves the fit without a single best.
     if any(np.ptp(column) == 0 for column in columns):
         raise CannotCalibrateError("all captions are equally likely")
-    features = np.stack((np.ones(len(labels)), *map(np.array, columns)), axis=1)
-    intercept, *weights = fit_logistic(features, _platt_targets(labels)).tolist()
-    by_name = dict(zip(SIGNALS[name], weights, strict=True))
+    centre, spread = states.mean(axis=0), states.std(axis=0)
+    spread[spread == 0] = 1.0
+    features = np.column_stack((np.ones(len(labels)), *columns, (states - centre) / spread))
+    penalties = np.repeat([0.0, _IMAGE_PENALTY], [1 + len(signals), states.shape[1]])
+    weights = fit_logistic(features, _platt_targets(labels), penalties)
+    image = weights[1 + len(signals) :] / spread
+    by_name = dict(zip(signals, weights[1:].tolist(), strict=False))
     if by_name["log_odds"] <= 0:
         raise CannotCalibrateError("captions of likelier tokens are not more often right")
-    return Logistic(intercept, by_name)
+    if len(image):
+        by_name["image"] = 1.0
+    return Logistic(float(weights[0] - centre @ image), by_name), tuple(image.tolist())
 
 
 def _observations(
-    name: str, captions: Sequence[JudgedCaption], records: Sequence[Record]
+    name: str,
+    captions: Sequence[JudgedCaption],
+    records: Sequence[Record],
+    image: Sequence[float] = (),
 ) -> list[_Observation]:
-    """What a fit of this name learns from, or is measured on, with a record of words a caption."""
+    """What a fit of this name learns from, or is measured on.
+
+    Args:
+        name: of the fit.
+        captions: which.
+        records: of words, one for each caption.
+        image: as Calibration has it, where that is known already.
+    """
     found = []
     for caption, record in zip(captions, records, strict=True):
         evidence = caption.evidence
         if not name.startswith("grounded"):
             evidence = dataclasses.replace(evidence, token_groundings=None)
         if name.endswith("caption"):
-            found.append(_Observation(caption_signals(evidence, record), caption.right))
+            found.append(_Observation(caption_signals(evidence, record, image), caption.right))
         else:
             found += [
                 _Observation(word_signals(evidence, word, record), right)
@@ -256,7 +302,7 @@ def _fit_report(
 ) -> FitReport:
     fitted: Logistic = getattr(calibration, name)
     by_kind = {
-        kind: _observations(name, captions, [calibration.record] * len(captions))
+        kind: _observations(name, captions, [calibration.record] * len(captions), calibration.image)
         for kind, captions in measuring.items()
     }
     together = [each for observations in by_kind.values() for each in observations]
@@ -276,20 +322,35 @@ def _signal_auc(signal: str, observations: Sequence[_Observation]) -> float | No
     return _auc(values, np.array([each.right for each in observations], dtype=np.bool_))
 
 
-def fit_logistic(features: Float64Array, targets: Float64Array) -> Float64Array:
+def fit_logistic(
+    features: Float64Array, targets: Float64Array, penalties: Float64Array
+) -> Float64Array:
     """Fit a logistic regression by Newton's method.
 
     Args:
-        features: [n, k], linearly independent columns.
+        features: [n, k]; columns without a penalty are linearly independent.
         targets: [n], strictly between 0 and 1.
+        penalties: [k], 0 or more, each times half the square of its weight.
 
     Returns:
         [k], the weights with which logistic(features @ weights) comes closest to the targets in
-        cross-entropy.
+        cross-entropy, summed over the targets, with the penalties.
     """
+
+    def loss(weights: Float64Array) -> float:
+        log_odds = features @ weights
+        cross_entropy = np.logaddexp(0.0, log_odds) - targets * log_odds
+        return float(cross_entropy.sum() + penalties @ weights**2 / 2)
+
     weights = np.zeros(features.shape[1])
     for _ in range(_MOST_NEWTON_STEPS):
-        step = _newton_step(features, targets, weights)
+        predicted = _logistic(features @ weights)
+        gradient = features.T @ (predicted - targets) + penalties * weights
+        curvature = (features * (predicted * (1 - predicted))[:, None]).T @ features
+        step = -np.linalg.solve(curvature + np.diag(penalties), gradient)
+        # Halved until it lowers the loss: far from the best, full steps overshoot.
+        while loss(weights + step) > loss(weights):
+            step = step / 2
         weights = weights + step
         if np.abs(step).max() < _CONVERGED:
             break
@@ -321,27 +382,9 @@ def _platt_targets(labels: BoolArray) -> Float64Array:
     return np.where(labels, (right + 1) / (right + 2), 1 / (wrong + 2))
 
 
-def _newton_step(
-    features: Float64Array, targets: Float64Array, weights: Float64Array
-) -> Float64Array:
-    """A Newton step, halved until it lowers the loss: far from the best, full ones overshoot."""
-    predicted = _logistic(features @ weights)
-    gradient = features.T @ (predicted - targets)
-    curvature = (features * (predicted * (1 - predicted))[:, None]).T @ features
-    step: Float64Array = -np.linalg.solve(curvature, gradient)
-    present = _cross_entropy(features @ weights, targets)
-    while _cross_entropy(features @ (weights + step), targets) > present:
-        step = step / 2
-    return step
-
-
 def _logistic(log_odds: Float64Array) -> Float64Array:
     probabilities: Float64Array = 0.5 + 0.5 * np.tanh(0.5 * log_odds)
     return probabilities
-
-
-def _cross_entropy(log_odds: Float64Array, targets: Float64Array) -> float:
-    return float((np.logaddexp(0.0, log_odds) - targets * log_odds).sum())
 
 
 def _bins(confidence: Float64Array, labels: BoolArray) -> tuple[ReliabilityBin, ...]:

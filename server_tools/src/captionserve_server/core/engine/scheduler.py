@@ -211,6 +211,8 @@ class Scheduler:
         self._readings: deque[_Reading] = deque()
         # Slots whose requests have ended, and which the step model would not take back yet.
         self._owed: list[int] = []
+        # Mean encoder states, by slot, of those that will be read.
+        self._image_states: dict[int, tuple[float, ...]] = {}
         # Admitted, and without a token yet.
         self._fresh: list[Request] = []
 
@@ -310,7 +312,9 @@ class Scheduler:
         except Exception as error:  # Of whatever kind: it concerns these images and nobody else.
             return {request.key: _fault(error) for request in newcomers}
         ended: dict[Hashable, Outcome] = {}
-        for request, slot in zip(newcomers, slots.tolist(), strict=True):
+        for request, slot, own in zip(newcomers, slots.tolist(), states, strict=True):
+            if request.plan.options.wants_grounding:
+                self._image_states[slot] = tuple(own.mean(axis=0).tolist())
             try:
                 self._enter(request, slot)
             except Exception as error:
@@ -411,7 +415,8 @@ class Scheduler:
             (with_image,) = self._forced_logprobs(reading.slot, [reading])
         if not np.isfinite(with_image - without).all():
             return _no_numbers()
-        return grounded(reading.captions, plan, with_image, without)
+        image_state = self._image_states[reading.slot]
+        return grounded(reading.captions, plan, with_image, without, image_state)
 
     def _forced_logprobs(
         self, slot: int | None, readings: Sequence[_Reading]
@@ -495,6 +500,8 @@ class Scheduler:
         self._give_back(slots)
 
     def _give_back(self, slots: list[int]) -> None:
+        for slot in slots:
+            self._image_states.pop(slot, None)
         self._owed += slots
         if not self._owed:
             return

@@ -74,6 +74,7 @@ def grounded(
     plan: CaptionPlan,
     with_image: Float32Array,
     without: Float32Array,
+    image_state: tuple[float, ...] = (),
 ) -> list[DecodedCaption]:
     """The captions to be returned, with their groundings.
 
@@ -82,6 +83,7 @@ def grounded(
         plan: how they were decoded.
         with_image: log-probability of each token, caption after caption; the model's own.
         without: likewise, over no image.
+        image_state: as each of them has it.
 
     Returns:
         the best num_return_sequences; in their own order, or, where the plan reranks by grounding,
@@ -91,7 +93,7 @@ def grounded(
     ends = np.cumsum([len(caption.token_ids) for caption in captions])[:-1]
     differences = np.split(with_image - without, ends)
     found = [
-        dataclasses.replace(caption, token_groundings=tuple(own.tolist()))
+        dataclasses.replace(caption, token_groundings=tuple(own.tolist()), image_state=image_state)
         for caption, own in zip(captions, differences, strict=True)
     ]
     if plan.options.rerank == "grounding":
