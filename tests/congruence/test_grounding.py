@@ -52,6 +52,12 @@ class Truth:
         self._tokenizer = self._reference._tokenizer
 
     @torch.no_grad()
+    def image_state(self, image: Image.Image) -> list[float]:
+        """The mean of the encoder's states."""
+        found: list[float] = self._reference._encoded(image)[0].mean(dim=0).tolist()
+        return found
+
+    @torch.no_grad()
     def groundings(
         self, image: Image.Image, prefix: str, token_ids: tuple[int, ...]
     ) -> list[float]:
@@ -96,6 +102,9 @@ def test_groundings_equal_the_truth_alone_and_together(
                     assert found.token_groundings == pytest.approx(expected, abs=MOST_DIFFERENCE)
                     assert other.token_groundings == pytest.approx(expected, abs=MOST_DIFFERENCE)
                     assert found.grounding == pytest.approx(np.mean(expected), abs=MOST_DIFFERENCE)
+                    state = truth.image_state(image)
+                    assert found.image_state == pytest.approx(state, abs=MOST_DIFFERENCE)
+                    assert other.image_state == pytest.approx(state, abs=MOST_DIFFERENCE)
                 if options.get("rerank") == "grounding":
                     order = list(map(mixed, one.captions))
                     assert order == sorted(order, reverse=True), way
@@ -148,6 +157,7 @@ def test_a_caption_is_the_same_whether_its_grounding_is_asked_for(
         )
     assert plain.captions[0].token_groundings is None
     assert plain.captions[0].grounding is None
+    assert plain.captions[0].image_state == ()
     for one, other in zip(plain.captions, asked.captions, strict=True):
         assert other.token_groundings is not None
         assert (one.text, one.token_ids, one.score) == (other.text, other.token_ids, other.score)

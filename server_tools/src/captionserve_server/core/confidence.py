@@ -15,7 +15,6 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
-from operator import mul
 from typing import Any
 
 # Nearer to probability 0 or 1 than this, a mean log-probability in float32 says nothing more.
@@ -148,8 +147,11 @@ class Calibration:
     def as_values(self) -> dict[str, Any]:
         """What there is as JSON values: of each fit the intercept, and its weights by name."""
         fits = {name: fit for name in SIGNALS if (fit := getattr(self, name)) is not None}
-        values = {name: {"intercept": fit.intercept, **fit.weights} for name, fit in fits.items()}
-        return values | {_RECORDS: dict(self.records), _IMAGE: list(self.image)}
+        values: dict[str, Any] = {
+            name: {"intercept": fit.intercept, **fit.weights} for name, fit in fits.items()
+        }
+        values[_RECORDS] = dict(self.records)
+        return values | ({_IMAGE: list(self.image)} if self.image else {})
 
     def to_json(self) -> str:
         """Write as JSON."""
@@ -171,14 +173,15 @@ class Calibration:
             raise ValueError(
                 "is of an older captionserve; `captionserve calibrate` writes a new one"
             )
-        needed, known = {"caption", "word", _RECORDS, _IMAGE}, {*SIGNALS, _RECORDS, _IMAGE}
+        needed, known = {"caption", "word", _RECORDS}, {*SIGNALS, _RECORDS, _IMAGE}
         if not isinstance(values, dict) or not needed <= values.keys() <= known:
             raise ValueError(f"must be a JSON object of {', '.join(sorted(known))}")
-        image, objects = values[_IMAGE], [values[name] for name in values if name != _IMAGE]
-        if not all(isinstance(each, dict) and _are_numbers(each.values()) for each in objects):
-            raise ValueError(f"all but {_IMAGE} must be JSON objects of numbers")
+        image = values.get(_IMAGE, [])
         if not (isinstance(image, list) and _are_numbers(image)):
             raise ValueError(f"{_IMAGE} must be a JSON array of numbers")
+        objects = [values[name] for name in values if name != _IMAGE]
+        if not all(isinstance(each, dict) and _are_numbers(each.values()) for each in objects):
+            raise ValueError(f"all but {_IMAGE} must be JSON objects of numbers")
         fits = {name: _fit(name, values[name]) for name in SIGNALS if name in values}
         return cls(**fits, records=values[_RECORDS], image=tuple(image))
 
@@ -243,7 +246,9 @@ def caption_signals(
     if evidence.token_groundings is not None:
         signals["grounding"] = math.fsum(evidence.token_groundings) / len(evidence.token_groundings)
         signals["least_grounding"] = min(evidence.token_groundings)
-        signals[_IMAGE] = math.fsum(map(mul, image, evidence.image_state))
+        if image:
+            pairs = zip(image, evidence.image_state, strict=True)
+            signals[_IMAGE] = math.fsum(weight * number for weight, number in pairs)
     return signals
 
 

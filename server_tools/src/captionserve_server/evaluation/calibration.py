@@ -311,7 +311,7 @@ def _fit_report(
         calibrated=_reliability(fitted, together),
         by_kind={kind: _reliability(fitted, own) for kind, own in by_kind.items()},
         signals={
-            kind: {signal: _signal_auc(signal, own) for signal in SIGNALS[name]}
+            kind: {signal: _signal_auc(signal, own) for signal in fitted.weights}
             for kind, own in by_kind.items()
         },
     )

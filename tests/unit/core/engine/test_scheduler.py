@@ -309,7 +309,10 @@ def test_groundings_are_what_the_image_adds_to_the_models_own_log_probabilities(
     for caption in captions:
         if not plan.options.wants_grounding:
             assert caption.token_groundings is None
+            assert caption.image_state == ()
             continue
+        # Every number of every state of the fake's is that of the image.
+        assert caption.image_state == (image, image, image)
         history: tuple[int, ...] = (START, *plan.words.prefix)
         expected = []
         for token in caption.token_ids:

@@ -79,7 +79,8 @@ WITHOUT = np.array([-2.0, -1.5, -3.0, -1.0, -1.0], np.float32)
 
 def test_each_token_has_what_the_image_adds() -> None:
     plan = CaptionPlan(DecodingOptions(num_beams=3, num_return_sequences=3))
-    found = grounded(CAPTIONS, plan, WITH_IMAGE, WITHOUT)
+    found = grounded(CAPTIONS, plan, WITH_IMAGE, WITHOUT, (0.5, 2.0))
+    assert {each.image_state for each in found} == {(0.5, 2.0)}
     assert [each.token_groundings for each in found] == [(1.0, 0.5), (2.5,), (0.75, 0.75)]
     assert [each.grounding for each in found] == [0.75, 2.5, 0.75]
     assert [each.token_ids for each in found] == [each.token_ids for each in CAPTIONS]
