@@ -19,12 +19,12 @@ from captionserve_server.core.confidence import (
 from captionserve_server.evaluation.calibration import (
     CannotCalibrateError,
     JudgedCaption,
-    _fit,
-    _Observation,
-    _Tally,
+    Observation,
+    Tally,
     calibrate,
     fit_calibration,
     fit_logistic,
+    fit_to_signals,
     measure_reliability,
 )
 
@@ -135,13 +135,13 @@ def test_words_have_the_records_of_all_and_are_fitted_to_those_of_the_other_capt
         )
         for number, (text, right) in enumerate(said)
     ]
-    tally = _Tally.of(captions)
+    tally = Tally.of(captions)
     records = tally.records()
     assert set(records) == {"", "dog", "cat"}
     # Two words more, of which as many are right as of all: 4 of 7.
     assert records["dog"] == pytest.approx(math.log((2 + 8 / 7) / (1 + 6 / 7)))
     assert records[""] == pytest.approx(math.log(4 / 3))
-    without = tally.record_without(_Tally.of(captions[:1]))
+    without = tally.record_without(Tally.of(captions[:1]))
     assert without(SpokenWord("DOG", 0, 1)) == pytest.approx(math.log((1 + 8 / 7) / (1 + 6 / 7)))
     assert without(SpokenWord("cat", 0, 1)) == records["cat"]
 
@@ -149,10 +149,11 @@ def test_words_have_the_records_of_all_and_are_fitted_to_those_of_the_other_capt
 def test_captions_told_apart_without_fault_leave_a_doubt() -> None:
     captions = [judged([-0.01], True)] * 8 + [judged([-2.0], False)] * 8
     observations = [
-        _Observation(caption_signals(each.evidence, lambda word: 0.0), each.right)
+        Observation(caption_signals(each.evidence, lambda word: 0.0), each.right)
         for each in captions
     ]
-    fitted = _fit("caption", observations)
+    fitted, image = fit_to_signals(["log_odds"], observations)
+    assert image == ()
     # Platt's targets for 8 and 8: 9 / 10 and 1 / 10.
     assert fitted.confidence({"log_odds": log_odds(-0.01)}) == pytest.approx(0.9)
     assert fitted.confidence({"log_odds": log_odds(-2.0)}) == pytest.approx(0.1)

@@ -137,7 +137,7 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True)
-class _Observation:
+class Observation:
     """What a fit is given of a caption or a word, and whether that is right."""
 
     signals: Mapping[str, float]
@@ -173,29 +173,30 @@ def fit_calibration(captions: Sequence[JudgedCaption]) -> Calibration:
         CannotCalibrateError: unless there are right and wrong ones, and the right ones tend to have
             likelier tokens.
     """
-    tally = _Tally.of(captions)
-    records = [tally.record_without(_Tally.of([caption])) for caption in captions]
+    tally = Tally.of(captions)
+    records = [tally.record_without(Tally.of([caption])) for caption in captions]
     states = np.array([caption.evidence.image_state for caption in captions], np.float64)
     fits: dict[str, Logistic] = {}
     image: tuple[float, ...] = ()
     for name, signals in SIGNALS.items():
         observations = _observations(name, captions, records)
         if "image" in signals:
-            fits[name], image = _fit_with_image(name, observations, states)
+            known = [signal for signal in signals if signal != "image"]
+            fits[name], image = fit_to_signals(known, observations, states)
         else:
-            fits[name] = _fit(name, observations)
+            fits[name], _ = fit_to_signals(signals, observations)
     return Calibration(**fits, records=tally.records(), image=image)
 
 
 @dataclass(frozen=True)
-class _Tally:
+class Tally:
     """How often each word, in lower case, has been said, and right."""
 
     said: Counter[str]
     right: Counter[str]
 
     @classmethod
-    def of(cls, captions: Sequence[JudgedCaption]) -> _Tally:
+    def of(cls, captions: Sequence[JudgedCaption]) -> Tally:
         """That of captions."""
         tally = cls(Counter(), Counter())
         for caption in captions:
@@ -209,7 +210,7 @@ class _Tally:
         words = ("", *sorted(self.said))
         return {word: self._log_odds(self.said[word], self.right[word]) for word in words}
 
-    def record_without(self, own: _Tally) -> Record:
+    def record_without(self, own: Tally) -> Record:
         """What gives words their records, without those of a caption that is among these."""
 
         def record(word: SpokenWord) -> float:
@@ -227,29 +228,30 @@ class _Tally:
         return math.log(right + _FEW_WORDS * share) - math.log(wrong + _FEW_WORDS * (1 - share))
 
 
-def _fit(name: str, observations: Sequence[_Observation]) -> Logistic:
-    """Fit to signals that are all known."""
-    fitted, _ = _fit_with_image(name, observations, np.zeros((len(observations), 0)))
-    return fitted
-
-
-def _fit_with_image(
-    name: str, observations: Sequence[_Observation], states: Float64Array
+def fit_to_signals(
+    signals: Sequence[str],
+    observations: Sequence[Observation],
+    states: Float64Array | None = None,
 ) -> tuple[Logistic, tuple[float, ...]]:
-    """Fit to the signals, and find the one of the image.
+    """Fit a logistic function of signals, and find the one of the image.
 
     Args:
-        name: of the fit.
+        signals: which, "log_odds" among them.
         observations: what it learns from.
-        states: [observations, encoder width], mean encoder state of each; a width of 0 for none.
+        states: [observations, encoder width], mean encoder state of each; None for none.
 
     Returns:
-        the fit, in which the image has a weight of 1, and that of each number of its mean state.
+        the fit, in which the signal "image" has a weight of 1, and what each number of a mean state
+        adds to that signal; without states there is none.
+
+    Raises:
+        CannotCalibrateError: as `fit_calibration` does.
     """
+    if states is None:
+        states = np.zeros((len(observations), 0))
     labels = np.array([each.right for each in observations], dtype=np.bool_)
     if labels.all() or not labels.any():
         raise CannotCalibrateError("both right and wrong captions are needed")
-    signals = [signal for signal in SIGNALS[name] if signal != "image"]
     columns = [[each.signals[signal] for each in observations] for signal in signals]
     # What does not vary says nothing, and leaves the fit without a single best.
     if any(np.ptp(column) == 0 for column in columns):
@@ -273,7 +275,7 @@ def _observations(
     captions: Sequence[JudgedCaption],
     records: Sequence[Record],
     image: Sequence[float] = (),
-) -> list[_Observation]:
+) -> list[Observation]:
     """What a fit of this name learns from, or is measured on.
 
     Args:
@@ -288,10 +290,10 @@ def _observations(
         if not name.startswith("grounded"):
             evidence = dataclasses.replace(evidence, token_groundings=None)
         if name.endswith("caption"):
-            found.append(_Observation(caption_signals(evidence, record, image), caption.right))
+            found.append(Observation(caption_signals(evidence, record, image), caption.right))
         else:
             found += [
-                _Observation(word_signals(evidence, word, record), right)
+                Observation(word_signals(evidence, word, record), right)
                 for word, right in zip(evidence.words, caption.right_words, strict=True)
             ]
     return found
@@ -317,9 +319,9 @@ def _fit_report(
     )
 
 
-def _signal_auc(signal: str, observations: Sequence[_Observation]) -> float | None:
+def _signal_auc(signal: str, observations: Sequence[Observation]) -> float | None:
     values = np.array([each.signals[signal] for each in observations])
-    return _auc(values, np.array([each.right for each in observations], dtype=np.bool_))
+    return auc(values, np.array([each.right for each in observations], dtype=np.bool_))
 
 
 def fit_logistic(
@@ -367,12 +369,12 @@ def measure_reliability(confidences: Sequence[float], right: Sequence[bool]) -> 
         mean_confidence=float(confidence.mean()),
         expected_calibration_error=_expected_calibration_error(bins),
         brier_score=float(((confidence - labels) ** 2).mean()),
-        auc=_auc(confidence, labels),
+        auc=auc(confidence, labels),
         bins=bins,
     )
 
 
-def _reliability(fit: Logistic, observations: Sequence[_Observation]) -> Reliability:
+def _reliability(fit: Logistic, observations: Sequence[Observation]) -> Reliability:
     confidences = [fit.confidence(each.signals) for each in observations]
     return measure_reliability(confidences, [each.right for each in observations])
 
@@ -414,7 +416,16 @@ def _expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     return sum(distances) / sum(one.count for one in bins)
 
 
-def _auc(confidence: Float64Array, labels: BoolArray) -> float | None:
+def auc(confidence: Float64Array, labels: BoolArray) -> float | None:
+    """The chance that a right one has a higher confidence than a wrong one, ties counted half.
+
+    Args:
+        confidence: [n], or anything else that is ordered.
+        labels: bool [n], whether each is right.
+
+    Returns:
+        0..1; None unless there are right and wrong ones.
+    """
     right, wrong = confidence[labels], np.sort(confidence[~labels])
     if not len(right) or not len(wrong):
         return None
