@@ -253,7 +253,7 @@ def no_image(folder: Path, scenes: Sequence[JudgedScene]) -> dict[str, float | N
         least = []
         for scene in scenes:
             best = scene.said[0]
-            without = step_model.forced_logprobs(slot, forced_rows([((start,), best.token_ids)]))
+            without = step_model.forced_logprobs(slot, forced_rows([[((start,), best.token_ids)]]))
             least.append(float((np.array(best.token_logprobs) - without).min()))
         report[name] = auc(np.array(least), right)
     return report

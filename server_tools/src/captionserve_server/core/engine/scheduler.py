@@ -44,6 +44,7 @@ from captionserve_server.core.search import (
     start_search,
 )
 from captionserve_server.core.search.grounding import (
+    ROWS_TOGETHER,
     Text,
     forced_rows,
     grounded,
@@ -161,10 +162,11 @@ class _Reading:
     captions: list[DecodedCaption]
 
     @property
-    def tokens(self) -> int:
-        """Tokens of all captions: as many rows at most."""
+    def rows(self) -> int:
+        """Most rows that it takes: one for each token of all captions, and what fills them up."""
         given = self.request.plan.given_tokens
-        return sum(given + len(caption.token_ids) - 1 for caption in self.captions)
+        tokens = sum(given + len(caption.token_ids) - 1 for caption in self.captions)
+        return tokens + -tokens % ROWS_TOGETHER
 
     @property
     def certain_tokens(self) -> tuple[int, ...]:
@@ -385,7 +387,7 @@ class Scheduler:
         now: list[_Reading] = []
         rows = 0
         while self._readings:
-            rows += self._readings[0].tokens
+            rows += self._readings[0].rows
             if now and rows > self._limits.max_rows:
                 break
             now.append(self._readings.popleft())
@@ -423,7 +425,7 @@ class Scheduler:
     ) -> list[Float32Array]:
         """The model's own log-probabilities of what is read, over a slot's image or none."""
         start = self._vocabulary.special.start
-        rows = forced_rows([text for reading in readings for text in reading.texts(start)])
+        rows = forced_rows([reading.texts(start) for reading in readings])
         logprobs = self._step_model.forced_logprobs(slot, rows)
         lengths = [
             sum(len(caption.token_ids) for caption in reading.captions) for reading in readings
