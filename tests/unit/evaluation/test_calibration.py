@@ -118,8 +118,8 @@ def test_the_fit_finds_what_the_image_says_beside_the_signals() -> None:
     assert grounded.weights["log_odds"] == pytest.approx(0.7, rel=0.1)
     # What it says of all images on average is in the intercept: that all are right as often.
     confidences = [fitted.caption_confidence(each.evidence) for each in captions]
-    right = sum(each.right for each in captions) / len(captions)
-    assert np.mean(confidences) == pytest.approx(right, abs=0.005)
+    share = sum(each.right for each in captions) / len(captions)
+    assert np.mean(confidences) == pytest.approx(share, abs=0.005)
     report = calibrate(captions[:3000], {"others": captions[3000:]})
     fit = report.fits["grounded_caption"]
     assert set(fit.signals["others"]) == set(SIGNALS["grounded_caption"])
