@@ -6,6 +6,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -152,7 +153,7 @@ EDGES = [
 ]
 
 
-def refused_by_the_core(given: dict[str, Any]) -> set[str]:
+def refused_by_the_core(given: Mapping[str, Any]) -> set[str]:
     try:
         DecodingOptions().with_given(given)
     except InvalidOptionsError as error:

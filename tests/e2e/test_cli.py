@@ -43,15 +43,6 @@ def test_the_bundled_images_are_captioned_right(service: Callable[[str], ReadyRe
         assert re.search(rf"{re.escape(name)}: {re.escape(caption)} \(-?\d", process.stdout)
 
 
-def test_the_demo_shows_each_image_its_caption_and_score() -> None:
-    process = run("demo")
-    assert process.returncode == 0, process.stderr
-    lines = process.stdout.splitlines()
-    assert len(lines) == len(CAPTIONS)
-    for line, (name, caption) in zip(lines, CAPTIONS.items(), strict=True):
-        assert re.fullmatch(rf"{re.escape(name)}: {re.escape(caption)} \(score -?\d.*\)", line)
-
-
 def test_json_is_for_scripts(service: Callable[[str], ReadyReport], tmp_path: Path) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_text("no image")

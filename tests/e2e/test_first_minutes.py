@@ -111,7 +111,7 @@ def test_setting_up_says_so_first(project: Path) -> None:
     assert "--quiet" not in text
 
 
-def test_the_demo_says_what_it_does_at_every_moment() -> None:
+def test_the_demo_says_what_it_does_at_every_moment_and_captions_each_image() -> None:
     process = run("demo")
     assert process.returncode == 0, process.stderr
     begins = [
@@ -127,7 +127,11 @@ def test_the_demo_says_what_it_does_at_every_moment() -> None:
     ]
     places = [process.stderr.index(begin) for begin in begins]
     assert places == sorted(places)
-    assert process.stdout.count("(score ") == 7
+    captions = json.loads((ROOT / "demo" / "images" / "captions.json").read_text())
+    lines = process.stdout.splitlines()
+    assert len(lines) == len(captions) == 7
+    for line, (name, caption) in zip(lines, captions.items(), strict=True):
+        assert re.fullmatch(rf"{re.escape(name)}: {re.escape(caption)} \(score -?\d.*\)", line)
 
 
 @pytest.mark.parametrize("flag", ["--listen", "--metrics-listen", "--health-listen"])

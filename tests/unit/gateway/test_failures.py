@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
 from captionserve_server.core import errors
-from captionserve_server.gateway import caption_service
+from captionserve_server.gateway import conversion
 from captionserve_server.gateway.kserve import encode_strings
 from captionserve_server.gateway.status import CODES, DOMAIN, rpc_status
 from captionserve_server.triton import wire
@@ -249,7 +249,7 @@ def test_an_unexpected_exception_shows_nothing_of_itself(
     def explode(request: caption_pb2.CaptionRequest) -> None:
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr(caption_service, "decoder_message", explode)
+    monkeypatch.setattr(conversion, "decoder_message", explode)
     failure = failing(lambda triton: None)
     assert failure.code() is grpc.StatusCode.INTERNAL
     assert reason_of(failure) == "INTERNAL"

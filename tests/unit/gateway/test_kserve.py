@@ -16,6 +16,8 @@ from captionserve_server.gateway.kserve import (
     read_outputs,
 )
 from captionserve_server.triton.wire import DataType, ModelSpec, TensorSpec
+from hypothesis import given
+from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 
 E_ACUTE = "\N{LATIN SMALL LETTER E WITH ACUTE}"
@@ -36,20 +38,42 @@ def response_with(
 def test_a_request_has_its_model_its_id_its_time_and_its_inputs() -> None:
     first = InputTensor(TensorSpec("FIRST", "TYPE_STRING", (1,)), (1,), encode_strings([b"a"]))
     second = InputTensor(TensorSpec("SECOND", "TYPE_FP32", (3, -1, -1)), (3, 1, 1), bytes(12))
-    request = infer_request(
+    sent = infer_request(
         ModelSpec("a_model", (first.spec, second.spec), ()),
         [first, second],
         version=2,
         request_id="17",
-        timeout_microseconds=2_500_000,
+        parameters={"timeout": 2_500_000, "wants": True},
     )
+    request = service_pb2.ModelInferRequest.FromString(sent)
     assert (request.model_name, request.model_version, request.id) == ("a_model", "2", "17")
     assert request.parameters["timeout"].int64_param == 2_500_000
+    assert request.parameters["wants"].bool_param
     assert [(tensor.name, tensor.datatype, list(tensor.shape)) for tensor in request.inputs] == [
         ("FIRST", "BYTES", [1]),
         ("SECOND", "FP32", [3, 1, 1]),
     ]
     assert list(request.raw_input_contents) == [encode_strings([b"a"]), bytes(12)]
+
+
+@given(st.lists(st.sampled_from([0, 1, 127, 128, 2**14 - 1, 2**14, 2**21]), max_size=4))
+def test_a_request_is_what_protobuf_itself_writes(sizes: list[int]) -> None:
+    specs = [TensorSpec(f"T{at}", "TYPE_UINT8", (-1,)) for at in range(len(sizes))]
+    inputs = [
+        InputTensor(spec, (size,), bytes([at + 1]) * size)
+        for at, (spec, size) in enumerate(zip(specs, sizes, strict=True))
+    ]
+    sent = infer_request(
+        ModelSpec("a_model", tuple(specs), ()), inputs, version=1, request_id="", parameters={}
+    )
+    expected = service_pb2.ModelInferRequest(
+        model_name="a_model",
+        model_version="1",
+        raw_input_contents=[tensor.raw for tensor in inputs],
+    )
+    for tensor in inputs:
+        expected.inputs.add(name=tensor.spec.name, datatype="UINT8", shape=tensor.shape)
+    assert service_pb2.ModelInferRequest.FromString(sent) == expected
 
 
 @pytest.mark.parametrize(

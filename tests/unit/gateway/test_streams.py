@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import grpc
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from captionserve.v1 import caption_pb2
 from captionserve_server.core import errors
-from captionserve_server.gateway import caption_service
+from captionserve_server.gateway import caption_service, conversion
 from captionserve_server.gateway.kserve import encode_strings
 from captionserve_server.gateway.status import CODES
 from captionserve_server.triton import wire
@@ -275,14 +276,24 @@ def test_an_unnamed_early_stopping_is_refused() -> None:
     assert set(violations_of(failure)) == {"options.early_stopping"}
 
 
-@pytest.mark.parametrize("function", ["decoder_message", "caption_part", "turn_stage"])
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (conversion, "decoder_message"),
+        (caption_service, "caption_part"),
+        (caption_service, "turn_stage"),
+    ],
+)
 def test_an_unexpected_exception_shows_nothing_of_itself(
-    function: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    module: ModuleType,
+    function: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def explode(*_: object, **__: object) -> None:
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr(caption_service, function, explode)
+    monkeypatch.setattr(module, function, explode)
     _, failure = failing_stream(lambda triton: None)
     assert failure.code() is grpc.StatusCode.INTERNAL
     assert reason_of(failure) == "INTERNAL"

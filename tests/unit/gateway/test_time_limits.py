@@ -14,6 +14,7 @@ from captionserve_server.core.options import DecodingOptions
 from captionserve_server.gateway.cache import AnswerCache
 from captionserve_server.gateway.calls import Call
 from captionserve_server.gateway.caption_service import CaptionService
+from captionserve_server.gateway.conversion import decoder_message
 from captionserve_server.gateway.decoder_client import Answer, Description, TimeLimit
 from captionserve_server.gateway.identity import ANYBODY
 from captionserve_server.gateway.kserve import InputTensor, read_outputs
@@ -65,11 +66,11 @@ def limits_of(method: str, seconds_left: float, **options: Any) -> list[TimeLimi
         service = CaptionService(AnswerCache(0), GatewayMetrics(), Traces(None, ""), settings)
         service.connect(decoder, [Description(3, DecodingOptions(), 32, "fp32", (224, 224))])
         call = Call(ANYBODY, asyncio.get_running_loop().time() + seconds_left)
+        message = decoder_message(request_of(**options))
         if method == "Caption":
-            await service.caption(request_of(**options), call)
+            await service.caption(message, call)
             return
-        request = caption_pb2.StreamCaptionRequest(request=request_of(**options))
-        async for _ in service.stream_caption(request, call):
+        async for _ in service.stream_caption(message, call):
             pass
 
     asyncio.run(run())

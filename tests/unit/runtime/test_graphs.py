@@ -136,12 +136,14 @@ def test_outputs_are_written_where_they_are_wanted(repository: Path) -> None:
     top = opened(repository, wire.DECODER, files.TOP_GRAPH_FILE)
     logits = np.random.default_rng(0).normal(size=(3, 301)).astype(np.float32)
     inputs = {graph_tensors.LOGITS: logits, graph_tensors.CANDIDATE_RANKS: np.arange(4)}
-    wanted = np.zeros((3, 4), np.float32)
-    best, tokens = top.run(inputs, into={graph_tensors.BEST: wanted})
-    assert best is wanted
-    plain_best, plain_tokens = top.run(inputs)
-    np.testing.assert_array_equal(wanted, plain_best)
-    np.testing.assert_array_equal(tokens, plain_tokens)
+    wanted: dict[str, Array] = {
+        graph_tensors.BEST: np.zeros((3, 4), np.float32),
+        graph_tensors.BEST_TOKENS: np.zeros((3, 4), np.int64),
+    }
+    for written, array in zip(top.run(inputs, into=wanted), wanted.values(), strict=True):
+        assert written is array
+    for plain, array in zip(top.run(inputs), wanted.values(), strict=True):
+        np.testing.assert_array_equal(plain, array)
 
 
 def test_inputs_may_be_read_only_and_views(model_repository: Repositories) -> None:

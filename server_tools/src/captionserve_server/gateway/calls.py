@@ -32,7 +32,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 Context = grpc.aio.ServicerContext[Any, Any]
 # Generic in the type stubs only.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Request = TypeVar("Request", bound=Message)
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True)
@@ -94,26 +94,33 @@ class Calls:
         await self._idle.wait()
 
     def unary(
-        self, request: type[Request], behaviour: Callable[[Request, Call], Awaitable[Message]]
+        self, read: Callable[[bytes], Asked], behaviour: Callable[[Asked, Call], Awaitable[Message]]
     ) -> Handler:
-        """The handler of a method that answers once."""
+        """The handler of a method that answers once.
+
+        Args:
+            read: what a request's bytes ask; DecodeError if they are no message.
+            behaviour: answers it.
+        """
 
         async def handle(requests: AsyncIterator[bytes], context: Context) -> Message:
-            async with self._received(request, requests, context) as (message, call):
-                return await behaviour(message, call)
+            async with self._received(read, context) as (asked, call):
+                return await behaviour(asked, call)
 
         return grpc.stream_unary_rpc_method_handler(handle, None, _serialized)
 
     def streaming(
-        self, request: type[Request], behaviour: Callable[[Request, Call], AsyncIterator[Message]]
+        self,
+        read: Callable[[bytes], Asked],
+        behaviour: Callable[[Asked, Call], AsyncIterator[Message]],
     ) -> Handler:
-        """The handler of a method that answers with a stream."""
+        """The handler of a method that answers with a stream; arguments as of `unary`."""
 
         async def handle(
             requests: AsyncIterator[bytes], context: Context
         ) -> AsyncIterator[Message]:
-            async with self._received(request, requests, context) as (message, call):
-                answers: Any = behaviour(message, call)
+            async with self._received(read, context) as (asked, call):
+                answers: Any = behaviour(asked, call)
                 async with aclosing(answers):
                     async for answer in answers:
                         yield answer
@@ -160,22 +167,26 @@ class Calls:
 
     @asynccontextmanager
     async def _received(
-        self, request: type[Request], requests: AsyncIterator[bytes], context: Context
-    ) -> AsyncIterator[tuple[Request, Call]]:
-        """The call and its only message, with room for it while the block runs."""
+        self, read: Callable[[bytes], Asked], context: Context
+    ) -> AsyncIterator[tuple[Asked, Call]]:
+        """The call and what its only message asks, with room for it while the block runs."""
         self._begin(context)
         call = Call(self._identify(context), self._deadline(context))
         announced = _announced_bytes(context, self._max_message_bytes)
-        with self._room.taken(call.identity, announced) as takes:
-            raw = await _only_message(requests, call.seconds_left)
+
+        async def asked(takes: Callable[[int], None]) -> Asked:
+            # In here, so that its bytes are let go of once they are read.
+            raw = await _only_message(context, call.seconds_left)
             if len(raw) > announced:
                 raise InvalidRequestError(f"the request is larger than {SIZE_HEADER} says")
             takes(len(raw))
             try:
-                message = request.FromString(raw)
+                return read(raw)
             except DecodeError as error:
                 raise InvalidRequestError("the request is not a valid message") from error
-            yield message, call
+
+        with self._room.taken(call.identity, announced) as takes:
+            yield await asked(takes), call
 
     def _identify(self, context: Context) -> str:
         """Who calls; from here on in all lines that are logged for the call."""
@@ -223,13 +234,16 @@ def _request_id(context: Context) -> str:
     return uuid.uuid4().hex
 
 
-async def _only_message(requests: AsyncIterator[bytes], seconds: float) -> bytes:
+async def _only_message(context: Context, seconds: float) -> bytes:
+    # Not from the iterator of requests, which holds what it gave last until it is collected.
+    read: Awaitable[Any] = context.read()
     try:
-        return await asyncio.wait_for(requests.__anext__(), seconds)
-    except StopAsyncIteration as error:
-        raise InvalidRequestError("the call ended without a request") from error
+        raw = await asyncio.wait_for(read, seconds)
     except asyncio.TimeoutError as error:
         raise DeadlineExceededError("the deadline passed before the request was there") from error
+    if not isinstance(raw, bytes):
+        raise InvalidRequestError("the call ended without a request")
+    return raw
 
 
 def _serialized(message: Message) -> bytes:

@@ -30,7 +30,6 @@ from captionserve_server.gateway.conversion import (
     add_stages,
     caption_part,
     caption_response,
-    decoder_message,
     effective_options,
     limits_message,
     model_message,
@@ -186,18 +185,15 @@ class CaptionService:
             raise ModelUnavailableError(_STARTING)
         return self._decoder
 
-    async def caption(
-        self, request: caption_pb2.CaptionRequest, call: Call
-    ) -> caption_pb2.CaptionResponse:
+    async def caption(self, message: Message, call: Call) -> caption_pb2.CaptionResponse:
         """Describe one image.
 
         What would be the same the next time is remembered, and computed once for all who ask for it
         meanwhile. With bypass_cache it is computed for this call alone, and remembered as well.
         """
-        call = prioritised(call, request)
-        message = decoder_message(request)
-        description = self._described(request.model_version)
-        options = effective_options(description.defaults, request.options)
+        call = prioritised(call, message)
+        description = self._described(message.model_version)
+        options = effective_options(description.defaults, message)
         image = await image_digest(message.image)
         version, key = description.version, None
         if options.reproducible:
@@ -217,7 +213,7 @@ class CaptionService:
             bulk=call.bulk,
             deadline=call.deadline,
         )
-        if key is None or request.bypass_cache:
+        if key is None or message.bypass_cache:
             computed, _ = await self._captions.run(
                 object(), lambda: self._caption(work), call.seconds_left, admit=admit
             )
@@ -244,13 +240,12 @@ class CaptionService:
         return own
 
     async def stream_caption(
-        self, request: caption_pb2.StreamCaptionRequest, call: Call
+        self, message: Message, call: Call
     ) -> AsyncIterator[caption_pb2.StreamCaptionResponse]:
         """Describe one image, word by word; neither remembered nor shared."""
-        call = prioritised(call, request.request)
-        message = decoder_message(request.request)
-        description = self._described(request.request.model_version)
-        options = effective_options(description.defaults, request.request.options)
+        call = prioritised(call, message)
+        description = self._described(message.model_version)
+        options = effective_options(description.defaults, message)
         inputs = message.inputs(stream=True)
         image = await image_digest(message.image)
         async with AsyncExitStack() as stack:
@@ -353,11 +348,9 @@ def _answered(computed: Captioned, options: DecodingOptions) -> caption_pb2.Capt
     return own
 
 
-def prioritised(call: Call, request: caption_pb2.CaptionRequest) -> Call:
-    """The call with the priority that its request asks for, if it does."""
-    if request.priority == caption_pb2.PRIORITY_UNSPECIFIED:
-        return call
-    return dataclasses.replace(call, bulk=request.priority == caption_pb2.PRIORITY_BULK)
+def prioritised(call: Call, message: Message) -> Call:
+    """The call with the priority that its message asks for, if it does."""
+    return call if message.bulk is None else dataclasses.replace(call, bulk=message.bulk)
 
 
 def _time_limit(message: Message, deadline: float) -> TimeLimit:

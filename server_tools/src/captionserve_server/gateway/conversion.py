@@ -67,19 +67,30 @@ _FLOAT32_BYTES = 4
 _REMEMBERED_BYTES = 1024
 
 
-@dataclass
+@dataclass(frozen=True)
 class Message:
     """What a caller asks, as the decoder takes it.
+
+    It holds nothing of the protobuf message that it was read from, so that this can be let go of: a
+    picture would else be in memory twice for as long as its call lasts.
 
     Attributes:
         image: the picture.
         framing: what is asked of it.
         given: the options that the caller set, as plain JSON values.
+        raw_options: the same as protobuf writes them.
+        model_version: which one is asked; 0 for the default.
+        bulk: whether it comes behind what is interactive; None where the caller does not say.
+        bypass_cache: whether it is to be computed anew.
     """
 
     image: InputTensor
     framing: Framing
-    given: dict[str, Any]
+    given: Mapping[str, Any]
+    raw_options: bytes
+    model_version: int
+    bulk: bool | None
+    bypass_cache: bool
 
     def inputs(self, *, stream: bool = False) -> list[InputTensor]:
         """All inputs of the decoder; with `stream` it also tells words as they become certain."""
@@ -105,7 +116,29 @@ def decoder_message(request: caption_pb2.CaptionRequest) -> Message:
     image, framing = _image(request.image), _framing(request)
     if image.spec is wire.PIXEL_VALUES:
         framing.refuse_for_pixel_values()
-    return Message(image, framing, _given_options(request.options))
+    return Message(
+        image=image,
+        framing=framing,
+        given=_given_options(request.options),
+        raw_options=request.options.SerializeToString(),
+        model_version=request.model_version,
+        bulk=(
+            None
+            if request.priority == caption_pb2.PRIORITY_UNSPECIFIED
+            else request.priority == caption_pb2.PRIORITY_BULK
+        ),
+        bypass_cache=request.bypass_cache,
+    )
+
+
+def caption_message(raw: bytes) -> Message:
+    """What a CaptionRequest asks; raises as `decoder_message`, and DecodeError."""
+    return decoder_message(caption_pb2.CaptionRequest.FromString(raw))
+
+
+def stream_message(raw: bytes) -> Message:
+    """What a StreamCaptionRequest asks; raises likewise."""
+    return decoder_message(caption_pb2.StreamCaptionRequest.FromString(raw).request)
 
 
 def _framing(request: caption_pb2.CaptionRequest) -> Framing:
@@ -161,25 +194,21 @@ def _given_options(options: caption_pb2.GenerationOptions) -> dict[str, Any]:
     return given
 
 
-def effective_options(
-    defaults: DecodingOptions, options: caption_pb2.GenerationOptions
-) -> DecodingOptions:
+def effective_options(defaults: DecodingOptions, message: Message) -> DecodingOptions:
     """A checkpoint's defaults with a caller's options in their places.
 
     Raises:
         InvalidOptionsError: if they cannot be obeyed.
     """
-    raw = options.SerializeToString()
-    if len(raw) > _REMEMBERED_BYTES:
-        return defaults.with_given(_given_options(options))
-    return _remembered_options(defaults, raw)
+    if len(message.raw_options) > _REMEMBERED_BYTES:
+        return defaults.with_given(message.given)
+    return _remembered_options(defaults, message.raw_options)
 
 
 # Callers ask with the same options again and again; checking them all takes as long as gRPC's part.
 @functools.lru_cache(maxsize=1024)
-def _remembered_options(defaults: DecodingOptions, options: bytes) -> DecodingOptions:
-    given = _given_options(caption_pb2.GenerationOptions.FromString(options))
-    return defaults.with_given(given)
+def _remembered_options(defaults: DecodingOptions, raw: bytes) -> DecodingOptions:
+    return defaults.with_given(_given_options(caption_pb2.GenerationOptions.FromString(raw)))
 
 
 def caption_part(outputs: Outputs) -> caption_pb2.CaptionPart:

@@ -8,13 +8,13 @@ import itertools
 import json
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from captionserve_server.core.errors import (
     CancelledError,
@@ -43,6 +43,7 @@ _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
 ]
 
+_STREAM_METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 # As many as the decoder has work for at once; a call beyond them opens a stream and closes it.
 _KEPT_STREAMS = 64
 # Asks Triton to say when a model has ended without an answer, and marks its last response.
@@ -130,7 +131,11 @@ class DecoderClient:
     def __init__(self, address: str) -> None:
         """Prepare a channel to host:port; it connects with the first call."""
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # Not the stub's, which would take messages: requests are bytes already.
+        self._open_stream: Callable[[], _Stream] = self._channel.stream_stream(
+            _STREAM_METHOD,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
         self._idle: list[_Stream] = []
         self._calls: set[_Call] = set()
         self._no_calls = asyncio.Event()
@@ -190,16 +195,9 @@ class DecoderClient:
         Closing the generator cancels the work in Triton. Arguments and errors are those of
         `caption`.
         """
-        request = infer_request(
-            wire.DECODER,
-            inputs,
-            version=version,
-            request_id=f"{self._id_prefix}-{next(self._id_numbers)}",
-            timeout_microseconds=int(time_limit.model_seconds * 1e6),
-        )
-        request.parameters[_WANT_FINAL].bool_param = True
         kept = self._take_idle()
-        call = _Call(kept or self._stub.ModelStreamInfer(), request.id)
+        request_id = f"{self._id_prefix}-{next(self._id_numbers)}"
+        call = _Call(kept or self._open_stream(), request_id)
         self._calls.add(call)
         self._no_calls.clear()
         timer = asyncio.get_running_loop().call_later(time_limit.call_seconds, call.expire)
@@ -207,7 +205,16 @@ class DecoderClient:
             if kept is None:
                 # Cancelling a stream does not wake who waits for its connection.
                 await _connected(call.stream, time_limit.call_seconds)
-            await call.send(request)
+            parameters = {"timeout": int(time_limit.model_seconds * 1e6), _WANT_FINAL: True}
+            await call.send(
+                infer_request(
+                    wire.DECODER,
+                    inputs,
+                    version=version,
+                    request_id=request_id,
+                    parameters=parameters,
+                )
+            )
             while not call.ended:
                 yield await call.next_answer()
         except grpc.aio.AioRpcError as error:
@@ -298,8 +305,8 @@ class _Call:
         self.expired = True
         self.stream.cancel()
 
-    async def send(self, request: service_pb2.ModelInferRequest) -> None:
-        """Send the call's only message."""
+    async def send(self, request: bytes) -> None:
+        """Send the call's only message, a ModelInferRequest."""
         try:
             await self.stream.write(request)
         except grpc.aio.AioRpcError as error:

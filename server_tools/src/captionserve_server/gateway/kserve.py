@@ -52,25 +52,50 @@ def infer_request(
     *,
     version: int,
     request_id: str,
-    timeout_microseconds: int,
-) -> service_pb2.ModelInferRequest:
-    """A request with these inputs.
+    parameters: Mapping[str, int | bool],
+) -> bytes:
+    """A ModelInferRequest with these inputs, serialised.
+
+    The message is made without the inputs' bytes, which are put behind it as protobuf would: what
+    is read one after the other is one message. So a picture of many megabytes is copied once, and
+    not into the message and from there again.
 
     Args:
         model: whom to ask.
         inputs: those that are given.
         version: of the model.
         request_id: names the request in Triton's logs.
-        timeout_microseconds: the time left, for Triton's queues and the model itself.
+        parameters: of the request; numbers are of 64 bits.
     """
     request = service_pb2.ModelInferRequest(
         model_name=model.name, model_version=str(version), id=request_id
     )
-    request.parameters["timeout"].int64_param = timeout_microseconds
+    for name, value in parameters.items():
+        if isinstance(value, bool):
+            request.parameters[name].bool_param = value
+        else:
+            request.parameters[name].int64_param = value
+    contents: list[bytes] = []
     for spec, shape, raw in inputs:
         request.inputs.add(name=spec.name, datatype=kserve_type(spec.data_type), shape=shape)
-        request.raw_input_contents.append(raw)
-    return request
+        contents += (_RAW_CONTENTS_TAG, _varint(len(raw)), raw)
+    return b"".join((request.SerializeToString(), *contents))
+
+
+def _varint(number: int) -> bytes:
+    """A number as protobuf writes it: 7 bits a byte, the lowest first, plus 128 if more follow."""
+    written = bytearray()
+    while number > 0x7F:
+        written.append(number & 0x7F | 0x80)
+        number >>= 7
+    written.append(number)
+    return bytes(written)
+
+
+# The field's number, and 2 for what has a length; one byte, as of every field before the 16th.
+_RAW_CONTENTS_TAG = bytes(
+    [service_pb2.ModelInferRequest.DESCRIPTOR.fields_by_name["raw_input_contents"].number << 3 | 2]
+)
 
 
 def read_outputs(

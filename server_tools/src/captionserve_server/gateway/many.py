@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 from captionserve.v1 import caption_pb2
 from google.protobuf.message import DecodeError
 
 from captionserve_server.core.errors import CaptionServeError, InvalidRequestError
+from captionserve_server.gateway.conversion import Message, decoder_message
 from captionserve_server.gateway.status import google_status
 
 _log = logging.getLogger(__name__)
@@ -18,8 +20,48 @@ _log = logging.getLogger(__name__)
 MAX_ID_CHARACTERS = 128
 _ADVICE = caption_pb2.CaptionManyResponse(drain=caption_pb2.Drain())
 
-Answer = Callable[[caption_pb2.CaptionManyRequest, int], Awaitable[caption_pb2.CaptionResponse]]
-"""Captions an item, whose message had so many bytes; raises CaptionServeError."""
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a call.
+
+    Attributes:
+        id: the caller's name for it; empty where it has none that could be told.
+        asked: what is asked of it, or why nothing can be.
+        size: bytes that its message had.
+        seconds: how long it may take; None where the caller does not say.
+    """
+
+    id: str
+    asked: Message | CaptionServeError
+    size: int
+    seconds: float | None = None
+
+    @classmethod
+    def of(cls, raw: bytes) -> Item:
+        """Read a CaptionManyRequest, of which nothing is held."""
+        try:
+            item = caption_pb2.CaptionManyRequest.FromString(raw)
+        except DecodeError:
+            return cls("", InvalidRequestError("the item is not a valid message"), len(raw))
+        if not 0 < len(item.id) <= MAX_ID_CHARACTERS:
+            text = f"an item needs an id of up to {MAX_ID_CHARACTERS} characters"
+            return cls("", InvalidRequestError(text), len(raw))
+        seconds = item.timeout.ToMilliseconds() / 1e3 if item.HasField("timeout") else None
+        try:
+            return cls(item.id, decoder_message(item.request), len(raw), seconds)
+        except Exception as error:  # Of whatever kind: it is this item's alone.
+            return cls(item.id, _own(error), len(raw), seconds)
+
+    def message(self) -> Message:
+        """What is asked; CaptionServeError if that is nothing that can be answered."""
+        if isinstance(self.asked, CaptionServeError):
+            raise self.asked
+        return self.asked
+
+
+Answer = Callable[[Item], Awaitable[caption_pb2.CaptionResponse]]
+"""Captions an item; raises CaptionServeError."""
 
 
 class ManyCaptions:
@@ -83,27 +125,22 @@ class ManyCaptions:
             while True:
                 await self._places.acquire()
                 try:
-                    raw = await self._requests.__anext__()
+                    item = Item.of(await self._requests.__anext__())
                 except StopAsyncIteration:
                     break
-                item = asyncio.create_task(self._serve(raw))
-                self._items.add(item)
-                item.add_done_callback(self._items.discard)
+                serving = asyncio.create_task(self._serve(item))
+                self._items.add(serving)
+                serving.add_done_callback(self._items.discard)
             await asyncio.gather(*self._items, return_exceptions=True)
         finally:
             self._said.put_nowait(None)
 
-    async def _serve(self, raw: bytes) -> None:
-        result = caption_pb2.ItemResult()
+    async def _serve(self, item: Item) -> None:
+        result = caption_pb2.ItemResult(id=item.id)
         try:
-            item = _item(raw)
-            result.id = item.id
-            result.response.CopyFrom(await self._answer(item, len(raw)))
-        except CaptionServeError as error:
-            result.error.CopyFrom(google_status(error))
-        except Exception:
-            _log.exception("an item failed")
-            result.error.CopyFrom(google_status(CaptionServeError("the server failed")))
+            result.response.CopyFrom(await self._answer(item))
+        except Exception as error:
+            result.error.CopyFrom(google_status(_own(error)))
         self._said.put_nowait(caption_pb2.CaptionManyResponse(result=result))
 
     async def _advise(self) -> None:
@@ -113,11 +150,9 @@ class ManyCaptions:
         self._said.put_nowait(_ADVICE)
 
 
-def _item(raw: bytes) -> caption_pb2.CaptionManyRequest:
-    try:
-        item = caption_pb2.CaptionManyRequest.FromString(raw)
-    except DecodeError as error:
-        raise InvalidRequestError("the item is not a valid message") from error
-    if not 0 < len(item.id) <= MAX_ID_CHARACTERS:
-        raise InvalidRequestError(f"an item needs an id of up to {MAX_ID_CHARACTERS} characters")
-    return item
+def _own(error: Exception) -> CaptionServeError:
+    """The error, where it is one of ours; any other is logged, and shows nothing of itself."""
+    if isinstance(error, CaptionServeError):
+        return error
+    _log.error("an item failed", exc_info=error)
+    return CaptionServeError("the server failed")

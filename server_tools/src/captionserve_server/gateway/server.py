@@ -17,6 +17,7 @@ from captionserve_server.gateway.cache import AnswerCache
 from captionserve_server.gateway.calls import Calls
 from captionserve_server.gateway.canary import canary
 from captionserve_server.gateway.caption_service import SERVICE_NAME, CaptionService, read_answer
+from captionserve_server.gateway.conversion import caption_message, stream_message
 from captionserve_server.gateway.credentials import CertificatePaths, ServerCertificates
 from captionserve_server.gateway.decoder_client import DecoderClient, TimeLimit
 from captionserve_server.gateway.identity import Identities
@@ -25,7 +26,7 @@ from captionserve_server.gateway.interceptors import (
     IdentityInterceptor,
     ObservingInterceptor,
 )
-from captionserve_server.gateway.many import ManyCaptions
+from captionserve_server.gateway.many import Item, ManyCaptions
 from captionserve_server.gateway.metrics import GatewayMetrics, MetricsServer
 from captionserve_server.gateway.status import code_of
 from captionserve_server.settings import Settings
@@ -270,14 +271,11 @@ class Gateway:
     def _caption_handlers(self) -> grpc.GenericRpcHandler:
         calls, service = self._calls, self._service
 
-        async def answer_item(
-            item: caption_pb2.CaptionManyRequest, item_bytes: int, identity: str
-        ) -> caption_pb2.CaptionResponse:
-            asked = item.timeout.ToMilliseconds() / 1e3 if item.HasField("timeout") else None
+        async def answer_item(item: Item, identity: str) -> caption_pb2.CaptionResponse:
             with self.metrics.call(_ITEM) as record:
                 try:
-                    with calls.item(identity, item_bytes, asked) as call:
-                        return await service.caption(item.request, call)
+                    with calls.item(identity, item.size, item.seconds) as call:
+                        return await service.caption(item.message(), call)
                 except BaseException as error:
                     record.code = code_of(error)
                     raise
@@ -296,11 +294,9 @@ class Gateway:
 
         handlers = {
             "CaptionMany": calls.many(caption_many),
-            "GetModels": calls.unary(caption_pb2.GetModelsRequest, service.models),
-            "Caption": calls.unary(caption_pb2.CaptionRequest, service.caption),
-            "StreamCaption": calls.streaming(
-                caption_pb2.StreamCaptionRequest, service.stream_caption
-            ),
+            "GetModels": calls.unary(caption_pb2.GetModelsRequest.FromString, service.models),
+            "Caption": calls.unary(caption_message, service.caption),
+            "StreamCaption": calls.streaming(stream_message, service.stream_caption),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 

@@ -16,7 +16,7 @@ class Graph(Protocol):
     def run(
         self, inputs: Mapping[str, Array], into: Mapping[str, Array] | None = None
     ) -> list[Array]:
-        """All outputs, in the graph's order; those named in `into` are written there."""
+        """All outputs, in the graph's order, which are written to the arrays of `into`, if any."""
 
 
 class NamedGraph(Graph, Protocol):

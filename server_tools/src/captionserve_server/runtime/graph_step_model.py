@@ -39,7 +39,7 @@ class GraphStepModel:
         self.graphs = graphs
         self._geometry = geometry
         self._cache = KVCache(geometry, capacity)
-        # Where the large outputs of every step are written, so that their pages are touched once.
+        # Where the outputs of every step are written, so that their pages are touched once.
         self._pages: dict[str, Float32Array] = {}
 
     @property
@@ -89,8 +89,8 @@ class GraphStepModel:
         cache.descend(row_places, requests.parents, rows)
         inputs = self._inputs(row_places, rows, requests.tokens)
         count = len(rows)
-        large = self._large_outputs(max(count, _FEWEST_ROWS))
-        logits, normalisers, attention, projections = self.graphs.step.run(inputs, into=large)
+        outputs = self._outputs(max(count, _FEWEST_ROWS))
+        logits, normalisers, attention, projections = self.graphs.step.run(inputs, into=outputs)
         cache.append(row_places, rows, *self._keys_and_values(projections, count))
         logprobs, tokens, probes = select(logits[:count], normalisers[:count], requests, self._top)
         return StepAnswer(logprobs, tokens, probes, attention[requests.attention_rows])
@@ -116,7 +116,7 @@ class GraphStepModel:
         nothing = np.zeros((1, self._geometry.heads, 0, self._geometry.head_dim), np.float32)
         inputs |= dict.fromkeys(names.self_names(layers), nothing)
         logits, normalisers, *_ = self.graphs.step.run(
-            _doubled_if_alone(inputs), into=self._large_outputs(max(count, _FEWEST_ROWS))
+            _doubled_if_alone(inputs), into=self._outputs(max(count, _FEWEST_ROWS))
         )
         logprobs: Float32Array = (
             logits[rows.probe_rows, rows.probe_tokens] - normalisers[rows.probe_rows]
@@ -150,11 +150,13 @@ class GraphStepModel:
         inputs |= dict(zip(names.self_names(layers), cache.remembered(count), strict=True))
         return _doubled_if_alone(inputs)
 
-    def _large_outputs(self, rows: int) -> dict[str, Float32Array]:
-        """Where a step of so many rows is to write logits and projections."""
+    def _outputs(self, rows: int) -> dict[str, Float32Array]:
+        """Where a step of so many rows is to write."""
         of = self._geometry
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             names.LOGITS: (rows, of.vocabulary_size),
+            names.LOG_NORMALISERS: (rows,),
+            names.ATTENTION: (rows, of.image_tokens),
             names.NEW_PROJECTIONS: (of.layers * rows, 3 * of.heads * of.head_dim),
         }
         return {name: self._kept_pages(name, shape) for name, shape in shapes.items()}

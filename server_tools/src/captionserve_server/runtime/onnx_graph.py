@@ -51,23 +51,16 @@ class OnnxGraph:
 
         Args:
             inputs: C-contiguous arrays by name; they are read where they lie.
-            into: arrays that outputs of theirs names, shapes and types are written to.
+            into: arrays of the outputs' names, shapes and types, one for each, which are written.
         """
-        if not into:
+        if into is None:
             outputs: list[Array] = self._session.run(None, dict(inputs))
             return outputs
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name in self.output_names:
-            if name in into:
-                _bind_output(binding, name, into[name])
-            else:
-                binding.bind_output(name)
+        written = [into[name] for name in self.output_names]
+        for name, array in zip(self.output_names, written, strict=True):
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self._session.run_with_iobinding(binding)
-        values = zip(self.output_names, binding.get_outputs(), strict=True)
-        return [into[name] if name in into else value.numpy() for name, value in values]
-
-
-def _bind_output(binding: onnxruntime.IOBinding, name: str, array: Array) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return written

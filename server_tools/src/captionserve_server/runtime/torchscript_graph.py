@@ -55,7 +55,7 @@ class TorchScriptGraph:
 
         Args:
             inputs: arrays by name; they are read where they lie.
-            into: arrays that outputs of their names are copied to.
+            into: arrays of the outputs' names, shapes and types, one for each, which are written.
         """
         arguments = [torch.from_numpy(inputs[name]) for name in self.input_names]
         # Optimised execution profiles the first runs and compiles anew, which takes seconds; for
@@ -63,16 +63,11 @@ class TorchScriptGraph:
         plainly = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
         with torch.inference_mode(), plainly:
             answer = self._module(*arguments)
-        outputs = [answer] if isinstance(answer, Tensor) else answer
-        return [
-            _placed(output.numpy(), (into or {}).get(name))
-            for name, output in zip(self.output_names, outputs, strict=True)
-        ]
-
-
-def _placed(output: Array, target: Array | None) -> Array:
-    """The output, in the target's memory where there is one."""
-    if target is None:
-        return output
-    np.copyto(target, output, casting="no")
-    return target
+        tensors = [answer] if isinstance(answer, Tensor) else answer
+        outputs = [tensor.numpy() for tensor in tensors]
+        if into is None:
+            return outputs
+        written = [into[name] for name in self.output_names]
+        for array, output in zip(written, outputs, strict=True):
+            np.copyto(array, output, casting="no")
+        return written

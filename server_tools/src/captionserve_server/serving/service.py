@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from captionserve_server.gateway.server import Gateway
 from captionserve_server.runtime.model_repository import what_is_missing
 from captionserve_server.serving.installation import find_triton
+from captionserve_server.serving.malloc import give_requests_back
 from captionserve_server.serving.ready import ReadyFile, ReadyReport
 from captionserve_server.serving.supervisor import Supervisor
 from captionserve_server.serving.triton_log import TritonLog
@@ -70,6 +71,7 @@ async def serve(settings: Settings, on_ready: Callable[[ReadyReport], None]) -> 
         raise NoModelRepositoryError(wrong)
     signals = _Signals()
     signals.obey()
+    give_requests_back()
     ready = _Announcement(ReadyFile(settings.ready_file), on_ready)
     installation = find_triton(settings.tritonserver)
     with (

@@ -19,6 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from captionserve_server.runtime.heartbeat import HEARTBEAT_FOLDER_VARIABLE
 from captionserve_server.serving.installation import TritonInstallation
+from captionserve_server.serving.malloc import TRITON_TUNABLES
 from captionserve_server.serving.private_folder import PrivateFolder
 from captionserve_server.serving.process_watch import ProcessWatch
 from captionserve_server.serving.triton_log import TritonLog
@@ -33,16 +34,6 @@ _EXIT_SECONDS = 10
 _GOODBYE_SECONDS = 5
 END_SECONDS = _EXIT_SECONDS + _GOODBYE_SECONDS
 """How long a Triton takes to end, at most; what a container gets for its end follows from it."""
-# Has malloc ask for transparent huge pages, and give a picture's memory back, which Pillow takes in
-# blocks of 16 MiB: glibc's own threshold rises to what was freed, and each thread then keeps the
-# largest picture it ever had. Other C libraries ignore it, and older ones the first.
-_MALLOC = ":".join(
-    (
-        "glibc.malloc.hugetlb=1",
-        f"glibc.malloc.mmap_threshold={15 << 20}",
-        f"glibc.malloc.trim_threshold={16 << 20}",
-    )
-)
 # What callers of Triton itself may say to models: of which trace they are.
 _TRACE_HEADERS = f"({'|'.join(TRACE_HEADERS)})"
 # Becomes the program that it is given, and has the kernel end that with the thread that started it,
@@ -221,12 +212,11 @@ def _environment(installation: TritonInstallation) -> dict[str, str]:
 
     The stub embeds a Python of its own. It ignores PYTHONPATH and PYTHONHOME, but looks for
     `python3` on PATH and takes the virtual environment that it finds there, which must be this one.
-    With huge pages a lone step, which reads all weights for a few rows, takes 7 % less in int8. The
-    environment's own settings come last and prevail.
+    The environment's own settings come last and prevail.
     """
     libraries = [str(folder) for folder in installation.library_folders]
     return os.environ | {
-        "GLIBC_TUNABLES": _joined(_MALLOC, os.environ.get("GLIBC_TUNABLES", "")),
+        "GLIBC_TUNABLES": _joined(TRITON_TUNABLES, os.environ.get("GLIBC_TUNABLES", "")),
         "LD_LIBRARY_PATH": _joined(*libraries, os.environ.get("LD_LIBRARY_PATH", "")),
         "PATH": _joined(str(Path(sys.executable).parent), os.environ.get("PATH", "")),
     }
