@@ -351,7 +351,7 @@ def test_a_cached_hub_checkpoint_without_calibration_loads_offline(
         raise LocalEntryNotFoundError(f"no network, and {name} is not in the cache")
 
     monkeypatch.setattr(checkpoint_module, "hf_hub_download", offline)
-    assert checkpoint_module._load_calibration("someone/a-captioner") == Calibration()
+    assert checkpoint_module._load_calibration("someone/a-captioner", 48) == Calibration()
 
 
 @pytest.mark.parametrize("name", ["no such folder", "demo/no/such/folder"])
