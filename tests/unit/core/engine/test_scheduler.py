@@ -204,6 +204,8 @@ def test_every_caption_ends_once_and_does_not_depend_on_its_company(
         assert step < 1000, "the scheduler does not come to an end"
 
     assert model.histories == {}
+    # Of images that nobody reads nothing is kept.
+    assert scheduler._image_states == {}
     assert finished.keys() | abandoned == set(range(len(arrivals)))
     assert not finished.keys() & abandoned
     for name, outcome in finished.items():
