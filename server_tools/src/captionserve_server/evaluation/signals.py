@@ -2,8 +2,8 @@
 
     python -m captionserve_server.evaluation.signals MODEL_REPOSITORY [--fit-scenes N] [--scenes N]
 
-Prints JSON. Every figure named auc is of scenes that its fit did not see: areas under the ROC curve
-among the captions of the unseen style.
+Prints JSON: areas under the ROC curve (AUC) among the captions, or words, of scenes of the unseen
+style that no fit has seen, and shares of right captions.
 """
 
 from __future__ import annotations
@@ -226,9 +226,9 @@ def who_knows_what_is_shown(scenes: Scenes) -> float | None:
 
     shown, right = Counter[ObjectFact](), Counter[ObjectFact]()
     for scene in scenes.strange:
-        for fact, is_right in named(scene):
+        for fact, was_named in named(scene):
             shown[fact] += 1
-            right[fact] += is_right
+            right[fact] += was_named
     chances = [
         math.fsum(math.log((right[fact] + 0.5) / (shown[fact] + 1)) for fact, _ in named(scene))
         for scene in scenes.measured
