@@ -22,7 +22,7 @@ _SHARED_MESSAGES = 4
 _SHARED_SLOT_MEGABYTES = 2
 _MODEL_MEGABYTES = 1100
 _SMALL_MODEL_MEGABYTES = 400
-_COPIES_OF_REQUESTS = 20
+COPIES_OF_REQUESTS = 8
 
 _ALLOWED_VOLUMES = {
     "configMap",
@@ -188,7 +188,7 @@ def memory_megabytes(settings: Settings, *, small_model: bool = False) -> int:
         (_SMALL_MODEL_MEGABYTES if small_model else _MODEL_MEGABYTES)
         + settings.cache_megabytes
         + settings.decode_megabytes
-        + _COPIES_OF_REQUESTS * settings.max_request_megabytes
+        + COPIES_OF_REQUESTS * settings.max_request_megabytes
     )
 
 
