@@ -29,7 +29,7 @@ ALLOWED = {
     "bulk": {"captionserve", "gateway", "local"},
     "playground": {"captionserve", "bulk", "local"},
     "demo": set(),
-    "evaluation": {"demo", "local"},
+    "evaluation": {"demo", "local", "runtime"},
     "bench": {
         "captionserve",
         "runtime",

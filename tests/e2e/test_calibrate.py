@@ -1,4 +1,4 @@
-"""`captionserve calibrate` on a running service."""
+"""`captionserve calibrate` on a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from captionserve_server.core.confidence import SIGNALS, Calibration
-from captionserve_server.serving.ready import ReadyReport
 
 from tests.conftest import DEMO
 from tests.e2e.test_cli import run
@@ -16,19 +15,20 @@ KINDS = {"unseen_combinations", "unseen_style"}
 
 
 def test_calibrate_fits_measures_and_writes(
-    service: Callable[[str], ReadyReport], tmp_path: Path
+    checkpoint_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     written = tmp_path / "confidence.json"
     process = run(
-        *("calibrate", "--target", service(DEMO).grpc, "--scenes", "60", "--json"),
-        *("--output", str(written)),
+        *("calibrate", "--checkpoint", str(checkpoint_folder(DEMO))),
+        *("--fit-scenes", "100", "--scenes", "60", "--json", "--output", str(written)),
     )
     assert process.returncode == 0, process.stderr
     report = json.loads(process.stdout)
     calibration = Calibration.from_json(written.read_text())
     assert calibration == Calibration.from_values(report["calibration"])
     assert set(report["fits"]) == set(SIGNALS)
-    assert set(report["calibration"]) == {*SIGNALS, "records"}
+    assert set(report["calibration"]) == {*SIGNALS, "records", "image"}
+    assert any(calibration.image)
     for name, fit in report["fits"].items():
         before, after = fit["uncalibrated"], fit["calibrated"]
         assert before["count"] == after["count"]
@@ -40,13 +40,13 @@ def test_calibrate_fits_measures_and_writes(
 
 
 def test_calibrate_says_why_it_cannot(
-    service: Callable[[str], ReadyReport], tmp_path: Path
+    checkpoint_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     written = tmp_path / "confidence.json"
     # Random weights get no caption right.
     process = run(
-        *("calibrate", "--target", service("two_ends").grpc, "--scenes", "2"),
-        *("--output", str(written)),
+        *("calibrate", "--checkpoint", str(checkpoint_folder("two_ends"))),
+        *("--fit-scenes", "2", "--scenes", "2", "--output", str(written)),
     )
     assert process.returncode == 1
     assert "both right and wrong captions are needed" in process.stderr

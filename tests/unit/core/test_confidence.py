@@ -33,6 +33,7 @@ def fits(name: str) -> st.SearchStrategy[Logistic]:
     return st.builds(Logistic, numbers, st.fixed_dictionaries(others | {"log_odds": positive}))
 
 
+IMAGE_STATE = [0.5, -2.0, 1.0]
 calibrations = st.builds(
     Calibration,
     fits("caption"),
@@ -40,6 +41,7 @@ calibrations = st.builds(
     st.none() | fits("grounded_caption"),
     st.none() | fits("grounded_word"),
     st.dictionaries(st.text(max_size=5), numbers, max_size=5),
+    st.tuples(*[numbers] * len(IMAGE_STATE)),
 )
 
 words = st.text("abcdefgh", min_size=1, max_size=6)
@@ -61,7 +63,7 @@ def tokens_of(text: str) -> list[str]:
 def evidence(logprobs: list[float], groundings: list[float] | None = None) -> Evidence:
     """Of a caption whose tokens are words."""
     spoken = [SpokenWord(f"word {number}", number, 1) for number in range(len(logprobs))]
-    return Evidence(logprobs, spoken, groundings)
+    return Evidence(logprobs, spoken, groundings, IMAGE_STATE if groundings else ())
 
 
 @given(token_logprobs)
@@ -115,6 +117,35 @@ def test_groundings_count_where_they_are_known_and_something_was_fitted_to_them(
     assert fitted.word_confidence(asked, word) == pytest.approx(odds / (1 + odds))
 
 
+def test_the_image_counts_where_captions_are_grounded() -> None:
+    plain, asked = evidence([-0.1, -0.2]), evidence([-0.1, -0.2], [1.0, 3.0])
+    fit = Logistic(0.0, {"log_odds": 1.0, "image": 2.0})
+    fitted = Calibration(grounded_caption=fit, image=(1.0, 0.25, 3.0))
+    before = Calibration().caption_confidence(plain)
+    assert fitted.caption_confidence(plain) == before
+    # 2 x (1 x 0.5 - 0.25 x 2 + 3 x 1).
+    odds = before / (1 - before) * math.exp(6.0)
+    assert fitted.caption_confidence(asked) == pytest.approx(odds / (1 + odds))
+    word = asked.words[0]
+    assert fitted.word_confidence(asked, word) == Calibration().word_confidence(asked, word)
+
+
+def test_weights_for_images_of_another_encoder_are_no_confidence() -> None:
+    fit = Logistic(0.0, {"log_odds": 1.0, "image": 1.0})
+    fitted = Calibration(grounded_caption=fit, image=(1.0, 2.0))
+    with pytest.raises(ValueError, match="longer"):
+        fitted.caption_confidence(evidence([-0.1], [1.0]))
+
+
+@pytest.mark.parametrize(
+    ("image", "named"), [((), "image"), ((1.0, math.nan), "image"), ((2e6,), "image")]
+)
+def test_an_image_that_gives_no_confidence_is_refused(image: tuple[float, ...], named: str) -> None:
+    fit = Logistic(0.0, {"log_odds": 1.0, "image": 1.0})
+    with pytest.raises(ValueError, match=named):
+        Calibration(grounded_caption=fit, image=image)
+
+
 def test_words_have_their_records_in_any_case_and_others_that_of_the_unseen() -> None:
     records = {"dog": 1.5, "": -0.5}
     fit = Logistic(0.0, {"log_odds": 1.0, "record": 2.0})
@@ -133,14 +164,21 @@ def test_words_have_their_records_in_any_case_and_others_that_of_the_unseen() ->
     assert caption_signals(both, calibration.record)["record"] == pytest.approx(math.log(right))
 
 
-@given(calibrations, token_logprobs, st.integers(min_value=0), st.floats(0, 50))
+@given(
+    calibrations,
+    token_logprobs,
+    st.integers(min_value=0),
+    st.floats(0, 50),
+    st.booleans(),
+)
 def test_a_likelier_token_never_lowers_the_confidence(
-    calibration: Calibration, logprobs: list[float], which: int, added: float
+    calibration: Calibration, logprobs: list[float], which: int, added: float, grounded: bool
 ) -> None:
     likelier = list(logprobs)
     likelier[which % len(logprobs)] = min(0.0, likelier[which % len(logprobs)] + added)
-    before = calibration.caption_confidence(evidence(logprobs))
-    after = calibration.caption_confidence(evidence(likelier))
+    groundings = [1.0] * len(logprobs) if grounded else None
+    before = calibration.caption_confidence(evidence(logprobs, groundings))
+    after = calibration.caption_confidence(evidence(likelier, groundings))
     assert 0.0 <= before <= 1.0
     assert after >= before - 1e-12
 
@@ -202,6 +240,12 @@ PLAIN = '{"intercept": 0.0, "log_odds": 1.0}'
         f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": {{"dog": "often"}}}}',
         f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": {{"dog": NaN}}}}',
         f'{{"caption": {PLAIN}, "word": {{"log_odds": 1.0}}, "records": {{}}}}',
+        *(
+            f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": {{}}, "image": {image}}}'
+            for image in ("{}", "1.0", '["1.0"]', "[[1.0]]", "[NaN]", "[1e7]", "null")
+        ),
+        f'{{"caption": {PLAIN}, "word": {PLAIN}, "records": {{}}, "image": [], '
+        '"grounded_caption": {"intercept": 0.0, "log_odds": 1.0, "image": 1.0}}',
         f'{{"caption": {PLAIN}, "word": {{"intercept": 1.0}}, "records": {{}}}}',
         # A signal that there is, but not of captions without groundings.
         f'{{"caption": {PLAIN[:-1]}, "grounding": 1.0}}, "word": {PLAIN}, "records": {{}}}}',

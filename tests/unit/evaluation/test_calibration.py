@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -18,12 +19,12 @@ from captionserve_server.core.confidence import (
 from captionserve_server.evaluation.calibration import (
     CannotCalibrateError,
     JudgedCaption,
-    _fit,
-    _Observation,
-    _Tally,
+    Observation,
+    Tally,
     calibrate,
     fit_calibration,
     fit_logistic,
+    fit_to_signals,
     measure_reliability,
 )
 
@@ -60,16 +61,31 @@ def test_logistic_regression_recovers_the_weights_behind_exact_targets() -> None
     features = np.stack((np.ones(200), rng.normal(5, 3, 200), rng.normal(-1, 10, 200)), axis=1)
     weights = np.array([-2.0, 0.9, 0.3])
     targets = 1 / (1 + np.exp(-features @ weights))
-    assert fit_logistic(features, targets) == pytest.approx(weights, rel=1e-6)
+    assert fit_logistic(features, targets, np.zeros(3)) == pytest.approx(weights, rel=1e-6)
 
 
 def test_logistic_regression_finds_the_best_where_full_newton_steps_overshoot() -> None:
     scores = np.repeat([-100.0, -3.0, 13.8], [12, 1121, 10])
     targets = np.repeat([0.99912, 0.99912, 0.3775], [12, 1121, 10])
     features = np.stack((np.ones_like(scores), scores), axis=1)
-    predicted = 1 / (1 + np.exp(-features @ fit_logistic(features, targets)))
+    predicted = 1 / (1 + np.exp(-features @ fit_logistic(features, targets, np.zeros(2))))
     # At the minimum of the cross-entropy its gradient vanishes.
     assert features.T @ (predicted - targets) == pytest.approx(np.zeros(2), abs=1e-6)
+
+
+def test_a_penalty_holds_its_weights_near_0_and_makes_one_best_of_many() -> None:
+    rng = np.random.default_rng(0)
+    column = rng.normal(0, 1, 200)
+    # The second and third say the same, so that without a penalty any share would do.
+    features = np.stack((np.ones(200), column, column), axis=1)
+    targets = 1 / (1 + np.exp(-2 * column))
+    penalties = np.array([0.0, 3.0, 3.0])
+    weights = fit_logistic(features, targets, penalties)
+    predicted = 1 / (1 + np.exp(-features @ weights))
+    gradient = features.T @ (predicted - targets) + penalties * weights
+    assert gradient == pytest.approx(np.zeros(3), abs=1e-6)
+    assert weights[1] == pytest.approx(weights[2])
+    assert 0 < weights[1] + weights[2] < 2
 
 
 def test_the_fit_recovers_the_calibration_behind_the_captions() -> None:
@@ -82,6 +98,35 @@ def test_the_fit_recovers_the_calibration_behind_the_captions() -> None:
     assert fitted.word.weights["caption_log_odds"] == pytest.approx(0.0, abs=0.1)
 
 
+def test_the_fit_finds_what_the_image_says_beside_the_signals() -> None:
+    true = (1.5, 0.0, -0.75, 0.0)
+    rng = np.random.default_rng(5)
+    captions = []
+    for caption in synthetic_captions(6000, seed=1):
+        # The third number says nothing, the last one never changes; scales differ.
+        state = [*rng.normal((3.0, 0.0, -5.0), (0.5, 20.0, 2.0)).tolist(), 7.0]
+        evidence = dataclasses.replace(caption.evidence, image_state=state)
+        odds = -3.0 + 0.7 * evidence.log_odds + 1.5 * (state[0] - 3) - 0.75 * (state[2] + 5)
+        right = bool(rng.random() < 1 / (1 + math.exp(-odds)))
+        captions.append(dataclasses.replace(caption, evidence=evidence, right=right))
+    fitted = fit_calibration(captions)
+    assert fitted.image == pytest.approx(true, abs=0.15)
+    assert fitted.image[3] == 0.0
+    grounded = fitted.grounded_caption
+    assert grounded is not None
+    assert grounded.weights["image"] == 1.0
+    assert grounded.weights["log_odds"] == pytest.approx(0.7, rel=0.1)
+    # What it says of all images on average is in the intercept: that all are right as often.
+    confidences = [fitted.caption_confidence(each.evidence) for each in captions]
+    share = sum(each.right for each in captions) / len(captions)
+    assert np.mean(confidences) == pytest.approx(share, abs=0.005)
+    report = calibrate(captions[:3000], {"others": captions[3000:]})
+    fit = report.fits["grounded_caption"]
+    assert set(fit.signals["others"]) == set(SIGNALS["grounded_caption"])
+    by_kind, without = fit.by_kind["others"], report.fits["caption"].by_kind["others"]
+    assert (by_kind.auc or 0) > (without.auc or 1) + 0.03
+
+
 def test_words_have_the_records_of_all_and_are_fitted_to_those_of_the_other_captions() -> None:
     said = [("dog", True), ("Dog", True), ("cat", False), ("dog", False), ("cat", True)]
     captions = [
@@ -90,13 +135,13 @@ def test_words_have_the_records_of_all_and_are_fitted_to_those_of_the_other_capt
         )
         for number, (text, right) in enumerate(said)
     ]
-    tally = _Tally.of(captions)
+    tally = Tally.of(captions)
     records = tally.records()
     assert set(records) == {"", "dog", "cat"}
     # Two words more, of which as many are right as of all: 4 of 7.
     assert records["dog"] == pytest.approx(math.log((2 + 8 / 7) / (1 + 6 / 7)))
     assert records[""] == pytest.approx(math.log(4 / 3))
-    without = tally.record_without(_Tally.of(captions[:1]))
+    without = tally.record_without(Tally.of(captions[:1]))
     assert without(SpokenWord("DOG", 0, 1)) == pytest.approx(math.log((1 + 8 / 7) / (1 + 6 / 7)))
     assert without(SpokenWord("cat", 0, 1)) == records["cat"]
 
@@ -104,10 +149,11 @@ def test_words_have_the_records_of_all_and_are_fitted_to_those_of_the_other_capt
 def test_captions_told_apart_without_fault_leave_a_doubt() -> None:
     captions = [judged([-0.01], True)] * 8 + [judged([-2.0], False)] * 8
     observations = [
-        _Observation(caption_signals(each.evidence, lambda word: 0.0), each.right)
+        Observation(caption_signals(each.evidence, lambda word: 0.0), each.right)
         for each in captions
     ]
-    fitted = _fit("caption", observations)
+    fitted, image = fit_to_signals(["log_odds"], observations)
+    assert image == ()
     # Platt's targets for 8 and 8: 9 / 10 and 1 / 10.
     assert fitted.confidence({"log_odds": log_odds(-0.01)}) == pytest.approx(0.9)
     assert fitted.confidence({"log_odds": log_odds(-2.0)}) == pytest.approx(0.1)
@@ -181,7 +227,8 @@ def test_a_calibration_is_measured_on_other_captions_together_and_by_kind() -> N
         assert fit.by_kind["sure"].right > fit.by_kind["unsure"].right
         assert fit.calibrated.expected_calibration_error < 0.05
         assert fit.uncalibrated.expected_calibration_error > 0.1
-        assert set(fit.signals["sure"]) == set(SIGNALS[name])
+        # The captions have no image.
+        assert set(fit.signals["sure"]) == set(SIGNALS[name]) - {"image"}
     caption = report.fits["caption"]
     # A confidence that rises with another one sorts captions alike, as its only signal does.
     assert caption.calibrated.auc == caption.uncalibrated.auc

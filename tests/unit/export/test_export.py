@@ -303,6 +303,20 @@ def test_a_malformed_calibration_is_refused_by_name(checkpoint: Path, content: b
         load_checkpoint(str(checkpoint))
 
 
+def test_a_calibration_for_another_encoder_is_refused(checkpoint: Path) -> None:
+    width = load_checkpoint(str(checkpoint)).bundle.geometry.encoder_width
+    for numbers in (width, width + 1):
+        calibration = Calibration(image=(0.5,) * numbers)
+        (checkpoint / "confidence.json").write_text(calibration.to_json())
+        if numbers == width:
+            bundle = load_checkpoint(str(checkpoint)).bundle
+            assert bundle.calibration == calibration
+            assert Bundle.from_json(bundle.to_json()) == bundle
+        else:
+            with pytest.raises(UnsupportedCheckpointError, match=rf"confidence\.json.*{width}"):
+                load_checkpoint(str(checkpoint))
+
+
 def test_a_checkpoint_may_be_a_hub_id(
     checkpoint_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,7 +341,7 @@ def test_a_hub_checkpoint_may_have_a_calibration(
     monkeypatch.setattr(
         checkpoint_module, "hf_hub_download", lambda _, name, **kwargs: tmp_path / name
     )
-    assert checkpoint_module._load_calibration("someone/a-captioner") == calibration
+    assert checkpoint_module._load_calibration("someone/a-captioner", 48) == calibration
 
 
 def test_a_cached_hub_checkpoint_without_calibration_loads_offline(
@@ -337,7 +351,7 @@ def test_a_cached_hub_checkpoint_without_calibration_loads_offline(
         raise LocalEntryNotFoundError(f"no network, and {name} is not in the cache")
 
     monkeypatch.setattr(checkpoint_module, "hf_hub_download", offline)
-    assert checkpoint_module._load_calibration("someone/a-captioner") == Calibration()
+    assert checkpoint_module._load_calibration("someone/a-captioner", 48) == Calibration()
 
 
 @pytest.mark.parametrize("name", ["no such folder", "demo/no/such/folder"])

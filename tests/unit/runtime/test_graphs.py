@@ -232,7 +232,7 @@ def test_a_caption_read_at_once_has_the_log_probabilities_of_its_steps(
     other = ((start, 4), (6, 8))
     for slot, read in zip(slots.tolist(), (slots[0], None), strict=True):
         # Beside another caption that begins with other tokens.
-        rows = forced_rows([((start,), tokens), other])
+        rows = forced_rows([[((start,), tokens), other]])
         at_once = step_model.forced_logprobs(None if read is None else int(read), rows)
         one_by_one = []
         for before, token in zip((start, *tokens), tokens, strict=False):

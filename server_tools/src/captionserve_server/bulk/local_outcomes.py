@@ -128,11 +128,10 @@ def _beam_step(step: BeamStep) -> tuple[Continuation, ...]:
 
 
 def _caption(found: FinishedCaption) -> Caption:
-    values = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    values = {field.name: getattr(found, field.name) for field in dataclasses.fields(Caption)}
     values["finish_reason"] = FinishReason(found.finish_reason)
     values["attention"] = None if found.attention is None else _attention(found.attention)
     values["words"] = tuple(Word(**vars(word)) for word in found.words)
-    values["needs_review"] = found.needs_review
     values["review_reasons"] = tuple(map(ReviewReason, found.review_reasons))
     return Caption(**values)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
-from captionserve import GenerationOptions
+from rich.progress import track
 from rich.table import Table
 
-from captionserve_server.cli.captioning import asked_service, caption_all
-from captionserve_server.cli.console import ExitCode, messages, output, print_json
-from captionserve_server.cli.service_options import ServiceOptions, with_service_options
-from captionserve_server.core.confidence import Evidence, SpokenWord
+from captionserve_server.cli.captioners import local_captioner
+from captionserve_server.cli.console import ExitCode, messages, output, print_json, stages
 from captionserve_server.evaluation.calibration import (
     CalibrationReport,
     CannotCalibrateError,
@@ -24,18 +23,20 @@ from captionserve_server.evaluation.calibration import (
     ReliabilityBin,
 )
 from captionserve_server.evaluation.calibration import calibrate as fit_and_measure
-from captionserve_server.evaluation.held_out import Split, held_out_scenes
+from captionserve_server.evaluation.held_out import Split
+from captionserve_server.serving.temporary import exported_checkpoint
 
 
-@with_service_options(None)
 def calibrate(
     *,
-    service: ServiceOptions,
-    checkpoint: Annotated[
-        Path, typer.Option(help="Checkpoint to serve when no target is given.")
-    ] = Path("demo/checkpoint"),
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint to calibrate.")] = Path(
+        "demo/checkpoint"
+    ),
+    fit_scenes: Annotated[
+        int, typer.Option(help="Held-out scenes of each split to fit to.", min=1)
+    ] = 4000,
     scenes: Annotated[
-        int, typer.Option(help="Held-out scenes of each split to fit to, and to measure on.", min=1)
+        int, typer.Option(help="Held-out scenes of each split to measure on.", min=1)
     ] = 1000,
     num_beams: Annotated[int, typer.Option(help="Beams of the beam search.", min=1)] = 4,
     seed: Annotated[
@@ -47,10 +48,9 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fit confidences in captions and words to held-out demo scenes, and measure them on others."""
-    options = GenerationOptions(num_beams=num_beams, output_grounding=True)
-    with asked_service(service, checkpoint) as asked:
-        fitting = _judged_captions(asked, scenes, seed, options)
-        measuring = _judged_captions(asked, scenes, seed + 1, options)
+    fitting, measuring = _judged_captions(
+        checkpoint, {seed: fit_scenes, seed + 1: scenes}, num_beams
+    )
     try:
         report = fit_and_measure([one for some in fitting.values() for one in some], measuring)
     except CannotCalibrateError as error:
@@ -66,34 +66,34 @@ def calibrate(
 
 
 def _judged_captions(
-    service: ServiceOptions, count: int, seed: int, options: GenerationOptions
-) -> dict[str, list[JudgedCaption]]:
-    """Each split's captions: one split is nearly always right, the other one mostly wrong."""
-    splits: tuple[Split, ...] = get_args(Split)
-    return {split: _judged_split(service, split, count, seed, options) for split in splits}
+    checkpoint: Path, counts: Mapping[int, int], num_beams: int
+) -> list[dict[str, list[JudgedCaption]]]:
+    """For each seed each split's captions: one is nearly always right, the other mostly wrong.
 
-
-def _judged_split(
-    service: ServiceOptions, split: Split, count: int, seed: int, options: GenerationOptions
-) -> list[JudgedCaption]:
+    Args:
+        checkpoint: what captions them, in this process.
+        counts: seed of scenes to how many of each split there are.
+        num_beams: of the beam search.
+    """
     # Imported here: the metrics' library is wanted by the commands that judge captions alone.
-    from captionserve_server.evaluation.metrics import is_exact, right_words
+    from captionserve_server.evaluation.judging import judged_scenes
 
-    scenes = list(held_out_scenes(split, count, seed))
-    images = [scene.image for scene in scenes]
-    results = caption_all(service, images, options, label=f"{split}, seed {seed}")
-    judged = []
-    for scene, result in zip(scenes, results, strict=True):
-        best = result.captions[0]
-        words = [SpokenWord(word.text, word.first_token, word.tokens) for word in best.words]
-        judged.append(
-            JudgedCaption(
-                Evidence(best.token_logprobs, words, best.token_groundings),
-                is_exact(best.text, scene.caption),
-                right_words([word.text for word in words], scene.caption),
-            )
-        )
-    return judged
+    splits: tuple[Split, ...] = get_args(Split)
+    with ExitStack() as stack:
+        with stages("importing PyTorch") as progress:
+            folder = stack.enter_context(exported_checkpoint(str(checkpoint), progress))
+        captioner = stack.enter_context(local_captioner(folder))
+
+        def judged(split: Split, count: int, seed: int) -> list[JudgedCaption]:
+            scenes = judged_scenes(captioner, split, count, seed, num_beams)
+            label = f"{split}, seed {seed}"
+            tracked = track(scenes, label, total=count, console=messages, transient=True)
+            return [scene.judged for scene in tracked]
+
+        return [
+            {split: judged(split, count, seed) for split in splits}
+            for seed, count in counts.items()
+        ]
 
 
 def _print(report: CalibrationReport) -> None:

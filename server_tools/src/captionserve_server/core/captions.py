@@ -96,6 +96,8 @@ class DecodedCaption:
             that chose each token; None when not asked for.
         token_groundings: log-probability of each token with the image less that without it, both
             the model's own; None when not asked for, or when the deadline came first.
+        image_state: mean of the image's encoder states, [encoder width]; with token_groundings,
+            else empty.
         history: how it came about; None when not asked for.
     """
 
@@ -105,6 +107,7 @@ class DecodedCaption:
     finish_reason: FinishReason
     attention: NDArray[np.float32] | None = None
     token_groundings: tuple[float, ...] | None = None
+    image_state: tuple[float, ...] = ()
     history: CaptionHistory | None = None
 
     @property

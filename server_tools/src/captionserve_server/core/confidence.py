@@ -1,7 +1,7 @@
 """How far a caption and its words can be trusted, and the signs of a decoder gone astray.
 
-All is read from the caption alone: its tokens' log-probabilities, groundings and texts, and how it
-ended.
+All is read from what captioning leaves behind: the tokens' log-probabilities, groundings and texts,
+how the caption ended, and the mean of the image's encoder states.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import math
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 # Nearer to probability 0 or 1 than this, a mean log-probability in float32 says nothing more.
 _LOWEST_LOGPROB = -100.0
@@ -106,6 +107,11 @@ class Calibration:
         grounded_word: likewise of a word.
         records: the log-odds with which each word has been right among those of the fit, by the
             word in lower case; "" is for those that the fit has not seen.
+        image: of each number of a mean encoder state, its weight in the signal "image" of
+            `grounded_caption`; empty where nothing was fitted to it.
+
+    Raises:
+        ValueError: if a number is out of range, or the signal has a weight and no image.
     """
 
     caption: Logistic = AS_IT_IS
@@ -113,11 +119,21 @@ class Calibration:
     grounded_caption: Logistic | None = None
     grounded_word: Logistic | None = None
     records: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    image: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no confidence."""
+        for name, numbers in {_RECORDS: self.records.values(), _IMAGE: self.image}.items():
+            if not all(abs(number) <= _LARGEST_WEIGHT for number in numbers):
+                raise ValueError(f"{name} must be at most {_LARGEST_WEIGHT:g}")
+        weighs_image = self.grounded_caption and _IMAGE in self.grounded_caption.weights
+        if weighs_image and not self.image:
+            raise ValueError(f"grounded_caption has a weight of {_IMAGE}, which is empty")
 
     def caption_confidence(self, evidence: Evidence) -> float:
         """Return the confidence in a caption, 0..1."""
         fit = self.grounded_caption if evidence.token_groundings is not None else None
-        return (fit or self.caption).confidence(caption_signals(evidence, self.record))
+        return (fit or self.caption).confidence(caption_signals(evidence, self.record, self.image))
 
     def word_confidence(self, evidence: Evidence, word: SpokenWord) -> float:
         """Return the confidence in a word of a caption, 0..1."""
@@ -128,11 +144,14 @@ class Calibration:
         """The log-odds with which a word has been right; 0 where nothing is known."""
         return self.records.get(word.text.lower(), self.records.get("", 0.0))
 
-    def as_values(self) -> dict[str, dict[str, float]]:
+    def as_values(self) -> dict[str, Any]:
         """What there is as JSON values: of each fit the intercept, and its weights by name."""
         fits = {name: fit for name in SIGNALS if (fit := getattr(self, name)) is not None}
-        values = {name: {"intercept": fit.intercept, **fit.weights} for name, fit in fits.items()}
-        return values | {_RECORDS: dict(self.records)}
+        values: dict[str, Any] = {
+            name: {"intercept": fit.intercept, **fit.weights} for name, fit in fits.items()
+        }
+        values[_RECORDS] = dict(self.records)
+        return values | ({_IMAGE: list(self.image)} if self.image else {})
 
     def to_json(self) -> str:
         """Write as JSON."""
@@ -154,21 +173,21 @@ class Calibration:
             raise ValueError(
                 "is of an older captionserve; `captionserve calibrate` writes a new one"
             )
-        needed, known = {"caption", "word", _RECORDS}, {*SIGNALS, _RECORDS}
+        needed, known = {"caption", "word", _RECORDS}, {*SIGNALS, _RECORDS, _IMAGE}
         if not isinstance(values, dict) or not needed <= values.keys() <= known:
             raise ValueError(f"must be a JSON object of {', '.join(sorted(known))}")
-        if not all(map(_are_numbers, values.values())):
-            raise ValueError("must be a JSON object of objects of numbers")
-        records = values[_RECORDS]
-        if not all(abs(record) <= _LARGEST_WEIGHT for record in records.values()):
-            raise ValueError(f"{_RECORDS} must be at most {_LARGEST_WEIGHT:g}")
+        image = values.get(_IMAGE, [])
+        if not (isinstance(image, list) and _are_numbers(image)):
+            raise ValueError(f"{_IMAGE} must be a JSON array of numbers")
+        objects = [values[name] for name in values if name != _IMAGE]
+        if not all(isinstance(each, dict) and _are_numbers(each.values()) for each in objects):
+            raise ValueError(f"all but {_IMAGE} must be JSON objects of numbers")
         fits = {name: _fit(name, values[name]) for name in SIGNALS if name in values}
-        return cls(**fits, records=records)
+        return cls(**fits, records=values[_RECORDS], image=tuple(image))
 
 
-def _are_numbers(values: object) -> bool:
-    """Whether this is an object of numbers."""
-    return isinstance(values, dict) and all(isinstance(each, float) for each in values.values())
+def _are_numbers(values: Iterable[object]) -> bool:
+    return all(isinstance(each, float) for each in values)
 
 
 def _fit(name: str, values: Mapping[str, float]) -> Logistic:
@@ -190,11 +209,14 @@ class Evidence:
         words: the words of what was generated.
         token_groundings: what the image adds to each token's log-probability; None where that is
             not known.
+        image_state: mean of the image's encoder states, [encoder width]; known where
+            token_groundings are.
     """
 
     token_logprobs: Sequence[float]
     words: Sequence[SpokenWord] = ()
     token_groundings: Sequence[float] | None = None
+    image_state: Sequence[float] = ()
 
     @functools.cached_property
     def log_odds(self) -> float:
@@ -206,8 +228,16 @@ Record = Callable[[SpokenWord], float]
 """Gives the log-odds with which a word has been right."""
 
 
-def caption_signals(evidence: Evidence, record: Record) -> dict[str, float]:
-    """What speaks for a caption and against it, by name."""
+def caption_signals(
+    evidence: Evidence, record: Record, image: Sequence[float] = ()
+) -> dict[str, float]:
+    """What speaks for a caption and against it, by name.
+
+    Args:
+        evidence: of the caption.
+        record: of its words.
+        image: as Calibration has it.
+    """
     signals = {
         "log_odds": evidence.log_odds,
         # The log-probability that all of them are right, were each as often right as it has been.
@@ -216,6 +246,9 @@ def caption_signals(evidence: Evidence, record: Record) -> dict[str, float]:
     if evidence.token_groundings is not None:
         signals["grounding"] = math.fsum(evidence.token_groundings) / len(evidence.token_groundings)
         signals["least_grounding"] = min(evidence.token_groundings)
+        if image:
+            pairs = zip(image, evidence.image_state, strict=True)
+            signals[_IMAGE] = math.fsum(weight * number for weight, number in pairs)
     return signals
 
 
@@ -231,14 +264,16 @@ def word_signals(evidence: Evidence, word: SpokenWord, record: Record) -> dict[s
     return signals
 
 
+_RECORDS = "records"
+_IMAGE = "image"
+
 SIGNALS: Mapping[str, tuple[str, ...]] = {
     "caption": ("log_odds",),
     "word": ("log_odds", "caption_log_odds", "record"),
-    "grounded_caption": ("log_odds", "record", "grounding", "least_grounding"),
+    "grounded_caption": ("log_odds", "record", "grounding", "least_grounding", _IMAGE),
     "grounded_word": ("log_odds", "caption_log_odds", "record", "grounding"),
 }
 """The signals that each fit of a Calibration may have weights for."""
-_RECORDS = "records"
 
 
 def _softplus(number: float) -> float:

@@ -68,6 +68,8 @@ class FinishedCaption:
         review_reasons: why a person should look at it; none unless min_confidence was set.
         attention: float32 [tokens, grid rows, grid columns], where each token looked; a token's
             values sum to at most 1. None unless output_attentions was set.
+        image_state: mean of the image's encoder states, [encoder width]; with token_groundings,
+            else empty.
     """
 
     text: str
@@ -84,6 +86,7 @@ class FinishedCaption:
     review_reasons: tuple[ReviewReason, ...]
     # Arrays have no single answer to ==.
     attention: NDArray[np.float32] | None = field(compare=False)
+    image_state: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def needs_review(self) -> bool:
@@ -117,7 +120,9 @@ class Finisher:
         parts = token_texts(self._decode, prefix, token_ids)
         ended = caption.finish_reason == "eos"
         words = spoken_words(parts)
-        evidence = Evidence(caption.token_logprobs, words, caption.token_groundings)
+        evidence = Evidence(
+            caption.token_logprobs, words, caption.token_groundings, caption.image_state
+        )
         confidence = self._bundle.calibration.caption_confidence(evidence)
         degenerate = is_degenerate([self._decode(prefix), *parts], finished=ended)
         return FinishedCaption(
@@ -136,6 +141,7 @@ class Finisher:
                 caption, confidence, plan.options.min_confidence, degenerate=degenerate
             ),
             attention=self._over_patches(caption.attention),
+            image_state=caption.image_state,
         )
 
     def beams(self, captions: Sequence[DecodedCaption]) -> BeamHistory | None:

@@ -2,7 +2,8 @@
 
 The fit is Platt's (1999, "Probabilistic outputs for support vector machines"): a logistic
 regression, whose targets keep a little off 0 and 1 so that few captions, or captions that the
-signals tell apart without fault, do not give a confidence without doubt.
+signals tell apart without fault, do not give a confidence without doubt. The weights of an image's
+mean encoder state, of which there are hundreds, are held near 0 by a ridge penalty.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from captionserve_server.core.confidence import (
 NUM_BINS = 10
 _MOST_NEWTON_STEPS = 100
 _CONVERGED = 1e-9
+# Times half the square of a weight, for numbers scaled to variance 1: that of a weight a prior.
+_IMAGE_PENALTY = 1.0
 # A word said once or twice says little of itself.
 _FEW_WORDS = 2.0
 
@@ -47,7 +50,7 @@ class JudgedCaption:
     """A caption of which it is known whether it and its words are right.
 
     Attributes:
-        evidence: what is known of it otherwise, its groundings among that.
+        evidence: what is known of it otherwise, its groundings and image_state among that.
         right: whether it is right.
         right_words: of each of its words, whether it is right.
     """
@@ -134,7 +137,7 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True)
-class _Observation:
+class Observation:
     """What a fit is given of a caption or a word, and whether that is right."""
 
     signals: Mapping[str, float]
@@ -170,21 +173,30 @@ def fit_calibration(captions: Sequence[JudgedCaption]) -> Calibration:
         CannotCalibrateError: unless there are right and wrong ones, and the right ones tend to have
             likelier tokens.
     """
-    tally = _Tally.of(captions)
-    records = [tally.record_without(_Tally.of([caption])) for caption in captions]
-    fits = {name: _fit(name, _observations(name, captions, records)) for name in SIGNALS}
-    return Calibration(**fits, records=tally.records())
+    tally = Tally.of(captions)
+    records = [tally.record_without(Tally.of([caption])) for caption in captions]
+    states = np.array([caption.evidence.image_state for caption in captions], np.float64)
+    fits: dict[str, Logistic] = {}
+    image: tuple[float, ...] = ()
+    for name, signals in SIGNALS.items():
+        observations = _observations(name, captions, records)
+        if "image" in signals:
+            known = [signal for signal in signals if signal != "image"]
+            fits[name], image = fit_to_signals(known, observations, states)
+        else:
+            fits[name], _ = fit_to_signals(signals, observations)
+    return Calibration(**fits, records=tally.records(), image=image)
 
 
 @dataclass(frozen=True)
-class _Tally:
+class Tally:
     """How often each word, in lower case, has been said, and right."""
 
     said: Counter[str]
     right: Counter[str]
 
     @classmethod
-    def of(cls, captions: Sequence[JudgedCaption]) -> _Tally:
+    def of(cls, captions: Sequence[JudgedCaption]) -> Tally:
         """That of captions."""
         tally = cls(Counter(), Counter())
         for caption in captions:
@@ -198,7 +210,7 @@ class _Tally:
         words = ("", *sorted(self.said))
         return {word: self._log_odds(self.said[word], self.right[word]) for word in words}
 
-    def record_without(self, own: _Tally) -> Record:
+    def record_without(self, own: Tally) -> Record:
         """What gives words their records, without those of a caption that is among these."""
 
         def record(word: SpokenWord) -> float:
@@ -216,36 +228,72 @@ class _Tally:
         return math.log(right + _FEW_WORDS * share) - math.log(wrong + _FEW_WORDS * (1 - share))
 
 
-def _fit(name: str, observations: Sequence[_Observation]) -> Logistic:
+def fit_to_signals(
+    signals: Sequence[str],
+    observations: Sequence[Observation],
+    states: Float64Array | None = None,
+) -> tuple[Logistic, tuple[float, ...]]:
+    """Fit a logistic function of signals, and find the one of the image.
+
+    Args:
+        signals: which, "log_odds" among them.
+        observations: what it learns from.
+        states: [observations, encoder width], mean encoder state of each; None for none.
+
+    Returns:
+        the fit, in which the signal "image" has a weight of 1, and what each number of a mean state
+        adds to that signal; without states there is none.
+
+    Raises:
+        CannotCalibrateError: as `fit_calibration` does.
+    """
+    if states is None:
+        states = np.zeros((len(observations), 0))
     labels = np.array([each.right for each in observations], dtype=np.bool_)
     if labels.all() or not labels.any():
         raise CannotCalibrateError("both right and wrong captions are needed")
-    columns = [[each.signals[signal] for each in observations] for signal in SIGNALS[name]]
+    columns = [[each.signals[signal] for each in observations] for signal in signals]
     # What does not vary says nothing, and leaves the fit without a single best.
     if any(np.ptp(column) == 0 for column in columns):
         raise CannotCalibrateError("all captions are equally likely")
-    features = np.stack((np.ones(len(labels)), *map(np.array, columns)), axis=1)
-    intercept, *weights = fit_logistic(features, _platt_targets(labels)).tolist()
-    by_name = dict(zip(SIGNALS[name], weights, strict=True))
+    centre, spread = states.mean(axis=0), states.std(axis=0)
+    spread[spread == 0] = 1.0
+    features = np.column_stack((np.ones(len(labels)), *columns, (states - centre) / spread))
+    penalties = np.repeat([0.0, _IMAGE_PENALTY], [1 + len(signals), states.shape[1]])
+    weights = fit_logistic(features, _platt_targets(labels), penalties)
+    image = weights[1 + len(signals) :] / spread
+    by_name = dict(zip(signals, weights[1:].tolist(), strict=False))
     if by_name["log_odds"] <= 0:
         raise CannotCalibrateError("captions of likelier tokens are not more often right")
-    return Logistic(intercept, by_name)
+    if len(image):
+        by_name["image"] = 1.0
+    return Logistic(float(weights[0] - centre @ image), by_name), tuple(image.tolist())
 
 
 def _observations(
-    name: str, captions: Sequence[JudgedCaption], records: Sequence[Record]
-) -> list[_Observation]:
-    """What a fit of this name learns from, or is measured on, with a record of words a caption."""
+    name: str,
+    captions: Sequence[JudgedCaption],
+    records: Sequence[Record],
+    image: Sequence[float] = (),
+) -> list[Observation]:
+    """What a fit of this name learns from, or is measured on.
+
+    Args:
+        name: of the fit.
+        captions: which.
+        records: of words, one for each caption.
+        image: as Calibration has it, where that is known already.
+    """
     found = []
     for caption, record in zip(captions, records, strict=True):
         evidence = caption.evidence
         if not name.startswith("grounded"):
             evidence = dataclasses.replace(evidence, token_groundings=None)
         if name.endswith("caption"):
-            found.append(_Observation(caption_signals(evidence, record), caption.right))
+            found.append(Observation(caption_signals(evidence, record, image), caption.right))
         else:
             found += [
-                _Observation(word_signals(evidence, word, record), right)
+                Observation(word_signals(evidence, word, record), right)
                 for word, right in zip(evidence.words, caption.right_words, strict=True)
             ]
     return found
@@ -256,7 +304,7 @@ def _fit_report(
 ) -> FitReport:
     fitted: Logistic = getattr(calibration, name)
     by_kind = {
-        kind: _observations(name, captions, [calibration.record] * len(captions))
+        kind: _observations(name, captions, [calibration.record] * len(captions), calibration.image)
         for kind, captions in measuring.items()
     }
     together = [each for observations in by_kind.values() for each in observations]
@@ -265,31 +313,46 @@ def _fit_report(
         calibrated=_reliability(fitted, together),
         by_kind={kind: _reliability(fitted, own) for kind, own in by_kind.items()},
         signals={
-            kind: {signal: _signal_auc(signal, own) for signal in SIGNALS[name]}
+            kind: {signal: _signal_auc(signal, own) for signal in fitted.weights}
             for kind, own in by_kind.items()
         },
     )
 
 
-def _signal_auc(signal: str, observations: Sequence[_Observation]) -> float | None:
+def _signal_auc(signal: str, observations: Sequence[Observation]) -> float | None:
     values = np.array([each.signals[signal] for each in observations])
-    return _auc(values, np.array([each.right for each in observations], dtype=np.bool_))
+    return auc(values, np.array([each.right for each in observations], dtype=np.bool_))
 
 
-def fit_logistic(features: Float64Array, targets: Float64Array) -> Float64Array:
+def fit_logistic(
+    features: Float64Array, targets: Float64Array, penalties: Float64Array
+) -> Float64Array:
     """Fit a logistic regression by Newton's method.
 
     Args:
-        features: [n, k], linearly independent columns.
+        features: [n, k]; columns without a penalty are linearly independent.
         targets: [n], strictly between 0 and 1.
+        penalties: [k], 0 or more, each times half the square of its weight.
 
     Returns:
         [k], the weights with which logistic(features @ weights) comes closest to the targets in
-        cross-entropy.
+        cross-entropy, summed over the targets, with the penalties.
     """
+
+    def loss(weights: Float64Array) -> float:
+        log_odds = features @ weights
+        cross_entropy = np.logaddexp(0.0, log_odds) - targets * log_odds
+        return float(cross_entropy.sum() + penalties @ weights**2 / 2)
+
     weights = np.zeros(features.shape[1])
     for _ in range(_MOST_NEWTON_STEPS):
-        step = _newton_step(features, targets, weights)
+        predicted = _logistic(features @ weights)
+        gradient = features.T @ (predicted - targets) + penalties * weights
+        curvature = (features * (predicted * (1 - predicted))[:, None]).T @ features
+        step = -np.linalg.solve(curvature + np.diag(penalties), gradient)
+        # Halved until it lowers the loss: far from the best, full steps overshoot.
+        while loss(weights + step) > loss(weights):
+            step = step / 2
         weights = weights + step
         if np.abs(step).max() < _CONVERGED:
             break
@@ -306,12 +369,12 @@ def measure_reliability(confidences: Sequence[float], right: Sequence[bool]) -> 
         mean_confidence=float(confidence.mean()),
         expected_calibration_error=_expected_calibration_error(bins),
         brier_score=float(((confidence - labels) ** 2).mean()),
-        auc=_auc(confidence, labels),
+        auc=auc(confidence, labels),
         bins=bins,
     )
 
 
-def _reliability(fit: Logistic, observations: Sequence[_Observation]) -> Reliability:
+def _reliability(fit: Logistic, observations: Sequence[Observation]) -> Reliability:
     confidences = [fit.confidence(each.signals) for each in observations]
     return measure_reliability(confidences, [each.right for each in observations])
 
@@ -321,27 +384,9 @@ def _platt_targets(labels: BoolArray) -> Float64Array:
     return np.where(labels, (right + 1) / (right + 2), 1 / (wrong + 2))
 
 
-def _newton_step(
-    features: Float64Array, targets: Float64Array, weights: Float64Array
-) -> Float64Array:
-    """A Newton step, halved until it lowers the loss: far from the best, full ones overshoot."""
-    predicted = _logistic(features @ weights)
-    gradient = features.T @ (predicted - targets)
-    curvature = (features * (predicted * (1 - predicted))[:, None]).T @ features
-    step: Float64Array = -np.linalg.solve(curvature, gradient)
-    present = _cross_entropy(features @ weights, targets)
-    while _cross_entropy(features @ (weights + step), targets) > present:
-        step = step / 2
-    return step
-
-
 def _logistic(log_odds: Float64Array) -> Float64Array:
     probabilities: Float64Array = 0.5 + 0.5 * np.tanh(0.5 * log_odds)
     return probabilities
-
-
-def _cross_entropy(log_odds: Float64Array, targets: Float64Array) -> float:
-    return float((np.logaddexp(0.0, log_odds) - targets * log_odds).sum())
 
 
 def _bins(confidence: Float64Array, labels: BoolArray) -> tuple[ReliabilityBin, ...]:
@@ -371,7 +416,16 @@ def _expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     return sum(distances) / sum(one.count for one in bins)
 
 
-def _auc(confidence: Float64Array, labels: BoolArray) -> float | None:
+def auc(confidence: Float64Array, labels: BoolArray) -> float | None:
+    """The chance that a right one has a higher confidence than a wrong one, ties counted half.
+
+    Args:
+        confidence: [n], or anything else that is ordered.
+        labels: bool [n], whether each is right.
+
+    Returns:
+        0..1; None unless there are right and wrong ones.
+    """
     right, wrong = confidence[labels], np.sort(confidence[~labels])
     if not len(right) or not len(wrong):
         return None

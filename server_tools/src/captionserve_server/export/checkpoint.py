@@ -122,7 +122,7 @@ def _load(name: str, image_size: int | None) -> Checkpoint:
     if image_size is not None:
         check_image_size(config.encoder, image_size)
         preprocessor = preprocessor_of_size(preprocessor, image_size)
-    calibration = _load_calibration(name)
+    calibration = _load_calibration(name, config.encoder.hidden_size)
     weights = next((each for each in WEIGHTS_FILES if _find_optional_file(name, each)), "weights")
     with _reading(f"{weights}, or its config.json or {GENERATION_FILE},"):
         model = _load_model(name, config)
@@ -300,15 +300,18 @@ def _check_image_size(config: Any, preprocessor: PreprocessorConfig) -> None:
         )
 
 
-def _load_calibration(name: str) -> Calibration:
+def _load_calibration(name: str, encoder_width: int) -> Calibration:
     """The checkpoint's own calibration, or the default where it has none."""
     path = _find_optional_file(name, CALIBRATION_FILE)
     if path is None:
         return Calibration()
     try:
-        return Calibration.from_json(path.read_text(encoding="utf-8"))
+        calibration = Calibration.from_json(path.read_text(encoding="utf-8"))
+        if len(calibration.image) not in (0, encoder_width):
+            raise ValueError(f"image must have a number for each of {encoder_width} in a state")
     except ValueError as error:
         raise UnsupportedCheckpointError(f"its {CALIBRATION_FILE}: {error}") from error
+    return calibration
 
 
 def _load_model(name: str, config: Any) -> VisionEncoderDecoderModel:

@@ -12,15 +12,12 @@ from captionserve_server.serving.ready import ReadyReport
 
 
 @contextmanager
-def served_checkpoint(
-    checkpoint: str, progress: Callable[[str], None], *extra_arguments: str
-) -> Iterator[ReadyReport]:
-    """Export a checkpoint into a temporary folder and serve it on free loopback ports.
+def exported_checkpoint(checkpoint: str, progress: Callable[[str], None]) -> Iterator[Path]:
+    """Export a checkpoint into a temporary folder, a model repository.
 
     Args:
         checkpoint: a local folder in Hugging Face layout, or a hub id.
         progress: told what begins.
-        extra_arguments: more arguments of `captionserve serve`.
     """
     # Imported here: only who exports needs PyTorch.
     from captionserve_server.export.logs import quiet_libraries
@@ -29,6 +26,21 @@ def served_checkpoint(
     quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="captionserve-repository-") as folder:
         export_checkpoint(checkpoint, Path(folder), progress=progress)
+        yield Path(folder)
+
+
+@contextmanager
+def served_checkpoint(
+    checkpoint: str, progress: Callable[[str], None], *extra_arguments: str
+) -> Iterator[ReadyReport]:
+    """Export a checkpoint and serve it on free loopback ports.
+
+    Args:
+        checkpoint: as for `exported_checkpoint`.
+        progress: likewise.
+        extra_arguments: more arguments of `captionserve serve`.
+    """
+    with exported_checkpoint(checkpoint, progress) as folder:
         progress("starting Triton and the gateway")
-        with launched_service(Path(folder), *extra_arguments) as service:
+        with launched_service(folder, *extra_arguments) as service:
             yield service

@@ -205,6 +205,8 @@ def test_every_caption_ends_once_and_does_not_depend_on_its_company(
         assert step < 1000, "the scheduler does not come to an end"
 
     assert model.histories == {}
+    # Of images that nobody reads nothing is kept.
+    assert scheduler._image_states == {}
     assert finished.keys() | abandoned == set(range(len(arrivals)))
     assert not finished.keys() & abandoned
     for name, outcome in finished.items():
@@ -348,7 +350,10 @@ def test_groundings_are_what_the_image_adds_to_the_models_own_log_probabilities(
     for caption in captions:
         if not plan.options.wants_grounding:
             assert caption.token_groundings is None
+            assert caption.image_state == ()
             continue
+        # Every number of every state of the fake's is that of the image.
+        assert caption.image_state == (image, image, image)
         history: tuple[int, ...] = (START, *plan.words.prefix)
         expected = []
         for token in caption.token_ids:

@@ -45,6 +45,7 @@ from captionserve_server.core.search import (
     start_search,
 )
 from captionserve_server.core.search.grounding import (
+    ROWS_TOGETHER,
     Text,
     forced_rows,
     grounded,
@@ -162,10 +163,11 @@ class _Reading:
     captions: list[DecodedCaption]
 
     @property
-    def tokens(self) -> int:
-        """Tokens of all captions: as many rows at most."""
+    def rows(self) -> int:
+        """Most rows that it takes: one for each token of all captions, and what fills them up."""
         given = self.request.plan.given_tokens
-        return sum(given + len(caption.token_ids) - 1 for caption in self.captions)
+        tokens = sum(given + len(caption.token_ids) - 1 for caption in self.captions)
+        return tokens + -tokens % ROWS_TOGETHER
 
     @property
     def certain_tokens(self) -> tuple[int, ...]:
@@ -212,6 +214,8 @@ class Scheduler:
         self._readings: deque[_Reading] = deque()
         # Slots whose requests have ended, and which the step model would not take back yet.
         self._owed: list[int] = []
+        # Mean encoder states, by slot, of those that will be read.
+        self._image_states: dict[int, tuple[float, ...]] = {}
         # Admitted, and without a token yet.
         self._fresh: list[Request] = []
 
@@ -323,7 +327,9 @@ class Scheduler:
         except Exception as error:  # Of whatever kind: it concerns these images and nobody else.
             return {request.key: _fault(error) for request in newcomers}
         ended: dict[Hashable, Outcome] = {}
-        for request, slot in zip(newcomers, slots.tolist(), strict=True):
+        for request, slot, own in zip(newcomers, slots.tolist(), states, strict=True):
+            if request.plan.options.wants_grounding:
+                self._image_states[slot] = tuple(own.mean(axis=0).tolist())
             try:
                 self._enter(request, slot)
             except Exception as error:
@@ -394,7 +400,7 @@ class Scheduler:
         now: list[_Reading] = []
         rows = 0
         while self._readings:
-            rows += self._readings[0].tokens
+            rows += self._readings[0].rows
             if now and rows > self._limits.max_rows:
                 break
             now.append(self._readings.popleft())
@@ -424,14 +430,15 @@ class Scheduler:
             (with_image,) = self._forced_logprobs(reading.slot, [reading])
         if not np.isfinite(with_image - without).all():
             return _no_numbers()
-        return grounded(reading.captions, plan, with_image, without)
+        image_state = self._image_states[reading.slot]
+        return grounded(reading.captions, plan, with_image, without, image_state)
 
     def _forced_logprobs(
         self, slot: int | None, readings: Sequence[_Reading]
     ) -> list[Float32Array]:
         """The model's own log-probabilities of what is read, over a slot's image or none."""
         start = self._vocabulary.special.start
-        rows = forced_rows([text for reading in readings for text in reading.texts(start)])
+        rows = forced_rows([reading.texts(start) for reading in readings])
         logprobs = self._step_model.forced_logprobs(slot, rows)
         lengths = [
             sum(len(caption.token_ids) for caption in reading.captions) for reading in readings
@@ -508,6 +515,8 @@ class Scheduler:
         self._give_back(slots)
 
     def _give_back(self, slots: list[int]) -> None:
+        for slot in slots:
+            self._image_states.pop(slot, None)
         self._owed += slots
         if not self._owed:
             return

@@ -20,34 +20,51 @@ GROUNDING_SHARE = 0.2
 """Of the grounding in what reranks captions. With all of it the most unusual words win, right or
 wrong; docs/adr/0021 has what was measured."""
 
+ROWS_TOGETHER = 4
+"""The rows of a request begin at a multiple of this, alone and with others. What a row sees is
+summed in lanes, by its column modulo 4, and MatMulNBits multiplies rows by twos: elsewhere a row's
+last bit is another one, of which quantised activations make much (docs/adr/0021)."""
+
 Text = tuple[tuple[int, ...], tuple[int, ...]]
 """The tokens that were given to a caption, the start token first, and those that were generated."""
 
 
-def forced_rows(texts: Sequence[Text]) -> ForcedRows:
-    """The rows of whole captions; those that begin alike share the rows of what they share.
+def forced_rows(groups: Sequence[Sequence[Text]]) -> ForcedRows:
+    """The rows of whole captions; those of a group share the rows with which they begin alike.
+
+    What a group is told does not depend on the others: its rows begin at a multiple of
+    ROWS_TOGETHER, and rows that nobody asks for fill it up to the next one.
 
     Args:
-        texts: at least one, with at least one generated token each.
+        groups: at least one, each of at least one caption with at least one generated token.
 
     Returns:
         rows, whose probes are the generated tokens, caption after caption.
     """
-    row_of: dict[tuple[int, ...], int] = {}
+    tokens: list[int] = []
+    positions: list[int] = []
     parents: list[int] = []
     probes: list[tuple[int, int]] = []
-    for given, generated in texts:
-        whole = (*given, *generated)
-        row = -1
-        # The last token is only asked for; nothing follows it.
-        for end in range(1, len(whole)):
-            beginning = whole[:end]
-            if beginning not in row_of:
-                row_of[beginning] = len(parents)
-                parents.append(row)
-            row = row_of[beginning]
-            if end >= len(given):
-                probes.append((row, whole[end]))
+    for texts in groups:
+        row_of: dict[tuple[int, ...], int] = {}
+        for given, generated in texts:
+            whole = (*given, *generated)
+            row = -1
+            # The last token is only asked for; nothing follows it.
+            for end in range(1, len(whole)):
+                beginning = whole[:end]
+                if beginning not in row_of:
+                    row_of[beginning] = len(parents)
+                    tokens.append(whole[end - 1])
+                    positions.append(end - 1)
+                    parents.append(row)
+                row = row_of[beginning]
+                if end >= len(given):
+                    probes.append((row, whole[end]))
+        missing = -len(parents) % ROWS_TOGETHER
+        tokens += [tokens[-1]] * missing
+        positions += [0] * missing
+        parents += [-1] * missing
     sees = np.eye(len(parents), dtype=np.bool_)
     for row, parent in enumerate(parents):
         # Parents come before their rows, so that all they see is known.
@@ -55,8 +72,8 @@ def forced_rows(texts: Sequence[Text]) -> ForcedRows:
             sees[row] |= sees[parent]
     probe_rows, probe_tokens = np.array(probes, np.int64).T
     return ForcedRows(
-        tokens=np.array([beginning[-1] for beginning in row_of], np.int64),
-        positions=np.array([len(beginning) - 1 for beginning in row_of], np.int64),
+        tokens=np.array(tokens, np.int64),
+        positions=np.array(positions, np.int64),
         sees=sees,
         probe_rows=probe_rows,
         probe_tokens=probe_tokens,
@@ -74,6 +91,7 @@ def grounded(
     plan: CaptionPlan,
     with_image: Float32Array,
     without: Float32Array,
+    image_state: tuple[float, ...] = (),
 ) -> list[DecodedCaption]:
     """The captions to be returned, with their groundings.
 
@@ -82,6 +100,7 @@ def grounded(
         plan: how they were decoded.
         with_image: log-probability of each token, caption after caption; the model's own.
         without: likewise, over no image.
+        image_state: as each of them has it.
 
     Returns:
         the best num_return_sequences; in their own order, or, where the plan reranks by grounding,
@@ -91,7 +110,7 @@ def grounded(
     ends = np.cumsum([len(caption.token_ids) for caption in captions])[:-1]
     differences = np.split(with_image - without, ends)
     found = [
-        dataclasses.replace(caption, token_groundings=tuple(own.tolist()))
+        dataclasses.replace(caption, token_groundings=tuple(own.tolist()), image_state=image_state)
         for caption, own in zip(captions, differences, strict=True)
     ]
     if plan.options.rerank == "grounding":
