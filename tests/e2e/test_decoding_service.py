@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
 import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -88,6 +91,41 @@ def test_a_stream_is_the_caption_in_parts(demo: ReadyReport, options: Generation
         assert [len(part.token_ids) for part in parts] == [1] * len(tokens)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        GenerationOptions(num_beams=1),
+        GenerationOptions(num_beams=4, num_return_sequences=3),
+        GenerationOptions(num_beams=4, num_beam_groups=2, diversity_penalty=0.5),
+        GenerationOptions(num_beams=4, force_words=["red"], prefix="a"),
+        GenerationOptions(num_beams=4, rerank="grounding"),
+        GenerationOptions(do_sample=True, seed=3, num_return_sequences=3),
+    ],
+    ids=str,
+)
+def test_a_stream_tells_of_its_search_step_by_step(
+    demo: ReadyReport, options: GenerationOptions
+) -> None:
+    (image,) = pictures(DEMO, 1)
+    asked = dataclasses.replace(options, output_beams=True)
+    with CaptionClient(demo.grpc, timeout=WAIT_SECONDS) as client:
+        # Of what is remembered a stream tells as of anything else.
+        whole = client.caption(image, asked)
+        *parts, last = client.caption_stream(image, asked)
+        silent = list(client.caption_stream(image, options))
+    assert last.result is not None
+    assert last.result.beams is not None
+    assert whole.beams is not None
+    steps = tuple(itertools.chain.from_iterable(part.beam_steps for part in parts))
+    assert steps == last.result.beams.steps
+    assert len(steps) == len(whole.beams.steps)
+    # Each came when it was made, and not with the others.
+    assert all(len(part.beam_steps) <= 1 for part in parts)
+    assert (last.text, last.token_ids, last.beam_steps) == ("", (), ())
+    assert "".join(part.text for part in parts) == last.result.text
+    assert all(part.beam_steps == () for part in silent)
+
+
 def test_words_come_one_by_one_and_the_slot_is_given_back(
     service: Callable[[str], ReadyReport],
 ) -> None:
@@ -144,14 +182,15 @@ def test_sampling_is_cached_with_a_seed_only(
 
 def test_the_same_straight_at_triton(demo: ReadyReport) -> None:
     (image,) = pictures(DEMO, 1)
-    written = b'{"num_beams": 3, "early_stopping": "never"}'
+    written = b'{"num_beams": 3, "early_stopping": "never", "output_beams": true}'
     inputs = [
         tensor(wire.IMAGE, np.array([png(image)], np.object_)),
         tensor(wire.OPTIONS, np.array([written], np.object_)),
     ]
-    options = GenerationOptions(num_beams=3, early_stopping="never")
+    options = GenerationOptions(num_beams=3, early_stopping="never", output_beams=True)
     with CaptionClient(demo.grpc, timeout=WAIT_SECONDS) as client:
         expected = client.caption(image, options)
+    assert expected.beams is not None
     with InferenceServerClient(demo.triton_grpc) as triton:
         answer = triton.infer(wire.CAPTIONER.name, inputs)
         assert answer.as_numpy("TEXT").tolist() == [expected.text.encode()]
@@ -161,6 +200,7 @@ def test_the_same_straight_at_triton(demo: ReadyReport) -> None:
         triton.start_stream(lambda result, error: answers.put((result, error)))
         triton.async_stream_infer(wire.CAPTIONER_STREAM.name, inputs)
         parts: list[bytes] = []
+        steps: list[dict[str, list[Any]]] = []
         while True:
             result, error = answers.get(timeout=WAIT_SECONDS)
             assert error is None
@@ -168,7 +208,12 @@ def test_the_same_straight_at_triton(demo: ReadyReport) -> None:
             if result.get_output("TEXT") is not None:
                 break
             parts += result.as_numpy("NEW_TEXT").tolist()
+            steps += json.loads(result.as_numpy("NEW_BEAM_STEPS")[0])
         assert b"".join(parts) == expected.text.encode()
+        assert [step["token_ids"] for step in steps] == [
+            [each.token_id for each in step] for step in expected.beams.steps
+        ]
+        assert steps == json.loads(result.as_numpy("BEAMS")[0])["steps"]
 
 
 def test_a_caller_that_leaves_a_front_frees_its_slot(

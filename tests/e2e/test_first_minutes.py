@@ -12,9 +12,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
@@ -223,12 +225,41 @@ def test_a_hub_id_without_a_network_is_an_error_with_a_way_out(tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_captionserve_is_an_error_with_a_way_out() -> None:
-    with web_server() as target:
-        process = run("caption", IMAGE, "--target", target, "--timeout", "5")
-    assert process.returncode == 5
-    assert said(process) == (
-        f"{IMAGE}: NOT_CAPTIONSERVE: what answers at this address is no captionserve: the "
+@contextlib.contextmanager
+def other_grpc_server() -> Iterator[str]:
+    """Something that speaks gRPC and is no captionserve."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.mark.parametrize("other", [web_server, other_grpc_server])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("caption", IMAGE, "--timeout", "5"), 5),
+        (("caption", IMAGE, "--timeout", "5", "--stream"), 5),
+        (("caption", IMAGE, "--timeout", "5", "--output", "captions.jsonl"), 5),
+        (("health",), 1),
+        (("evaluate",), 5),
+        (("load", "--rates", "1", "--seconds", "1"), 5),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_what_is_no_captionserve_is_an_error_with_a_way_out(
+    other: Callable[[], contextlib.AbstractContextManager[str]],
+    command: tuple[str, ...],
+    code: int,
+    tmp_path: Path,
+) -> None:
+    command = tuple(str(tmp_path / word) if word.endswith(".jsonl") else word for word in command)
+    with other() as target:
+        process = run(*command, "--target", target)
+    assert process.returncode == code
+    assert said(process).partition(": ")[2] == (
+        "NOT_CAPTIONSERVE: what answers at this address is no captionserve: the "
         "HOST:PORT that `captionserve serve --listen` was given is wanted"
     )
 

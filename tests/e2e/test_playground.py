@@ -93,7 +93,13 @@ def test_a_visitor_gets_what_a_client_gets(
         with playground(*arguments) as (visitor, _):
             shown = ask(visitor, image, options={**options, "output_stages": True}, regions=[box])
             facts = visitor.get("/api/model").json()
-        result = shown[-1]["result"]
+        *updates, last = shown
+        result = last["result"]
+        # Words and steps come before the result, both ways; the steps one by one.
+        assert "".join(each["text"] for each in updates) == expected.text
+        told = [step for each in updates for step in each["beam_steps"]]
+        assert told == result["beams"]["steps"]
+        assert max(len(each["beam_steps"]) for each in updates) == 1
         assert [each["text"] for each in result["captions"]] == [
             each.text for each in expected.captions
         ]

@@ -244,15 +244,16 @@ def test_the_command_line_asks_for_parts(
     expected = client.caption(path, regions=[BOX], tiles=(1, 2), resize="letterbox")
     flags = ("--region", "224,0,448,224", "--tiles", "1x2", "--resize", "letterbox")
     target = ("--target", service(DEMO).grpc)
-    for where in (target, ("--local", str(model_repository(DEMO)))):
+    here = ("--local", str(model_repository(DEMO)))
+    for where in (target, here):
         process = run("caption", str(path), *flags, "--json", *where)
         assert process.returncode == 0, process.stderr
         (answer,) = json.loads(process.stdout)
         assert answer["captions"][0]["text"] == expected.text
         found = [(tuple(each["box"]), each["captions"][0]["text"]) for each in answer["regions"]]
         assert found == [(region.box, region.text) for region in expected.regions]
-    for extra in ((), ("--stream",)):
-        lines = run("caption", str(path), *flags, *extra, *target).stdout.splitlines()
+    for extra in (target, ("--stream", *target), ("--stream", *here)):
+        lines = run("caption", str(path), *flags, *extra).stdout.splitlines()
         assert lines[0].startswith(f"{path}: {expected.text}")
         assert [line.rsplit(" (", 1)[0] for line in lines[1:]] == [
             f"{path} [{','.join(map(str, region.box))}]: {region.text}"

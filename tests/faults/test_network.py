@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +13,14 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from captionserve import CaptionClient, CaptionError, _transport
+from captionserve import (
+    BeamFate,
+    CaptionClient,
+    CaptionError,
+    Continuation,
+    GenerationOptions,
+    _transport,
+)
 from captionserve.v1 import caption_pb2_grpc
 from captionserve_server.serving.ready import ReadyReport
 from PIL import Image
@@ -83,14 +90,27 @@ def test_a_request_that_is_cut_is_made_again(proxy: Proxy) -> None:
     assert proxy.connections == 2
 
 
+def fates_of(step: Iterable[Continuation]) -> list[tuple[int, int, str]]:
+    """What a step of a search has kept and finished."""
+    return [
+        (each.parent, each.token_id, each.fate) for each in step if each.fate != BeamFate.DROPPED
+    ]
+
+
 def test_a_stream_that_is_cut_goes_on_behind_what_it_gave(proxy: Proxy) -> None:
     with CaptionClient(proxy.address, timeout=WAIT_SECONDS) as client:
-        updates = client.caption_stream(picture(1))
+        options = GenerationOptions(num_beams=4, output_beams=True, max_length=30, min_length=30)
+        updates = client.caption_stream(picture(1), options)
         first = next(updates)
         proxy.cut()
         *parts, last = updates
         assert last.result is not None
+        assert last.result.beams is not None
         assert "".join(each.text for each in (first, *parts)) == last.result.text
+        steps = [step for each in (first, *parts) for step in each.beam_steps]
+        assert [fates_of(step) for step in steps] == [
+            fates_of(step) for step in last.result.beams.steps
+        ]
     assert proxy.connections == 2
 
 

@@ -23,6 +23,43 @@ WIDE = {"width": 1280, "height": 900}
 PHONE = {"width": 360, "height": 740}
 WAIT_MILLISECONDS = 30_000
 
+# From now on the page reads so many lines of an answer, and no more until it is let.
+HOLD = """
+lines => {
+  window.allowed = lines;
+  const asked = window.fetch;
+  window.fetch = async (path, question) => {
+    const response = await asked(path, question);
+    if (path !== "/api/caption") return response;
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    const encoder = new TextEncoder();
+    let rest = "";
+    let read = 0;
+    const held = new ReadableStream({
+      async pull(controller) {
+        for (;;) {
+          const end = rest.indexOf("\\n") + 1;
+          if (end) {
+            while (read >= window.allowed) {
+              question.signal.throwIfAborted();
+              await new Promise(requestAnimationFrame);
+            }
+            read += 1;
+            controller.enqueue(encoder.encode(rest.slice(0, end)));
+            rest = rest.slice(end);
+            return;
+          }
+          const { done, value } = await reader.read();
+          if (done) return controller.close();
+          rest += value;
+        }
+      },
+    });
+    return new Response(held, { headers: response.headers });
+  };
+}
+"""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Say where the pictures of the documentation go."""
@@ -115,6 +152,14 @@ class Visitor:
         """Caption the shown picture again, and wait for it."""
         self.page.get_by_role("button", name="Caption again").click()
         self.wait()
+
+    def hold(self, lines: int) -> None:
+        """Let the page read so many lines of each answer; the rest once they are `let`."""
+        self.page.evaluate(HOLD, lines)
+
+    def let(self, lines: float) -> None:
+        """Let the page read so many lines in all."""
+        self.page.evaluate("lines => { window.allowed = lines; }", lines)
 
     @property
     def caption(self) -> str:

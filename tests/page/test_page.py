@@ -248,6 +248,98 @@ def test_the_search_is_a_tree_and_a_table(visit: Visit, client: CaptionClient) -
     assert page.locator(".tree svg").inner_html() != before
 
 
+def test_the_tree_grows_while_the_search_goes_on(visit: Visit, client: CaptionClient) -> None:
+    visitor = visit()
+    beams = client.caption(SAMPLES / "crown.webp", ASKED).beams
+    assert beams is not None
+    page = visitor.page
+    visitor.hold(0)
+    page.get_by_role("button", name="Sample crown").click()
+    page.wait_for_selector("#stage[data-state='working']")
+    assert page.locator("#beams").count() == 0
+    for lines in range(1, len(beams.steps) + 1):
+        visitor.let(lines)
+        # Each step is a column with its number.
+        page.locator(".tree .step").nth(lines - 1).wait_for()
+        told = beams.steps[:lines]
+        fates = [each.fate.value for step in told for each in step]
+        assert page.locator(".tree .step").count() == lines
+        assert page.locator(".tree .node").count() == len(fates) - fates.count("dropped")
+        assert page.locator(".tree .node.finished").count() == fates.count("finished")
+        likeliest = math.exp(told[-1][0].token_logprob)
+        last = page.locator(".tree .node.new title").first.text_content()
+        assert last.startswith(f"{told[-1][0].token_text.strip() or '(end)'}: ")
+        assert (" 100 %" in last) == (likeliest > 0.9995)
+        note = page.inner_text("#beams .spread .quiet")
+        assert note.endswith(f" {fates.count('dropped')} dropped")
+        # There is no result yet, and so no way through the tree, and no slider.
+        assert page.locator("#stage[data-state='working']").count() == 1
+        assert page.locator(".tree .node.own, #beam-steps, #captions").count() == 0
+    visitor.let(math.inf)
+    visitor.wait()
+    assert page.locator(".tree .node.own").count() == len(beams.paths[0].continuations)
+    assert page.locator(".tree .node.new").count() == 0
+    page.get_by_label("Steps shown").fill("2")
+    assert page.locator(".tree .step").count() == 2
+
+
+def test_who_looks_at_the_tree_while_it_grows_goes_on_doing_so(visit: Visit) -> None:
+    visitor = visit(PHONE)
+    page = visitor.page
+    visitor.hold(2)
+    page.get_by_role("button", name="Sample penguin").click()
+    page.locator(".tree .step").nth(1).wait_for()
+    page.get_by_label("also what was dropped").check()
+    assert page.locator(".tree .node.dropped").count() > 0
+    page.locator(".tree").focus()
+    visitor.let(5)
+    page.locator(".tree .step").nth(4).wait_for()
+    assert page.evaluate("document.activeElement.id") == "beam-tree"
+    # The newest step is in sight, until somebody scrolls back.
+    scrolled = "() => document.getElementById('beam-tree').scrollLeft"
+    assert page.evaluate(scrolled) > 0
+    page.evaluate("document.getElementById('beam-tree').scrollLeft = 0")
+    visitor.let(6)
+    page.locator(".tree .step").nth(5).wait_for()
+    assert page.evaluate(scrolled) == 0
+    visitor.let(math.inf)
+    visitor.wait()
+    assert page.evaluate("document.activeElement.id") == "beam-tree"
+    assert page.get_by_label("also what was dropped").is_checked()
+
+
+def test_what_was_put_off_to_the_next_frame_does_not_undo_the_result(visit: Visit) -> None:
+    visitor = visit()
+    page = visitor.page
+    # The next frame comes when it is told to.
+    page.evaluate(
+        """() => {
+          window.put_off = [];
+          window.requestAnimationFrame = (draw) => window.put_off.push(draw);
+        }"""
+    )
+    page.get_by_role("button", name="Sample penguin").click()
+    visitor.wait()
+    assert page.evaluate("window.put_off.length") == 1
+    page.evaluate("window.put_off.forEach((draw) => draw())")
+    assert page.locator(".tree .node.own").count() > 0
+    assert page.locator("#beam-steps").count() == 1
+
+
+def test_a_search_that_is_stopped_leaves_what_is_known_of_it(visit: Visit) -> None:
+    visitor = visit()
+    page = visitor.page
+    visitor.hold(3)
+    page.get_by_role("button", name="Sample penguin").click()
+    page.locator(".tree .step").nth(2).wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_selector("#stage[data-state='stopped']")
+    assert page.locator(".tree .step").count() == 3
+    visitor.let(math.inf)
+    visitor.again()
+    assert visitor.caption == CAPTIONS["penguin.jpg"]
+
+
 def test_stages_are_told_and_make_the_whole(visit: Visit) -> None:
     visitor = visit()
     visitor.take_sample("rabbit")

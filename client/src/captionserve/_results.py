@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from captionserve._alt_text import (
     DEFAULT_HEDGE_BELOW,
@@ -196,6 +196,10 @@ class Continuation:
     beam: int | None
 
 
+BeamStep: TypeAlias = tuple[Continuation, ...]
+"""What the beams might have become at one step; in each group of beams the best come first."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LikelyToken:
     """One of the likeliest tokens at a place of a caption.
@@ -229,13 +233,13 @@ class BeamHistory:
     """What a search considered on its way to the captions of an image.
 
     Attributes:
-        steps: of each generated token the continuations; in each group of beams the best come
-            first. Of those that were dropped only the likeliest are here: in beam search with the
-            others at most twice as many as beams, else 5 of each row.
+        steps: of each generated token. Of the continuations that were dropped only the likeliest
+            are here: in beam search with the others at most twice as many as beams, else 5 of each
+            row.
         paths: of each caption, in the order of the captions.
     """
 
-    steps: tuple[tuple[Continuation, ...], ...]
+    steps: tuple[BeamStep, ...]
     paths: tuple[BeamPath, ...]
 
 
@@ -340,19 +344,25 @@ class CaptionUpdate:
     Attributes:
         text: the text that follows that of the last update; all of them together are the caption.
         token_ids: its tokens.
-        result: the whole result; only in the last update, which has no text of its own.
+        result: the whole result; only in the last update, which has nothing else.
+        beam_steps: the steps of the search since the last update; all of them together are those of
+            result.beams. Empty unless output_beams was set.
     """
 
     text: str
     token_ids: tuple[int, ...]
     result: CaptionResult | None
+    beam_steps: tuple[BeamStep, ...] = ()
 
 
 def update_from_proto(response: caption_pb2.StreamCaptionResponse) -> CaptionUpdate:
     """Read one message of a stream."""
     if response.WhichOneof("update") == "response":
         return CaptionUpdate("", (), from_proto(response.response))
-    return CaptionUpdate(response.part.text, tuple(response.part.token_ids), None)
+    part = response.part
+    return CaptionUpdate(
+        part.text, tuple(part.token_ids), None, tuple(map(_beam_step, part.beam_steps))
+    )
 
 
 def _region(message: caption_pb2.DescribedRegion) -> DescribedRegion:
@@ -396,7 +406,6 @@ def _word(message: caption_pb2.Word) -> Word:
 
 
 def _beams(message: caption_pb2.BeamHistory) -> BeamHistory:
-    steps = tuple(tuple(map(Continuation, *_columns(step))) for step in message.steps)
     paths = tuple(
         BeamPath(
             tuple(path.continuations),
@@ -407,7 +416,11 @@ def _beams(message: caption_pb2.BeamHistory) -> BeamHistory:
         )
         for path in message.paths
     )
-    return BeamHistory(steps, paths)
+    return BeamHistory(tuple(map(_beam_step, message.steps)), paths)
+
+
+def _beam_step(message: caption_pb2.BeamStep) -> BeamStep:
+    return tuple(map(Continuation, *_columns(message)))
 
 
 def _columns(step: caption_pb2.BeamStep) -> Iterator[Iterable[Any]]:

@@ -111,9 +111,27 @@ def test_wrong_options_are_each_images_error(
     assert [answer["error"]["reason"] for answer in answers] == ["INVALID_OPTIONS"] * 2
 
 
+def test_words_are_printed_as_they_become_certain(
+    caption: Caption, images: list[str], folder: str, tmp_path: Path
+) -> None:
+    bad, missing = tmp_path / "bad.jpg", tmp_path / "missing.jpg"
+    bad.write_text("no image")
+    mixed = [images[0], str(bad), str(missing), images[1]]
+    ended = caption(*mixed, "--local", folder, "--stream")
+    assert ended.exit_code == ExitCode.CALL_FAILED
+    with LocalCaptioner(folder, threads=1) as captioner:
+        texts = [result.text for result in captioner.caption_all(images[:2])]
+    assert ended.stdout.splitlines() == [
+        f"{image}: {text}" for image, text in zip(images, texts, strict=False)
+    ]
+    refused, unread = ended.stderr.splitlines()
+    assert refused.startswith(f"{bad}: UNSUPPORTED_IMAGE_FORMAT: ")
+    assert unread.startswith(f"{missing}: UNREADABLE: ")
+
+
 @pytest.mark.parametrize(
     "needs_a_service",
-    [("--target", "127.0.0.1:1"), ("--timeout", "3"), ("--bypass-cache",), ("--stream",)],
+    [("--target", "127.0.0.1:1"), ("--timeout", "3"), ("--bypass-cache",)],
     ids=lambda arguments: arguments[0],
 )
 def test_what_needs_a_service_is_refused(

@@ -11,9 +11,11 @@ import grpc
 import pytest
 from captionserve import (
     AsyncCaptionClient,
+    BeamFate,
     CaptionClient,
     CaptionError,
     CaptionUpdate,
+    Continuation,
     GenerationOptions,
 )
 from captionserve._transport import DEFAULT_TIMEOUT_SECONDS
@@ -239,6 +241,109 @@ def test_a_stream_that_goes_on_otherwise_fails(
     assert isinstance(error, CaptionError)
     assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, "STREAM_BROKEN")
     assert len(servicer.requests) == 2
+
+
+def step(*fates: str, token: int = 5, score: float = -0.5) -> caption_pb2.BeamStep:
+    """A step of the search whose continuations had these fates."""
+    kept = [number if fate == "KEPT" else -1 for number, fate in enumerate(fates)]
+    return caption_pb2.BeamStep(
+        parents=[0] * len(fates),
+        token_ids=range(token, token + len(fates)),
+        token_texts=["a red"] * len(fates),
+        token_logprobs=[-0.25] * len(fates),
+        scores=[score] * len(fates),
+        fates=[caption_pb2.BeamFate.Value(f"BEAM_FATE_{fate}") for fate in fates],
+        beams=kept,
+    )
+
+
+def searched(*steps: caption_pb2.BeamStep) -> caption_pb2.StreamCaptionResponse:
+    """A part without words."""
+    return caption_pb2.StreamCaptionResponse(part=caption_pb2.CaptionPart(beam_steps=steps))
+
+
+FIRST, SECOND = step("KEPT", "KEPT", "DROPPED"), step("KEPT", "FINISHED", token=6)
+THIRD = step("DROPPED", "FINISHED", token=2)
+SEARCH = [
+    searched(FIRST),
+    caption_pb2.StreamCaptionResponse(
+        part=caption_pb2.CaptionPart(
+            text="a red apple", token_ids=[5, 6, 2], beam_steps=[SECOND, THIRD]
+        )
+    ),
+    *good_stream()[3:],
+]
+
+
+def fates_of(updates: list[CaptionUpdate]) -> list[list[str]]:
+    """Of each step of all updates."""
+    return [[str(each.fate) for each in step] for update in updates for step in update.beam_steps]
+
+
+SEARCHED = [["kept", "kept", "dropped"], ["kept", "finished"], ["dropped", "finished"]]
+
+
+def test_steps_of_the_search_come_with_the_words_and_before_them(
+    server: Server, collect: Collect
+) -> None:
+    target, servicer = server
+    breaking_off(servicer, SEARCH)
+    updates, error = collect(target)
+    assert error is None
+    assert [(update.text, len(update.beam_steps)) for update in updates] == [
+        ("", 1),
+        ("a red apple", 2),
+        ("", 0),
+    ]
+    first = updates[0].beam_steps[0][0]
+    assert first == Continuation(0, 5, "a red", -0.25, -0.5, BeamFate.KEPT, 0)
+    assert fates_of(updates) == SEARCHED
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [searched(FIRST)],
+        [searched(FIRST, SECOND)],
+        [searched(FIRST), searched(SECOND)],
+        [searched(FIRST, SECOND, THIRD)],
+        SEARCH[:2],
+        # Numbers may differ a little in other company, and what is dropped for little.
+        [searched(step("KEPT", "KEPT", score=-0.5001))],
+    ],
+    ids=range(6),
+)
+def test_steps_that_were_given_are_not_given_again(
+    server: Server, collect: Collect, before: list[caption_pb2.StreamCaptionResponse]
+) -> None:
+    target, servicer = server
+    breaking_off(servicer, before, SEARCH)
+    updates, error = collect(target)
+    assert error is None
+    assert fates_of(updates)[1:] == SEARCHED[1:]
+    assert fates_of(updates)[0][:2] == SEARCHED[0][:2]
+    assert "".join(update.text for update in updates) == "a red apple"
+    assert len(servicer.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param([searched(step("KEPT", "KEPT", token=4))], id="other tokens"),
+        pytest.param([searched(step("KEPT", "FINISHED"))], id="other fates"),
+        pytest.param([searched(step("KEPT", "DROPPED", "KEPT"))], id="other beams"),
+        pytest.param(good_stream()[:], id="fewer steps"),
+    ],
+)
+def test_a_search_that_goes_on_otherwise_breaks_the_stream(
+    server: Server, collect: Collect, other: list[caption_pb2.StreamCaptionResponse]
+) -> None:
+    target, servicer = server
+    breaking_off(servicer, SEARCH[:1], other)
+    updates, error = collect(target)
+    assert fates_of(updates) == SEARCHED[:1]
+    assert isinstance(error, CaptionError)
+    assert error.reason == "STREAM_BROKEN"
 
 
 class OwnError(Exception):

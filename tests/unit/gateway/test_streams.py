@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -113,6 +114,40 @@ def test_a_part_may_have_no_text_and_text_may_be_of_any_script() -> None:
         ("", [7]),
         ("\u732b", [8]),
     ]
+
+
+STEP = {
+    "parents": [0, 0],
+    "token_ids": [5, 7],
+    "token_texts": ["a red", " \u732b"],
+    "token_logprobs": [-0.5, -1.5],
+    "scores": [-0.5, -1.5],
+    "fates": ["kept", "dropped"],
+    "beams": [0, -1],
+}
+
+
+def steps_outputs(text: str) -> dict[Any, Any]:
+    """A part without words, but with this as its steps."""
+    return part_outputs("") | {wire.NEW_BEAM_STEPS: encode_strings([text.encode()])}
+
+
+def test_a_part_may_have_steps_of_the_search_and_nothing_else() -> None:
+    async def run() -> Responses:
+        async with gateway_setup() as setup:
+            written = json.dumps([STEP, {**STEP, "fates": ["finished", "dropped"]}])
+            setup.triton.stream_parts(
+                steps_outputs(written), part_outputs("a red apple", 5, 6, 2), good_outputs()
+            )
+            return (await responses_of(setup))[0]
+
+    first, second, _ = asyncio.run(run())
+    assert (first.part.text, list(first.part.token_ids)) == ("", [])
+    fates = [caption_pb2.BEAM_FATE_KEPT, caption_pb2.BEAM_FATE_DROPPED]
+    one, other = first.part.beam_steps
+    assert one == caption_pb2.BeamStep(**{**STEP, "fates": fates})  # type: ignore[arg-type]
+    assert other.fates[0] == caption_pb2.BEAM_FATE_FINISHED
+    assert not second.part.beam_steps
 
 
 def test_the_end_is_what_caption_would_have_returned() -> None:
@@ -235,6 +270,9 @@ def test_no_triton_is_model_unavailable() -> None:
         part_outputs("a", 5) | {wire.NEW_TEXT: b"\x05\x00\x00\x00cut"},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros((1, 1), "<i4")},
         part_outputs("a", 5) | {wire.NEW_TOKEN_IDS: np.zeros(1, "<i8")},
+        steps_outputs("cut: ["),
+        steps_outputs(json.dumps([{**STEP, "fates": ["lost", "dropped"]}])),
+        steps_outputs(json.dumps([{**STEP, "places": [0, 1]}])),
         *(without(spec) for spec in wire.ANSWER if spec not in wire.WHERE_ASKED_FOR),
     ],
 )

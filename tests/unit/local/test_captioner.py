@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import Future
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import numpy as np
 import pytest
 from captionserve import GenerationOptions
 from captionserve_server.core.engine.engine_thread import Caller, EngineThread
-from captionserve_server.core.engine.scheduler import SchedulerLimits
+from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
 from captionserve_server.core.errors import (
+    CancelledError,
+    CaptionServeError,
     ImageCorruptError,
     ImageTooManyPixelsError,
     InvalidOptionsError,
@@ -29,6 +33,8 @@ from captionserve_server.local import (
     ImageInput,
     LocalCaptioner,
     LocalResult,
+    LocalStream,
+    LocalUpdate,
     ModelFolderError,
 )
 from captionserve_server.local import model_folder as model_folder_module
@@ -52,6 +58,8 @@ FILES = [
 NOT_NEEDED = ("torch", "transformers", "onnx", "grpc", "google", "tritonclient", "pytriton")
 PICTURES = [picture(seed) for seed in range(6)]
 WAIT_SECONDS = 60.0
+# More than any caption here takes.
+WAIT_STEPS = 100
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -293,6 +301,139 @@ def test_who_looks_at_no_more_results_is_not_captioned_for(
     captions.close()  # type: ignore[attr-defined]  # A generator.
     wait_until(lambda: all(caller.has_gone for caller in callers))
     assert len(callers) <= 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 4, "num_return_sequences": 2, "prefix": "a \u00e9 "},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 3, "force_words": ["dog"]},
+        {"num_beams": 3, "rerank": "grounding"},
+        {"do_sample": True, "seed": 4, "num_return_sequences": 3, "output_grounding": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("output_beams", [True, False])
+def test_a_stream_is_the_result_piece_by_piece(
+    captioner: LocalCaptioner, options: Any, output_beams: bool
+) -> None:
+    asked = {"max_length": 16, "output_beams": output_beams, **options}
+    *updates, last = captioner.stream(PICTURES[0], **asked)
+    result = captioner.caption(PICTURES[0], **asked)
+    assert last == LocalUpdate("", (), result)
+    assert all(update.result is None for update in updates)
+    best = result.captions[0]
+    assert "".join(update.text for update in updates) == best.text
+    assert tuple(chain.from_iterable(update.token_ids for update in updates)) == best.token_ids
+    steps = tuple(chain.from_iterable(update.beam_steps for update in updates))
+    assert steps == (result.beams.steps if result.beams is not None else ())
+    assert bool(steps) is output_beams
+    if output_beams:
+        # Not all at the end.
+        assert len(updates) >= len(steps)
+        assert all(len(update.beam_steps) <= 1 for update in updates)
+
+
+def test_words_are_given_out_before_the_caption_is_complete(
+    captioner: LocalCaptioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_step = threading.Semaphore(0)
+    step = Scheduler.step
+
+    def held(self: Scheduler) -> Any:
+        assert may_step.acquire(timeout=WAIT_SECONDS)
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", held)
+    updates = captioner.stream(PICTURES[0], max_length=10, min_length=10)
+    for _ in range(8):
+        may_step.release()
+        update = next(updates)
+        assert (len(update.token_ids), update.result) == (1, None)
+    may_step.release(WAIT_STEPS)
+    *_, last = updates
+    assert last.result is not None
+    assert next(updates, None) is None
+
+
+LEAVING: list[Callable[[LocalStream], None]] = [LocalStream.close, lambda updates: None]
+
+
+@pytest.mark.parametrize("leave", LEAVING, ids=["closed", "dropped"])
+def test_who_leaves_a_stream_is_not_captioned_for(
+    captioner: LocalCaptioner,
+    monkeypatch: pytest.MonkeyPatch,
+    leave: Callable[[LocalStream], None],
+) -> None:
+    abandoned: list[Hashable] = []
+    abandon = Scheduler.abandon
+
+    def recorded(self: Scheduler, key: Hashable) -> None:
+        abandoned.append(key)
+        abandon(self, key)
+
+    monkeypatch.setattr(Scheduler, "abandon", recorded)
+    updates = captioner.stream(PICTURES[0], max_length=40, min_length=40)
+    next(updates)
+    leave(updates)
+    del updates
+    wait_until(lambda: len(abandoned) == 1)
+    # Its slot is free again.
+    assert len(captioner.caption_all(PICTURES)) == len(PICTURES)
+
+
+def test_a_closed_stream_gives_no_more(captioner: LocalCaptioner) -> None:
+    updates = captioner.stream(PICTURES[0], max_length=40, min_length=40)
+    next(updates)
+    # More is waiting there to be taken.
+    wait_until(lambda: updates._begun.news.qsize() > 0)
+    updates.close()
+    assert list(updates) == []
+
+
+def test_closing_a_stream_wakes_who_waits_for_it(
+    captioner: LocalCaptioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_step = threading.Event()
+    step = Scheduler.step
+
+    def held(self: Scheduler) -> Any:
+        assert may_step.wait(WAIT_SECONDS)
+        return step(self)
+
+    monkeypatch.setattr(Scheduler, "step", held)
+    updates = captioner.stream(PICTURES[0], num_beams=2, max_length=40, min_length=40)
+    waiting: Future[LocalUpdate] = Future()
+
+    def wait() -> None:
+        try:
+            for update in updates:
+                waiting.set_result(update)
+        except Exception as error:
+            waiting.set_exception(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    updates.close()
+    may_step.set()
+    assert isinstance(waiting.exception(WAIT_SECONDS), CancelledError)
+    thread.join()
+
+
+def test_a_stream_raises_what_a_caption_raises(captioner: LocalCaptioner, tmp_path: Path) -> None:
+    with pytest.raises(InvalidOptionsError):
+        captioner.stream(PICTURES[0], num_beams=99)
+    with pytest.raises(TypeError):
+        captioner.stream(3)  # type: ignore[arg-type]
+    for image, expected in ((b"no image", CaptionServeError), (tmp_path / "no", OSError)):
+        updates = captioner.stream(image)
+        with pytest.raises(expected):
+            next(updates)
+        assert next(updates, None) is None
+    with pytest.raises(InvalidOptionsError, match="force_words"):
+        list(captioner.stream(PICTURES[0], num_beams=2, max_length=4, force_words=["a dog barks"]))
 
 
 def test_a_caption_is_given_out_before_the_next_image_comes(captioner: LocalCaptioner) -> None:

@@ -9,10 +9,12 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from captionserve import (
+    BeamFate,
     Caption,
     CaptionError,
     CaptionResult,
     CaptionUpdate,
+    Continuation,
     FinishReason,
     Framing,
     GenerationOptions,
@@ -23,6 +25,10 @@ from starlette.testclient import TestClient
 
 ADDRESS = "http://127.0.0.1:9080"
 HEADERS = {"Content-Type": "application/octet-stream"}
+STEP = (
+    Continuation(0, 4, "a", -0.5, -0.5, BeamFate.KEPT, 0),
+    Continuation(0, 6, "", -2.5, -2.5, BeamFate.DROPPED, None),
+)
 RESULT = CaptionResult(
     captions=(
         Caption(
@@ -68,7 +74,7 @@ class Told:
                 await asyncio.Event().wait()
             if self.error is not None:
                 raise self.error
-            yield CaptionUpdate(" café", (5,), None)
+            yield CaptionUpdate(" café", (5,), None, (STEP,))
             yield CaptionUpdate("", (), RESULT)
         finally:
             self.ended += 1

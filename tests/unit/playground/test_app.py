@@ -33,7 +33,17 @@ def test_words_come_as_lines_and_the_result_last() -> None:
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("application/x-ndjson")
     *words, last = events(response.text)
-    assert words == [{"text": "a"}, {"text": " café"}]
+    step = [
+        {
+            **{"parent": 0, "token_id": 4, "token_text": "a", "token_logprob": -0.5},
+            **{"score": -0.5, "fate": "kept", "beam": 0},
+        },
+        {
+            **{"parent": 0, "token_id": 6, "token_text": "", "token_logprob": -2.5},
+            **{"score": -2.5, "fate": "dropped", "beam": None},
+        },
+    ]
+    assert words == [{"text": "a", "beam_steps": []}, {"text": " café", "beam_steps": [step]}]
     assert last["result"]["captions"][0]["token_texts"] == ["a", " café"]
     assert last["result"]["captions"][0]["finish_reason"] == "eos"
     # No number of JSON's.
@@ -52,7 +62,7 @@ def test_a_failed_call_is_told_with_reason_and_fields_behind_its_words() -> None
         response = visitor.post("/api/caption", content=body(), headers=HEADERS)
         assert visitor.get("/api/model").json()["error"]["reason"] == "INVALID_OPTIONS"
     assert events(response.text) == [
-        {"text": "a"},
+        {"text": "a", "beam_steps": []},
         {
             "error": {
                 "code": "INVALID_ARGUMENT",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import pytest
-from captionserve_server.core.beams import BeamHistory, beam_history
+from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
-from captionserve_server.core.detokenise import TextStream
 from captionserve_server.core.errors import (
     CancelledError,
     CaptionServeError,
@@ -18,6 +19,7 @@ from captionserve_server.core.errors import (
     ModelUnavailableError,
     OverloadedError,
 )
+from captionserve_server.core.history import DROPPED, CaptionHistory, HistoryStep
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.results import CaptionWord, FinishedCaption, Finisher, ReviewReason
 from captionserve_server.core.words import WordTokens
@@ -37,15 +39,14 @@ class PlainFinisher(Finisher):
     """Makes of a caption what can be told apart, without a checkpoint."""
 
     def __init__(self) -> None:
+        # Of a checkpoint only what makes texts is asked.
+        super().__init__(cast("Bundle", None), decode)
         self.fails = False
 
     def finished(self, caption: DecodedCaption, plan: CaptionPlan) -> FinishedCaption:
         if self.fails:
             raise RuntimeError("a secret")
         return finished(caption.token_ids)
-
-    def beams(self, captions: Sequence[DecodedCaption]) -> BeamHistory | None:
-        return beam_history(captions, decode)
 
 
 class Setup:
@@ -59,17 +60,23 @@ class Setup:
         self.answering = Answering(self.finisher, ROOM, self.died.append)
 
     def accept(
-        self, *, streams: bool = False, prefix: tuple[int, ...] = (), views: int = 1
+        self,
+        *,
+        streams: bool = False,
+        prefix: tuple[int, ...] = (),
+        views: int = 1,
+        output_beams: bool = False,
     ) -> tuple[InferenceRequest, Any]:
         """A request that has entered, and its captioning."""
         from captionserve_server.triton.answers import Captioning
         from captionserve_server.triton.callers import Caller
 
         request = request_of()
-        plan = CaptionPlan(DecodingOptions(), WordTokens(prefix))
+        options = DecodingOptions(output_beams=output_beams)
+        plan = CaptionPlan(options, WordTokens(prefix))
         self.answering.enter(views)
-        stream = TextStream(decode) if streams else None
-        return request, Captioning(self.answering, Caller(request), plan, views, stream)
+        updates = self.finisher.updates(plan) if streams else None
+        return request, Captioning(self.answering, Caller(request), plan, views, updates)
 
 
 @pytest.fixture
@@ -84,8 +91,22 @@ def decode(token_ids: Sequence[int]) -> str:
     return "".join(chr(ord("a") + token) for token in token_ids)
 
 
-def decoded(*token_ids: int) -> DecodedCaption:
-    return DecodedCaption(token_ids, (-0.5,) * len(token_ids), -0.5, "eos")
+def decoded(*token_ids: int, history: CaptionHistory | None = None) -> DecodedCaption:
+    return DecodedCaption(token_ids, (-0.5,) * len(token_ids), -0.5, "eos", history=history)
+
+
+@dataclass
+class At:
+    """How far a caption is."""
+
+    tokens: tuple[int, ...]
+    steps: tuple[HistoryStep, ...] = ()
+
+    def certain_tokens(self) -> tuple[int, ...]:
+        return self.tokens
+
+    def history(self) -> tuple[HistoryStep, ...]:
+        return self.steps
 
 
 def finished(
@@ -266,7 +287,7 @@ def test_words_heard_at_any_pace_make_the_caption(
 ) -> None:
     request, captioning = setup.accept(streams=True, prefix=prefix)
     for certain in heard:
-        captioning.hear(lambda certain=certain: tokens[:certain])
+        captioning.hear(At(tokens[:certain]))
     captioning.end([[decoded(*tokens)]])
     assert not answer_of(request).has_error()
     parts = parts_of(request)
@@ -278,13 +299,60 @@ def test_words_heard_at_any_pace_make_the_caption(
     assert len(parts) == len({len(tokens[:certain]) for certain in [*heard, len(tokens)]} - {0})
 
 
-def test_who_wants_no_words_is_told_none_and_costs_no_search_of_them(setup: Setup) -> None:
-    request, captioning = setup.accept()
+class NotToBeAsked:
+    """Progress that nobody wants to know of."""
 
-    def certain() -> tuple[int, ...]:
-        raise AssertionError("it was asked for")
+    def certain_tokens(self) -> tuple[int, ...]:
+        raise AssertionError("words were asked for")
 
-    captioning.hear(certain)
+    def history(self) -> tuple[HistoryStep, ...]:
+        raise AssertionError("a history was asked for")
+
+
+def step_of(*tokens: int) -> HistoryStep:
+    """A step of as many continuations of a first row, the first of which is kept."""
+    count = len(tokens)
+    rows = np.array([0, *[DROPPED] * (count - 1)], np.int64)
+    return HistoryStep(
+        parents=np.zeros(count, np.int64),
+        tokens=np.array(tokens, np.int64),
+        logprobs=np.full(count, -0.5, np.float32),
+        scores=np.full(count, -0.5, np.float32),
+        rows=rows,
+        origins=np.zeros(1, np.int64),
+        likeliest_tokens=np.array([tokens], np.int64),
+        likeliest_logprobs=np.full((1, count), -0.5, np.float32),
+    )
+
+
+@many
+@given(
+    searched=st.lists(st.lists(st.integers(0, 20), min_size=1, max_size=3), min_size=1, max_size=6),
+    heard=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=6),
+)
+def test_steps_heard_at_any_pace_are_those_of_the_answer(
+    setup: Setup, searched: list[list[int]], heard: list[tuple[int, int]]
+) -> None:
+    steps = tuple(step_of(*each) for each in searched)
+    tokens = tuple(each[0] for each in searched)
+    caption = decoded(*tokens, history=CaptionHistory(steps, (0,) * len(steps)))
+    request, captioning = setup.accept(streams=True, output_beams=True)
+    for certain, considered in zip(*map(sorted, zip(*heard, strict=True)), strict=True):
+        captioning.hear(At(tokens[:certain], steps[:considered]))
+    captioning.end([[caption]])
+    final = json.loads(outputs_of(answer_of(request))["BEAMS"][0])["steps"]
+    parts = parts_of(request)
+    told = [json.loads(part["NEW_BEAM_STEPS"][0]) for part in parts if "NEW_BEAM_STEPS" in part]
+    assert list(itertools.chain(*told)) == final
+    assert [each["token_ids"] for each in final] == searched
+    # The tensor is there only with something in it.
+    assert all(told)
+    assert all(part["NEW_TEXT"].shape == (1,) for part in parts)
+
+
+def test_who_does_not_stream_is_told_nothing_and_costs_no_search_of_it(setup: Setup) -> None:
+    request, captioning = setup.accept(output_beams=True)
+    captioning.hear(NotToBeAsked())
     captioning.end([[decoded(1)]])
     answer_of(request)
     assert parts_of(request) == []
@@ -292,7 +360,7 @@ def test_who_wants_no_words_is_told_none_and_costs_no_search_of_them(setup: Setu
 
 def test_an_error_ends_a_stream_without_more_words(setup: Setup) -> None:
     request, captioning = setup.accept(streams=True)
-    captioning.hear(lambda: (1,))
+    captioning.hear(At((1,)))
     captioning.end(CancelledError("the caller has gone"))
     assert error_of(request).reason == "CANCELLED"
     assert len(parts_of(request)) == 1
@@ -329,7 +397,7 @@ def test_an_answer_that_cannot_be_sent_gives_its_room_back(
 ) -> None:
     lost, captioning = setup.accept(streams=True)
     lost.sender.fails = True
-    captioning.hear(lambda: (1,))
+    captioning.hear(At((1,)))
     captioning.end(answer)
     wait_until(lambda: has_room(setup))
     assert lost.sender.final.is_set()

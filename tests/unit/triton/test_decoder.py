@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -128,6 +129,24 @@ def test_a_stream_and_a_plain_call_say_the_same(setup: Setup) -> None:
     assert last["TEXT"][0] == final["TEXT"][0]
     tokens = np.concatenate([part["NEW_TOKEN_IDS"] for part in parts])
     assert tokens.tolist() == final["TOKEN_IDS"][0].tolist()
+
+
+@pytest.mark.parametrize("tiles", [None, [2, 1]])
+def test_a_stream_tells_of_the_wholes_search_step_by_step_where_that_is_asked_for(
+    setup: Setup, tiles: list[int] | None
+) -> None:
+    parts_of_image = {} if tiles is None else {"TILES": np.array(tiles, np.int32)}
+    asked = json.dumps({"num_beams": 3, "max_length": 8, "output_beams": True})
+    stream = setup.ask(OPTIONS=asked, STREAM=True, **parts_of_image)
+    answer_of(stream)
+    *parts, last = [outputs_of(response) for response in stream.sender.responses]
+    told = [json.loads(part["NEW_BEAM_STEPS"][0]) for part in parts]
+    assert list(itertools.chain(*told)) == json.loads(last["BEAMS"][0])["steps"]
+    assert [len(steps) for steps in told] == [1] * len(parts)
+    unasked = setup.ask(STREAM=True)
+    answer_of(unasked)
+    responses = map(outputs_of, unasked.sender.responses)
+    assert all("NEW_BEAM_STEPS" not in response for response in responses)
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 5, 17, 34])

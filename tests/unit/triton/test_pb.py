@@ -228,7 +228,7 @@ def test_a_decoupled_call_says_who_asks_and_for_how_long() -> None:
     assert (first.request_id(), first.timeout()) == ("the-one", 5)
     assert (second.request_id(), second.timeout()) == ("", 0)
     assert first.model_version == 2
-    assert first.requested == ["NEW_TEXT", "NEW_TOKEN_IDS"]
+    assert first.requested == ["NEW_TEXT", "NEW_TOKEN_IDS", "NEW_BEAM_STEPS"]
     assert first.tensors["IMAGE"].as_numpy().tolist() == [b"an image"]
 
 

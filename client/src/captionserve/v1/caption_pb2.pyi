@@ -643,21 +643,31 @@ class CaptionPart(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    BEAM_STEPS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The text that follows the last part's; empty while a character is incomplete."""
+    """The text that follows the last part's; empty while a character is incomplete, and where there is
+    nothing new but steps.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Its token ids."""
+
+    @_builtins.property
+    def beam_steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___BeamStep]:
+        """What the search has considered since the last part; only with output_beams. Those of all parts
+        together are the steps of the response's beams.
+        """
 
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        beam_steps: _abc.Iterable[Global___BeamStep] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beam_steps", b"beam_steps", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

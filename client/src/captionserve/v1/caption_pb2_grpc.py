@@ -70,8 +70,9 @@ class CaptionServiceServicer(object):
 
     def StreamCaption(self, request, context):
         """StreamCaption describes one image and sends the words as they become certain: each token of
-        greedy search and sampling, of beam search what all beams that are left share. The last message
-        holds the whole response.
+        greedy search and sampling, of beam search what all beams that are left share; with output_beams
+        also what the search considers, step by step. The last message holds the whole response. A stream
+        is computed anew: it is neither answered from memory nor remembered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

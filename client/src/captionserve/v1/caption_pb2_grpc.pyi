@@ -41,8 +41,9 @@ class CaptionServiceStub:
     """Caption describes one image. The call's deadline bounds the work done for it."""
     StreamCaption: _grpc.UnaryStreamMultiCallable[_caption_pb2.StreamCaptionRequest, _caption_pb2.StreamCaptionResponse]
     """StreamCaption describes one image and sends the words as they become certain: each token of
-    greedy search and sampling, of beam search what all beams that are left share. The last message
-    holds the whole response.
+    greedy search and sampling, of beam search what all beams that are left share; with output_beams
+    also what the search considers, step by step. The last message holds the whole response. A stream
+    is computed anew: it is neither answered from memory nor remembered.
     """
     CaptionMany: _grpc.StreamStreamMultiCallable[_caption_pb2.CaptionManyRequest, _caption_pb2.CaptionManyResponse]
     """CaptionMany describes many images over one call, each of which is an item of its own: it has a
@@ -64,8 +65,9 @@ class CaptionServiceAsyncStub(CaptionServiceStub):
     """Caption describes one image. The call's deadline bounds the work done for it."""
     StreamCaption: _aio.UnaryStreamMultiCallable[_caption_pb2.StreamCaptionRequest, _caption_pb2.StreamCaptionResponse]  # type: ignore[assignment]
     """StreamCaption describes one image and sends the words as they become certain: each token of
-    greedy search and sampling, of beam search what all beams that are left share. The last message
-    holds the whole response.
+    greedy search and sampling, of beam search what all beams that are left share; with output_beams
+    also what the search considers, step by step. The last message holds the whole response. A stream
+    is computed anew: it is neither answered from memory nor remembered.
     """
     CaptionMany: _aio.StreamStreamMultiCallable[_caption_pb2.CaptionManyRequest, _caption_pb2.CaptionManyResponse]  # type: ignore[assignment]
     """CaptionMany describes many images over one call, each of which is an item of its own: it has a
@@ -96,8 +98,9 @@ class CaptionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_caption_pb2.StreamCaptionResponse], _abc.AsyncIterator[_caption_pb2.StreamCaptionResponse]]:
         """StreamCaption describes one image and sends the words as they become certain: each token of
-        greedy search and sampling, of beam search what all beams that are left share. The last message
-        holds the whole response.
+        greedy search and sampling, of beam search what all beams that are left share; with output_beams
+        also what the search considers, step by step. The last message holds the whole response. A stream
+        is computed anew: it is neither answered from memory nor remembered.
         """
 
     @_abc_1.abstractmethod

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from captionserve import (
     Caption,
     CaptionError,
     CaptionResult,
+    CaptionUpdate,
     Continuation,
     DescribedRegion,
     FinishReason,
@@ -28,9 +30,10 @@ from captionserve import (
 from numpy.typing import NDArray
 
 from captionserve_server.core.beams import BeamHistory as LocalBeamHistory
+from captionserve_server.core.beams import BeamStep
 from captionserve_server.core.errors import CaptionServeError
 from captionserve_server.gateway.status import CODES, field_violations
-from captionserve_server.local import FinishedCaption, LocalCaptioner, LocalResult
+from captionserve_server.local import FinishedCaption, LocalCaptioner, LocalResult, LocalUpdate
 
 
 def local_outcomes(
@@ -44,15 +47,46 @@ def local_outcomes(
     Raises:
         CaptionError: if options or framing are wrong whatever the image, before any is read.
     """
-    try:
+    with errors_as_called():
         outcomes = captioner.caption_each(images, options, **framing)
-    except CaptionServeError as error:
-        raise _as_called(error) from error
     for outcome in outcomes:
         if isinstance(outcome, LocalResult):
             yield _result(outcome)
         else:
             yield _as_called(outcome) if isinstance(outcome, CaptionServeError) else outcome
+
+
+def local_updates(
+    captioner: LocalCaptioner,
+    image: Path | bytes,
+    options: GenerationOptions,
+    framing: Framing,
+) -> Generator[CaptionUpdate, None, None]:
+    """What becomes known of an image's captions, as a service's stream would tell it.
+
+    Raises:
+        CaptionError: if there are none.
+        OSError: if the file cannot be read.
+    """
+    with errors_as_called(), closing(captioner.stream(image, options, **framing)) as updates:
+        yield from map(as_told, updates)
+
+
+def as_told(update: LocalUpdate) -> CaptionUpdate:
+    """An update as a service's stream has it."""
+    result = None if update.result is None else _result(update.result)
+    return CaptionUpdate(
+        update.text, update.token_ids, result, tuple(map(_beam_step, update.beam_steps))
+    )
+
+
+@contextmanager
+def errors_as_called() -> Iterator[None]:
+    """Raise what a caller of a service gets."""
+    try:
+        yield
+    except CaptionServeError as error:
+        raise _as_called(error) from error
 
 
 def _as_called(error: CaptionServeError) -> CaptionError:
@@ -76,10 +110,7 @@ def _result(result: LocalResult) -> CaptionResult:
 
 def _beams(told: LocalBeamHistory) -> BeamHistory:
     return BeamHistory(
-        tuple(
-            tuple(Continuation(**{**vars(each), "fate": BeamFate(each.fate)}) for each in step)
-            for step in told.steps
-        ),
+        tuple(map(_beam_step, told.steps)),
         tuple(
             BeamPath(
                 path.continuations,
@@ -90,6 +121,10 @@ def _beams(told: LocalBeamHistory) -> BeamHistory:
             for path in told.paths
         ),
     )
+
+
+def _beam_step(step: BeamStep) -> tuple[Continuation, ...]:
+    return tuple(Continuation(**{**vars(each), "fate": BeamFate(each.fate)}) for each in step)
 
 
 def _caption(found: FinishedCaption) -> Caption:

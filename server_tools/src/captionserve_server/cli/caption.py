@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from captionserve import (
@@ -14,6 +14,7 @@ from captionserve import (
     CaptionClient,
     CaptionError,
     CaptionResult,
+    CaptionUpdate,
     DescribedRegion,
     Framing,
     GenerationOptions,
@@ -42,10 +43,16 @@ from captionserve_server.cli.service_options import (
     with_service_options,
 )
 
+if TYPE_CHECKING:
+    from captionserve_server.local import LocalCaptioner
+
 Answer = dict[str, object]
 """What is printed of one image, as JSON values."""
 Outcome = CaptionResult | Exception
 """What became of one image."""
+Asked = tuple[Iterator[Iterator[CaptionUpdate]], Iterator[Outcome]]
+"""Of each image its words as they become certain, and what became of it; what is not read is not
+asked."""
 
 
 @with_decoding_options
@@ -113,18 +120,14 @@ def caption(
     collected: list[Answer] = []
     with refusals_as_wrong_usage(), ExitStack() as stack:
         if local is not None:
-            answers = _answers(
-                images, _local_outcomes(stack, images, options, framing, local), max_chars
-            )
+            captioner = stack.enter_context(local_captioner(local))
+            updates, outcomes = _local(captioner, images, options, framing)
         else:
             client = stack.enter_context(service.client(timeout))
-            if stream:
-                answers = (_stream(client, image, options, framing) for image in images)
-            else:
-                outcomes = _served_outcomes(
-                    client, images, options, framing, bypass_cache=bypass_cache
-                )
-                answers = _answers(images, outcomes, max_chars)
+            updates, outcomes = _served(client, images, options, framing, bypass_cache=bypass_cache)
+        answers = _answers(images, outcomes, max_chars)
+        if stream:
+            answers = (_print_words(*each) for each in zip(images, updates, strict=True))
         for answer in _with_progress(answers, len(images), quiet=stream):
             collected.append(answer)
             if not (as_json or stream):
@@ -162,31 +165,34 @@ def _answers(
             yield _problem(image, outcome)
 
 
-def _local_outcomes(
-    stack: ExitStack,
+def _local(
+    captioner: LocalCaptioner,
     images: Sequence[Path],
     options: GenerationOptions,
     framing: Framing,
-    folder: Path,
-) -> Iterator[Outcome]:
-    from captionserve_server.bulk.local_outcomes import local_outcomes
+) -> Asked:
+    from captionserve_server.bulk.local_outcomes import local_outcomes, local_updates
 
-    captioner = stack.enter_context(local_captioner(folder))
-    outcomes = local_outcomes(captioner, images, options, framing)
-    return _until_refused(outcomes, len(images))
+    return (
+        (local_updates(captioner, image, options, framing) for image in images),
+        _until_refused(local_outcomes(captioner, images, options, framing), len(images)),
+    )
 
 
-def _served_outcomes(
+def _served(
     client: CaptionClient,
     images: Sequence[Path],
     options: GenerationOptions,
     framing: Framing,
     *,
     bypass_cache: bool,
-) -> Iterator[Outcome]:
+) -> Asked:
     outcomes = client.caption_many(images, options, bypass_cache=bypass_cache, **framing)
     found = (cast("Outcome", outcome.result or outcome.error) for outcome in outcomes)
-    return _until_refused(found, len(images))
+    return (
+        (client.caption_stream(image, options, **framing) for image in images),
+        _until_refused(found, len(images)),
+    )
 
 
 def _until_refused(outcomes: Iterator[Outcome], count: int) -> Iterator[Outcome]:
@@ -200,14 +206,12 @@ def _until_refused(outcomes: Iterator[Outcome], count: int) -> Iterator[Outcome]
         yield outcome
 
 
-def _stream(
-    client: CaptionClient, image: Path, options: GenerationOptions, framing: Framing
-) -> Answer:
+def _print_words(image: Path, updates: Iterator[CaptionUpdate]) -> Answer:
     """Print one image's words as they come, then its parts' captions; its error if it has one."""
     text = f"{image}: "
     regions: list[Answer] = []
     try:
-        for update in client.caption_stream(image, options, **framing):
+        for update in updates:
             output.print(text + update.text, end="", markup=False)
             text = ""
             if update.result is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Options that say something to a service, or about one.
 _SERVICE_ONLY = (
     *(field.name for field in dataclasses.fields(ServiceOptions)),
-    *("timeout", "bypass_cache", "stream"),
+    *("timeout", "bypass_cache"),
 )
 
 

@@ -50,7 +50,10 @@ def health(
     try:
         status = _ask(reachable(target), service, tls_ca, timeout)
     except grpc.RpcError as error:
-        messages.print(f"{error.code().name}: {error.details()}", markup=False)
+        # Who is answered does not wait for the import.
+        from captionserve._errors import from_rpc_error
+
+        messages.print(f"error: {from_rpc_error(error)}", markup=False)
         raise typer.Exit(ExitCode.FAILED) from None
     output.print(status)
     if status != "SERVING":

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 from captionserve_server.core.captions import DecodedCaption
-from captionserve_server.core.detokenise import Decode
 from captionserve_server.core.history import DROPPED, FINISHED, CaptionHistory, HistoryStep
 
 BeamFate = Literal["kept", "dropped", "finished"]
+
+TokenText = Callable[[int], str]
+"""The text of a token by itself; empty for special tokens."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Continuation:
     score: float
     fate: BeamFate
     beam: int | None
+
+
+BeamStep = tuple[Continuation, ...]
+"""What the beams might have become at one step; in each group of beams the best come first."""
 
 
 @dataclass(frozen=True)
@@ -71,32 +76,50 @@ class BeamHistory:
     """What a search considered on its way to the captions of an image.
 
     Attributes:
-        steps: of each generated token the continuations; in each group of beams the best come
-            first. Of those that were dropped only the likeliest are here: in beam search with the
-            others at most twice as many as beams, else 5 of each row.
+        steps: of each generated token. Of the continuations that were dropped only the likeliest
+            are here: in beam search with the others at most twice as many as beams, else 5 of each
+            row.
         paths: of each caption, in the order of the captions.
     """
 
-    steps: tuple[tuple[Continuation, ...], ...]
+    steps: tuple[BeamStep, ...]
     paths: tuple[BeamPath, ...]
 
 
-def beam_history(captions: Sequence[DecodedCaption], decode: Decode) -> BeamHistory | None:
+def beam_history(captions: Sequence[DecodedCaption], text: TokenText) -> BeamHistory | None:
     """What the captions of one image say of their search; None where it was not wanted.
 
     Args:
         captions: in the order in which they are returned.
-        decode: token ids to text, without special tokens.
+        text: of a token.
     """
     histories = [caption.history for caption in captions if caption.history is not None]
     if not histories:
         return None
 
-    @cache
-    def text(token: int) -> str:
-        return decode([token])
+    def path(history: CaptionHistory) -> BeamPath:
+        likeliest = tuple(
+            tuple(
+                LikelyToken(token, text(token), logprob)
+                for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+                if logprob > float("-inf")
+            )
+            for tokens, logprobs in history.likeliest
+        )
+        return BeamPath(history.path, likeliest)
 
-    def continuations(step: HistoryStep) -> tuple[Continuation, ...]:
+    return BeamHistory(beam_steps(histories[0].steps, text), tuple(map(path, histories)))
+
+
+def beam_steps(steps: Sequence[HistoryStep], text: TokenText) -> tuple[BeamStep, ...]:
+    """What callers are told of some steps.
+
+    Args:
+        steps: one after the other.
+        text: of a token.
+    """
+
+    def continuations(step: HistoryStep) -> BeamStep:
         columns = step.parents, step.tokens, step.logprobs, step.scores, step.rows
         return tuple(
             Continuation(
@@ -113,19 +136,7 @@ def beam_history(captions: Sequence[DecodedCaption], decode: Decode) -> BeamHist
             )
         )
 
-    def path(history: CaptionHistory) -> BeamPath:
-        likeliest = tuple(
-            tuple(
-                LikelyToken(token, text(token), logprob)
-                for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True)
-                if logprob > float("-inf")
-            )
-            for tokens, logprobs in history.likeliest
-        )
-        return BeamPath(history.path, likeliest)
-
-    steps = tuple(map(continuations, histories[0].steps))
-    return BeamHistory(steps, tuple(map(path, histories)))
+    return tuple(map(continuations, steps))
 
 
 _FATES: dict[int, BeamFate] = {DROPPED: "dropped", FINISHED: "finished"}

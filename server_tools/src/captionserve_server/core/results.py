@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from captionserve_server.core.confidence import (
     spoken_words,
 )
 from captionserve_server.core.detokenise import Decode, caption_text, token_texts
+from captionserve_server.core.updates import Updates
 
 ReviewReason = Literal["low_confidence", "degenerate", "unfinished", "not_grounded"]
 """Why a person should look at a caption: its confidence is below min_confidence, it looks broken,
@@ -104,6 +106,8 @@ class Finisher:
         """
         self._bundle = bundle
         self._decode = decode
+        # Searches consider the same few thousand tokens again and again.
+        self._token_text = lru_cache(maxsize=4096)(lambda token: decode([token]))
 
     def finished(self, caption: DecodedCaption, plan: CaptionPlan) -> FinishedCaption:
         """A caption as its caller reads it.
@@ -142,7 +146,11 @@ class Finisher:
 
     def beams(self, captions: Sequence[DecodedCaption]) -> BeamHistory | None:
         """What is told of the search that made captions of one image; None where unwanted."""
-        return beam_history(captions, self._decode)
+        return beam_history(captions, self._token_text)
+
+    def updates(self, plan: CaptionPlan) -> Updates:
+        """What is told of a caption while it is decoded."""
+        return Updates(plan, self._decode, self._token_text)
 
     def _word(self, word: SpokenWord, evidence: Evidence) -> CaptionWord:
         groundings = evidence.token_groundings

@@ -365,5 +365,5 @@ def _time_limit(message: Message, deadline: float) -> TimeLimit:
 def _part(answer: Answer) -> caption_pb2.CaptionPart:
     try:
         return caption_part(answer.outputs)
-    except LookupError as error:
+    except (ValueError, LookupError) as error:
         raise ModelFaultError(_UNREADABLE) from error

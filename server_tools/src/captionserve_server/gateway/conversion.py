@@ -212,11 +212,19 @@ def _remembered_options(defaults: DecodingOptions, raw: bytes) -> DecodingOption
 
 
 def caption_part(outputs: Outputs) -> caption_pb2.CaptionPart:
-    """A part of a caption; LookupError where an output is missing."""
-    return caption_pb2.CaptionPart(
+    """A part of a caption.
+
+    Raises:
+        ValueError: if an output cannot be read.
+        LookupError: if an output is missing.
+    """
+    part = caption_pb2.CaptionPart(
         text=outputs[wire.NEW_TEXT.name].values[0],
         token_ids=outputs[wire.NEW_TOKEN_IDS.name].values,
     )
+    if wire.NEW_BEAM_STEPS.name in outputs:
+        part.beam_steps.extend(_beam_steps(json.loads(outputs[wire.NEW_BEAM_STEPS.name].values[0])))
+    return part
 
 
 def caption_response(outputs: Outputs, model_version: int) -> caption_pb2.CaptionResponse:
@@ -332,12 +340,18 @@ def _add_words(captions: Sequence[caption_pb2.Caption], outputs: Outputs) -> Non
 
 def _add_beams(beams: caption_pb2.BeamHistory, told: Mapping[str, Any]) -> None:
     """Fill in what `beams_text` of wire.py wrote."""
-    for step in told["steps"]:
-        beams.steps.add(**{**step, "fates": [BEAM_FATES[fate] for fate in step["fates"]]})
+    beams.steps.extend(_beam_steps(told["steps"]))
     for path in told["paths"]:
         message = beams.paths.add(continuations=path["continuations"])
         for tokens in path["likeliest"]:
             message.likeliest.add(**tokens)
+
+
+def _beam_steps(told: Iterable[Mapping[str, Any]]) -> Iterator[caption_pb2.BeamStep]:
+    """What `beam_steps_text` of wire.py wrote."""
+    for step in told:
+        fates = [BEAM_FATES[fate] for fate in step["fates"]]
+        yield caption_pb2.BeamStep(**{**step, "fates": fates})
 
 
 def add_stages(response: caption_pb2.CaptionResponse, stages: Iterable[Stage]) -> None:

@@ -9,6 +9,8 @@ from captionserve_server.local.captioner import (
     LocalCaptioner,
     LocalRegion,
     LocalResult,
+    LocalStream,
+    LocalUpdate,
     NamedArguments,
 )
 from captionserve_server.local.image_to_text import pipeline
@@ -21,6 +23,8 @@ __all__ = [
     "LocalCaptioner",
     "LocalRegion",
     "LocalResult",
+    "LocalStream",
+    "LocalUpdate",
     "ModelFolderError",
     "NamedArguments",
     "pipeline",

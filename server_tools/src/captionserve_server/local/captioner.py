@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from captionserve_server.core.beams import BeamHistory
+from captionserve_server.core.beams import BeamHistory, BeamStep
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
 from captionserve_server.core.decode_budget import (
     BYTES_PER_MEGABYTE,
@@ -36,6 +36,7 @@ from captionserve_server.core.options import NamedOptions
 from captionserve_server.core.results import FinishedCaption, Finisher
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import Float32Array, UInt8Array
+from captionserve_server.core.updates import News, Progress, Updates
 from captionserve_server.local.images import ImageInput, each_image, image_views
 from captionserve_server.local.model_folder import load_model
 from captionserve_server.runtime import graph_tensors
@@ -117,6 +118,24 @@ class LocalResult:
         except ImportError as error:
             raise ImportError("alt text needs the client too: pip install captionserve") from error
         return alt_text_of(self.captions[0], max_chars, nearby_text, file_name, hedge_below)
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """What has become known of a caption that is being decoded.
+
+    Attributes:
+        text: the text that follows that of the last update; all of them together are the caption.
+        token_ids: its tokens.
+        result: the whole result; only in the last update, which has nothing else.
+        beam_steps: the steps of the search since the last update; all of them together are those of
+            result.beams. Empty unless output_beams was set.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    result: LocalResult | None
+    beam_steps: tuple[BeamStep, ...] = ()
 
 
 Outcome = LocalResult | CaptionServeError | OSError
@@ -229,6 +248,34 @@ class LocalCaptioner:
         asked = self._asked(options, named)
         return self._result(self._begin(image, asked), asked)
 
+    def stream(
+        self,
+        image: ImageInput,
+        options: DataclassInstance | None = None,
+        **named: Unpack[NamedArguments],
+    ) -> LocalStream:
+        """Caption one image and give the words as they become certain, at last the result.
+
+        Args:
+            image: as for `caption`; it is prepared before this returns.
+            options: likewise.
+            **named: likewise.
+
+        Returns:
+            the updates, an iterator, which raises what `caption` raises. Closing it, or parting
+            with it, ends the work.
+
+        Raises:
+            InvalidOptionsError: if the options are wrong.
+            InvalidFramingError: if no image has such parts.
+            TypeError: if the image has the wrong type.
+            ValueError: if an array or a PIL image has a wrong form.
+        """
+        asked = self._asked(options, named)
+        updates = self._finisher.updates(asked.plan)
+        begun = self._begin(image, asked, updates)
+        return LocalStream(begun, updates, lambda: self._result(begun, asked))
+
     def caption_all(
         self,
         images: Iterable[ImageInput],
@@ -309,9 +356,9 @@ class LocalCaptioner:
         given |= {name: value for name, value in by_name.items() if value is not None}
         return _Asked(self._model.bundle.plan(given, self._model.tokenizer.encode), framing)
 
-    def _begin(self, image: ImageInput, asked: _Asked) -> _Begun:
+    def _begin(self, image: ImageInput, asked: _Asked, updates: Updates | None = None) -> _Begun:
         """Prepare an image and queue it; what its caller did not get wrong is told later."""
-        begun = _Begun()
+        begun = _Begun(updates)
         try:
             views = image_views(
                 image, self._model.preprocessor, self._budget.reserved, asked.framing
@@ -320,7 +367,7 @@ class LocalCaptioner:
             begun.timeline.passed("preprocess")
             self._engine.submit(views.pixels, asked.plan, begun, begun.timeline)
         except (CaptionServeError, OSError) as error:
-            begun.captions.set_exception(error)
+            begun.fail(error)
         return begun
 
     def _result(self, begun: _Begun, asked: _Asked) -> LocalResult:
@@ -361,29 +408,86 @@ class _Begun:
     """An image that is being captioned, and whoever waits for it: the engine's Caller.
 
     Attributes:
+        updates: what is told while it is decoded, where that is wanted.
         captions: what will come of it: those of the whole image, and of each of its parts.
+        news: what is new of it, where that is wanted; None where no more comes.
         boxes: where the parts are.
         has_gone: whether nobody waits any more, so that the engine lets go of it.
         deadline: never.
         timeline: how long its stages took, until the captions are there.
     """
 
+    updates: Updates | None = None
     captions: Future[list[list[DecodedCaption]]] = field(default_factory=Future)
+    news: queue.SimpleQueue[News | None] = field(default_factory=queue.SimpleQueue)
     boxes: Sequence[Box] = ()
     has_gone: bool = False
     deadline: float = math.inf
     timeline: Timeline = field(default_factory=Timeline)
 
-    def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
-        """Nobody listens before the end."""
+    def hear(self, progress: Progress) -> None:
+        """Hand over what is new, where it is wanted."""
+        news = None if self.updates is None else self.updates.news(progress)
+        if news is not None:
+            self.news.put(news)
 
     def end(self, answer: Answer) -> None:
         """Hand the captions over, or why there are none."""
         self.timeline.passed("steps")
         if isinstance(answer, CaptionServeError):
-            self.captions.set_exception(answer)
-        else:
-            self.captions.set_result(answer)
+            self.fail(answer)
+            return
+        if self.updates is not None:
+            self.news.put(self.updates.last_news(answer[0][0]))
+        self.captions.set_result(answer)
+        self.news.put(None)
+
+    def fail(self, error: CaptionServeError | OSError) -> None:
+        """Say why there are no captions."""
+        self.captions.set_exception(error)
+        self.news.put(None)
+
+
+class LocalStream(Iterator[LocalUpdate]):
+    """The updates of one caption; `close`, which any thread may call, ends the work."""
+
+    def __init__(self, begun: _Begun, updates: Updates, result: Callable[[], LocalResult]) -> None:
+        """Follow a caption.
+
+        Args:
+            begun: the image.
+            updates: what is told of it.
+            result: waits for its captions.
+        """
+        self._begun = begun
+        self._updates = updates
+        self._result = result
+        self._ended = False
+
+    def __next__(self) -> LocalUpdate:
+        """Wait for the next update; the last has the result.
+
+        Raises:
+            CancelledError: if it is closed meanwhile.
+        """
+        while not self._ended:
+            news = self._begun.news.get()
+            if news is None:
+                self._ended = True
+                return LocalUpdate("", (), self._result())
+            update = self._updates.update(news)
+            if update is not None:
+                return LocalUpdate(update.text, update.token_ids, None, update.beam_steps)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Give no more updates, and let go of the caption if it is not complete."""
+        self._ended = True
+        self._begun.has_gone = True
+
+    def __del__(self) -> None:
+        """Whoever drops it does not want the rest."""
+        self.close()
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class Playground:
         return _json({**facts, "bounds": bounds})
 
     async def caption(self, request: Request) -> Response:
-        """Caption an image; the lines are of {"text"}, at last one of {"result"} or {"error"}."""
+        """Caption an image: lines of {"text", "beam_steps"}, at last of {"result"} or {"error"}."""
         if self._working >= self._bounds.at_once:
             raise Refused(429, "OVERLOADED", "too many captions are in work; try again soon")
         self._working += 1
@@ -180,7 +180,8 @@ class Playground:
                     }
                     return
                 if update.result is None:
-                    yield {"text": update.text}
+                    steps = [list(map(vars, step)) for step in update.beam_steps]
+                    yield {"text": update.text, "beam_steps": steps}
                 else:
                     result = dataclasses.asdict(update.result)
                     yield {"result": result, "seconds": time.monotonic() - begun}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any, Protocol
 
 from captionserve import (
     AsyncCaptionClient,
-    CaptionResult,
     CaptionUpdate,
     Framing,
     GenerationOptions,
@@ -64,11 +63,11 @@ class Served:
         served = dataclasses.asdict(await self._client.models(timeout=_FACTS_SECONDS))
         # Options are told with their types by themselves.
         del served["options"]
-        return {"where": self._where, "streams": True, **served}
+        return {"where": self._where, **served}
 
 
 class Local:
-    """A model in this process, which tells a caption when it is whole."""
+    """A model in this process."""
 
     def __init__(self, captioner: LocalCaptioner, where: str) -> None:
         """Ask a captioner.
@@ -85,18 +84,16 @@ class Local:
     ) -> AsyncIterator[CaptionUpdate]:
         """As Captioner has it."""
         # Brings ONNX Runtime along, which takes a while and a service needs none of.
-        from captionserve_server.bulk.local_outcomes import local_outcomes
+        from captionserve_server.bulk.local_outcomes import as_told, errors_as_called
 
-        (outcome,) = await asyncio.to_thread(
-            lambda: list(local_outcomes(self._captioner, [image], options, framing))
-        )
-        if not isinstance(outcome, CaptionResult):
-            raise outcome
-        whole = outcome.captions[0]
-        yield CaptionUpdate(whole.text, whole.token_ids, None)
-        yield CaptionUpdate("", (), outcome)
+        with errors_as_called():
+            # A stream that is not waited for any more closes itself.
+            updates = await asyncio.to_thread(self._captioner.stream, image, options, **framing)
+            with closing(updates):
+                while (update := await asyncio.to_thread(next, updates, None)) is not None:
+                    yield as_told(update)
 
     async def facts(self) -> Mapping[str, Any]:
         """As Captioner has it."""
         model = {"is_default": True, **self._captioner.model()}
-        return {"where": self._where, "streams": False, "models": [model]}
+        return {"where": self._where, "models": [model]}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
-from captionserve_server.core.detokenise import TextStream
 from captionserve_server.core.engine.engine_thread import Answer
 from captionserve_server.core.engine.timeline import Timeline
 from captionserve_server.core.engine.worker import OnDeath, WorkerPool
@@ -20,6 +19,7 @@ from captionserve_server.core.errors import (
 )
 from captionserve_server.core.image_files import Box
 from captionserve_server.core.results import FinishedCaption, Finisher
+from captionserve_server.core.updates import News, Progress, Updates
 from captionserve_server.triton import wire
 from captionserve_server.triton.callers import Caller
 from captionserve_server.triton.pb import Array, error_response, log_error, response, text_array
@@ -59,28 +59,25 @@ class Answering:
                 raise OverloadedError("too many requests are waiting")
             self._unanswered += views
 
-    def send_part(
-        self, caller: Caller, text: TextStream, given: Sequence[int], seen: int, *, last: bool
-    ) -> None:
-        """Send what has become certain, if there is any.
+    def send_part(self, caller: Caller, updates: Updates, news: News) -> None:
+        """Send what has become known, if there is anything to tell.
 
         Args:
             caller: who listens.
-            text: what of the caption has been sent already.
-            given: all tokens that are certain, the prefix included.
-            seen: how many of them the caller has, or does not count.
-            last: whether these are all there will be.
+            updates: what is told of its caption.
+            news: what is new of it.
         """
 
         def send() -> None:
-            new_text = text.last_text(given) if last else text.next_text(given)
-            new_token_ids = given[seen:]
-            if not (new_text or new_token_ids):
+            update = updates.update(news)
+            if update is None:
                 return
             part = {
-                wire.NEW_TEXT: text_array(new_text),
-                wire.NEW_TOKEN_IDS: np.array(new_token_ids, np.int32),
+                wire.NEW_TEXT: text_array(update.text),
+                wire.NEW_TOKEN_IDS: np.array(update.token_ids, np.int32),
             }
+            if update.beam_steps:
+                part[wire.NEW_BEAM_STEPS] = text_array(wire.beam_steps_text(update.beam_steps))
             caller.send(response(part))
 
         self._thread.submit(send, _unsent)
@@ -145,7 +142,7 @@ class Captioning:
         caller: Caller,
         plan: CaptionPlan,
         views: int,
-        stream: TextStream | None,
+        updates: Updates | None,
     ) -> None:
         """Begin without words.
 
@@ -154,15 +151,14 @@ class Captioning:
             caller: who asked.
             plan: how to decode.
             views: the pictures that are captioned.
-            stream: makes the parts, where words are wanted as they become certain.
+            updates: what is told while the caption is decoded, where that is wanted.
         """
         self.caller = caller
         self.plan = plan
         self.views = views
         self.boxes: Sequence[Box] = ()
         self._answering = answering
-        self._stream = stream
-        self._known = 0
+        self._updates = updates
         self.timeline = Timeline()
 
     @property
@@ -175,20 +171,21 @@ class Captioning:
         """The caller's deadline."""
         return self.caller.deadline
 
-    def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
-        """Have new words sent, where they are wanted."""
-        if self._stream is None:
+    def hear(self, progress: Progress) -> None:
+        """Have what is new sent, where it is wanted."""
+        if self._updates is None:
             return
-        certain = certain_tokens()
-        if len(certain) > self._known:
-            self._tell(self._stream, certain, last=False)
+        news = self._updates.news(progress)
+        if news is not None:
+            self._answering.send_part(self.caller, self._updates, news)
 
     def end(self, answer: Answer) -> None:
         """Have the last answer sent."""
         self.timeline.passed("steps")
-        if self._stream is not None and not isinstance(answer, CaptionServeError):
-            whole = answer[0]
-            self._tell(self._stream, whole[0].token_ids, last=True)
+        if self._updates is not None and not isinstance(answer, CaptionServeError):
+            best = answer[0][0]
+            news = self._updates.last_news(best)
+            self._answering.send_part(self.caller, self._updates, news)
         self._answering.send_last(self, answer)
 
     def fail(self, error: Exception) -> None:
@@ -197,11 +194,6 @@ class Captioning:
             log_error(f"a request failed: {type(error).__name__}: {error}")
             error = ModelFaultError("the model failed")
         self.end(error)
-
-    def _tell(self, stream: TextStream, certain: tuple[int, ...], *, last: bool) -> None:
-        prefix = self.plan.words.prefix
-        seen, self._known = len(prefix) + self._known, len(certain)
-        self._answering.send_part(self.caller, stream, (*prefix, *certain), seen, last=last)
 
 
 def caption_tensors(

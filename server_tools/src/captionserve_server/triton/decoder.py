@@ -22,7 +22,6 @@ import numpy as np
 from captionserve_server.core.bundle import Bundle
 from captionserve_server.core.captions import CaptionPlan
 from captionserve_server.core.decode_budget import DecodeBudget
-from captionserve_server.core.detokenise import TextStream
 from captionserve_server.core.engine.engine_thread import EngineThread
 from captionserve_server.core.engine.scheduler import Scheduler, SchedulerLimits
 from captionserve_server.core.engine.worker import WorkerPool
@@ -111,11 +110,8 @@ class TritonPythonModel:
             self._version, limits.slots, scheduler, step_model, self._die
         )
         self._watch = CallerWatch(self._die)
-        self._answering = Answering(
-            Finisher(self._bundle, self._tokenizer.decode),
-            arguments.number("max_requests"),
-            self._die,
-        )
+        self._finisher = Finisher(self._bundle, self._tokenizer.decode)
+        self._answering = Answering(self._finisher, arguments.number("max_requests"), self._die)
         self._engine = EngineThread(
             scheduler, log_error, after_step=self._metrics.count_step, on_death=self._die
         )
@@ -155,9 +151,9 @@ class TritonPythonModel:
         given = parse_options(read_bytes(request, wire.OPTIONS) or b"{}")
         plan = self._bundle.plan(given, self._tokenizer.encode)
         self._refuse_what_no_answer_holds(plan, framing)
-        stream = TextStream(self._tokenizer.decode) if read_flag(request, wire.STREAM) else None
+        updates = self._finisher.updates(plan) if read_flag(request, wire.STREAM) else None
         self._answering.enter(framing.views)
-        captioning = Captioning(self._answering, caller, plan, framing.views, stream)
+        captioning = Captioning(self._answering, caller, plan, framing.views, updates)
         self._watch.add(caller)
         try:
             self._images.submit(partial(self._prepare, views, captioning), captioning.fail)

@@ -9,10 +9,11 @@ This module knows no Triton: the models import it, and so does whoever talks to 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
-from captionserve_server.core.beams import BeamHistory
+from captionserve_server.core.beams import BeamHistory, BeamStep
 from captionserve_server.core.engine.timeline import STAGES
 from captionserve_server.core.errors import (
     CaptionServeError,
@@ -153,8 +154,11 @@ NEW_TEXT = TensorSpec("NEW_TEXT", "TYPE_STRING", (1,))
 """The text that has become certain since the last response."""
 NEW_TOKEN_IDS = TensorSpec("NEW_TOKEN_IDS", "TYPE_INT32", (-1,))
 """The tokens that have become certain since the last response."""
+NEW_BEAM_STEPS = TensorSpec("NEW_BEAM_STEPS", "TYPE_STRING", (1,))
+"""What the search has considered since the last response, as `beam_steps_text` writes it; missing
+where not asked for."""
 
-PART = (NEW_TEXT, NEW_TOKEN_IDS)
+PART = (NEW_TEXT, NEW_TOKEN_IDS, NEW_BEAM_STEPS)
 
 CAPTIONER = ModelSpec(model_repository.CAPTIONER, inputs=MESSAGE, outputs=ANSWER)
 """One message in, its captions out."""
@@ -165,7 +169,7 @@ CAPTIONER_STREAM = ModelSpec(
 
 # --- decoder: what the gateway and the fronts ask ------------------------------------------------
 STREAM = TensorSpec("STREAM", "TYPE_BOOL", (1,), optional=True)
-"""Whether words are wanted as they become certain, as PART."""
+"""Whether words, and steps of the search, are wanted as they become known, as PART."""
 CANCEL = TensorSpec("CANCEL", "TYPE_STRING", (1,), optional=True)
 """The id of a request, for which nobody waits any more. Sent instead of a message, by those whose
 own giving up Triton cannot tell the decoder of; answered with an empty response."""
@@ -200,18 +204,6 @@ def beams_text(beams: BeamHistory) -> str:
     {"steps": [{"parents": [...], "fates": ["kept", ...], ...}, ...], "paths": [{"continuations":
     [...], "likeliest": [{"token_ids": [...], ...}, ...]}, ...]}
     """
-    steps = [
-        {
-            "parents": [each.parent for each in step],
-            "token_ids": [each.token_id for each in step],
-            "token_texts": [each.token_text for each in step],
-            "token_logprobs": [each.token_logprob for each in step],
-            "scores": [each.score for each in step],
-            "fates": [each.fate for each in step],
-            "beams": [-1 if each.beam is None else each.beam for each in step],
-        }
-        for step in beams.steps
-    ]
     paths = [
         {
             "continuations": path.continuations,
@@ -226,7 +218,27 @@ def beams_text(beams: BeamHistory) -> str:
         }
         for path in beams.paths
     ]
-    return json.dumps({"steps": steps, "paths": paths}, allow_nan=False)
+    return json.dumps({"steps": _columns(beams.steps), "paths": paths}, allow_nan=False)
+
+
+def beam_steps_text(steps: Sequence[BeamStep]) -> str:
+    """Some steps as JSON: what `beams_text` has as "steps"."""
+    return json.dumps(_columns(steps), allow_nan=False)
+
+
+def _columns(steps: Sequence[BeamStep]) -> list[dict[str, list[object]]]:
+    return [
+        {
+            "parents": [each.parent for each in step],
+            "token_ids": [each.token_id for each in step],
+            "token_texts": [each.token_text for each in step],
+            "token_logprobs": [each.token_logprob for each in step],
+            "scores": [each.score for each in step],
+            "fates": [each.fate for each in step],
+            "beams": [-1 if each.beam is None else each.beam for each in step],
+        }
+        for step in steps
+    ]
 
 
 def error_text(error: CaptionServeError) -> str:

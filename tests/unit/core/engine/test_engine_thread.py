@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
@@ -21,9 +21,11 @@ from captionserve_server.core.errors import (
     ModelFaultError,
     ModelUnavailableError,
 )
+from captionserve_server.core.history import HistoryStep
 from captionserve_server.core.options import DecodingOptions
 from captionserve_server.core.search import Vocabulary
 from captionserve_server.core.step_model import StepAnswer, StepBatch, UInt8Array
+from captionserve_server.core.updates import Progress
 
 from tests.unit.core.fake_step_model import (
     END,
@@ -99,6 +101,7 @@ class Caller:
         self.gone = threading.Event()
         self.deadline = deadline
         self.heard: list[tuple[int, ...]] = []
+        self.steps: list[tuple[HistoryStep, ...]] = []
         self.captions: Future[list[list[DecodedCaption]]] = Future()
         self.ended = 0
 
@@ -106,8 +109,9 @@ class Caller:
     def has_gone(self) -> bool:
         return self.gone.is_set()
 
-    def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
-        self.heard.append(certain_tokens())
+    def hear(self, progress: Progress) -> None:
+        self.heard.append(progress.certain_tokens())
+        self.steps.append(progress.history())
 
     def end(self, answer: Answer) -> None:
         self.ended += 1
@@ -209,6 +213,25 @@ def test_the_caller_hears_after_each_step_what_is_certain(setup: Setup) -> None:
     ((caption,),) = setup.submit(pixels_of(1), plan, caller).result(WAIT_SECONDS)
     steps = range(1, len(caption.token_ids))
     assert caller.heard == [caption.token_ids[:step] for step in steps]
+
+
+def test_the_caller_hears_after_each_step_what_was_considered_if_it_wants_to_know(
+    setup: Setup,
+) -> None:
+    setup.model.may_step.set()
+    for wanted in (True, False):
+        caller = Caller()
+        plan = CaptionPlan(DecodingOptions(num_beams=2, max_length=8, output_beams=wanted))
+        ((caption, *_),) = setup.submit(pixels_of(1), plan, caller).result(WAIT_SECONDS)
+        if not wanted:
+            assert set(caller.steps) == {()}
+            continue
+        assert caption.history is not None
+        steps = caption.history.steps
+        # The last ones are told with the captions.
+        assert [len(heard) for heard in caller.steps] == list(range(1, len(steps)))
+        for heard in caller.steps:
+            assert all(one is other for one, other in zip(heard, steps, strict=False))
 
 
 def test_an_image_and_its_parts_are_one_answer_in_their_order(setup: Setup) -> None:

@@ -18,6 +18,7 @@ from captionserve_server.core.engine.scheduler import (
     SchedulerLimits,
 )
 from captionserve_server.core.errors import InvalidOptionsError, ModelFaultError
+from captionserve_server.core.history import HistoryStep
 from captionserve_server.core.options import EARLY_STOPPING_VALUES, DecodingOptions
 from captionserve_server.core.search import Search, SearchStep, Vocabulary
 from captionserve_server.core.step_model import (
@@ -280,6 +281,44 @@ def test_certain_tokens_only_grow_and_are_never_taken_back(image: int, plan: Cap
     if plan.options.rows == 1:
         read = len(plan.words.prefix)
         assert [len(tokens) for tokens in certain[read:]] == list(range(1, len(certain) - read + 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(plans, min_size=1, max_size=4))
+def test_histories_grow_step_by_step_and_become_those_of_the_captions(
+    asked: list[CaptionPlan],
+) -> None:
+    """Whatever the kinds of search, readings included, and whoever runs beside them."""
+    told = [
+        dataclasses.replace(plan, options=dataclasses.replace(plan.options, output_beams=True))
+        for plan in asked
+    ]
+    scheduler = new_scheduler(FakeStepModel(capacity=8))
+    for key, plan in enumerate([*told, *asked]):
+        scheduler.submit(request(key, plan))
+    heard: dict[Hashable, list[tuple[HistoryStep, ...]]] = {key: [()] for key in range(8)}
+    ended: dict[Hashable, Outcome] = {}
+    while not scheduler.idle:
+        ended |= scheduler.step()
+        for running, steps in heard.items():
+            steps.append(scheduler.history(running) if running not in ended else steps[-1])
+    for key, plan in enumerate(told):
+        outcome = ended[key]
+        assert isinstance(outcome, list)
+        assert outcome[0].history is not None
+        final = outcome[0].history.steps
+        assert all(caption.history and caption.history.steps is final for caption in outcome)
+        for before, after in itertools.pairwise([*heard[key], final]):
+            # The same steps, not only equal ones.
+            assert list(map(id, after[: len(before)])) == list(map(id, before))
+            assert len(after) - len(before) <= 1
+        # Each token of the longest caption has a step, of which all groups of beams are told.
+        assert len(final) >= max(len(caption.token_ids) for caption in outcome)
+        beams = plan.options.num_beams // plan.options.num_beam_groups
+        firsts = {each // beams for each in final[0].parents.tolist()}
+        assert len(firsts) == plan.options.num_beam_groups or plan.options.do_sample
+    for key in range(len(told), 2 * len(told)):
+        assert set(heard[key]) == {()}
 
 
 @settings(max_examples=40, deadline=None)
@@ -603,8 +642,9 @@ def test_whatever_fails_every_request_ends_once_and_all_room_comes_back(
     model = Failing(capacity, failing)
     scheduler = new_scheduler(model)
     ended: dict[Hashable, Outcome] = {}
-    step = 0
-    while step <= 8 or not scheduler.idle:
+    step = idle = 0
+    # Some more at the end, for slots that were not taken back at once.
+    while step <= 8 or idle < 6:
         for key, (plan, begins) in enumerate(arrivals):
             if begins == step:
                 scheduler.submit(request(key, plan))
@@ -618,9 +658,8 @@ def test_whatever_fails_every_request_ends_once_and_all_room_comes_back(
         assert not now.keys() & ended.keys()
         ended |= now
         step += 1
+        idle = idle + 1 if scheduler.idle else 0
         assert step < 1000, "the scheduler does not come to an end"
-    for _ in range(6):
-        scheduler.step()
     assert model.histories == {}
     assert ended.keys() == set(range(len(arrivals)))
     for key, (plan, _) in enumerate(arrivals):

@@ -37,12 +37,12 @@ def plan(**options: Any) -> CaptionPlan:
     return CaptionPlan(asked, WORDS if asked.force_words else WordTokens())
 
 
-def texts(tokens: Sequence[int]) -> str:
-    return "".join(f" {token}" for token in tokens if token != END)
+def text(token: int) -> str:
+    return "" if token == END else f" {token}"
 
 
 def told(captions: Sequence[DecodedCaption]) -> BeamHistory:
-    history = beam_history(captions, texts)
+    history = beam_history(captions, text)
     assert history is not None
     return history
 
@@ -173,7 +173,7 @@ def test_two_groups_that_finish_with_the_same_first_token_are_told_apart() -> No
 
 def test_no_history_is_told_where_none_was_wanted() -> None:
     ((caption,),) = captions_of([3])
-    assert beam_history([caption], texts) is None
+    assert beam_history([caption], text) is None
 
 
 def test_nothing_of_a_history_holds_on_to_the_candidates_of_its_step() -> None:

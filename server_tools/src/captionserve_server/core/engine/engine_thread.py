@@ -2,7 +2,7 @@
 
 Other threads hand prepared images in at any time. Between two decoding steps the thread queues
 them, lets go of those whose callers have gone or have no time left, and tells those who listen
-which words have become certain. Whatever fails ends the captions it concerns; the thread itself
+how far their captions are. Whatever fails ends the captions it concerns; the thread itself
 ends only when it is closed, or by a bug, and then everybody who waits is told so.
 
 An image and parts of it that are captioned beside it are one question: to the scheduler they are
@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 from captionserve_server.core.captions import CaptionPlan, DecodedCaption
@@ -30,7 +29,9 @@ from captionserve_server.core.errors import (
     ModelFaultError,
     ModelUnavailableError,
 )
+from captionserve_server.core.history import HistoryStep
 from captionserve_server.core.step_model import UInt8Array
+from captionserve_server.core.updates import Progress
 
 Answer = list[list[DecodedCaption]] | CaptionServeError
 """The captions of a whole image and of each of its parts, best first; or why there are none."""
@@ -47,10 +48,10 @@ class Caller(Protocol):
     def deadline(self) -> float:
         """When the caption must be there, by time.monotonic()."""
 
-    def hear(self, certain_tokens: Callable[[], tuple[int, ...]]) -> None:
+    def hear(self, progress: Progress) -> None:
         """Called after each step, until the whole image's captions are there.
 
-        The argument gives the tokens that are certain by now, of the whole image.
+        The argument, good for this call only, says how far the whole image's caption is.
         """
 
     def end(self, answer: Answer) -> None:
@@ -60,6 +61,20 @@ class Caller(Protocol):
         passed, unless the plan allows partial captions and there are some of the whole image. Parts
         of which there are none then have none.
         """
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A running request's Progress."""
+
+    scheduler: Scheduler
+    key: Hashable
+
+    def certain_tokens(self) -> tuple[int, ...]:
+        return self.scheduler.certain_tokens(self.key)
+
+    def history(self) -> tuple[HistoryStep, ...]:
+        return self.scheduler.history(self.key)
 
 
 @dataclass(eq=False)
@@ -216,7 +231,7 @@ class EngineThread:
             if key != question.keys[0]:
                 continue
             try:
-                question.caller.hear(partial(self._scheduler.certain_tokens, key))
+                question.caller.hear(_Running(self._scheduler, key))
             except Exception as error:  # Of this caption's search, or of whoever listens.
                 self._abandon(key, self._fault(error))
 

@@ -36,6 +36,7 @@ from captionserve_server.core.errors import (
     InvalidOptionsError,
     ModelFaultError,
 )
+from captionserve_server.core.history import HistoryStep
 from captionserve_server.core.search import (
     Search,
     SearchStep,
@@ -270,6 +271,18 @@ class Scheduler:
             return reading.certain_tokens
         found = self._find(key)
         return () if found is None else found[0].search.certain_tokens(found[1])
+
+    def history(self, key: Hashable) -> tuple[HistoryStep, ...]:
+        """What a running request's search has considered so far; empty where nobody wants it.
+
+        Each step is there once it is complete, all groups of beams included, and changes no more.
+        """
+        reading = self._find_reading(key)
+        if reading is not None:
+            history = reading.captions[0].history
+            return () if history is None else history.steps
+        found = self._find(key)
+        return () if found is None else found[0].search.lanes.history[found[1]]
 
     def step(self) -> dict[Hashable, Outcome]:
         """Encode and admit who finds room, decode one token of every running request, then read.

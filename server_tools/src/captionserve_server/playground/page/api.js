@@ -40,7 +40,7 @@ export async function post(path, value) {
   return (await answered(fetch(path, { method: "POST", body, headers: { "Content-Type": "application/octet-stream" } }))).json();
 }
 
-// Yields {text}, at last {result, seconds} or {error}.
+// Yields {text, beam_steps}, at last {result, seconds} or {error}.
 export async function* captions(asked, image, signal) {
   const response = await answered(fetch("/api/caption", {
     method: "POST",

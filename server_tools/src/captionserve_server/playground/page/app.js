@@ -2,7 +2,7 @@
 
 import { altTextPanel } from "./alttext.js";
 import { captions, Failed, get, getBlob } from "./api.js";
-import { beamsPanel } from "./beams.js";
+import { beamsPanel, grow, growingPanel } from "./beams.js";
 import { codePanel } from "./code.js";
 import { byId, figure, h, milliseconds, panel, percent, replace } from "./dom.js";
 import { clearHeat, drawHeat } from "./heat.js";
@@ -19,6 +19,7 @@ const entries = [];
 const view = { form: "Python", dropped: false, steps: null, budget: 125, nearby: "" };
 let current = null;
 let working = null;
+let drawing = 0;
 let facts = null;
 let options = null;
 
@@ -31,7 +32,7 @@ const say = (text) => { byId("status").textContent = text; };
 
 function add(name, blob) {
   const entry = {
-    name, blob, url: URL.createObjectURL(blob), thumbnail: "/icon.svg", state: "waiting", text: "", begun: performance.now(), caption: 0, word: null,
+    name, blob, url: URL.createObjectURL(blob), thumbnail: "/icon.svg", state: "waiting", text: "", steps: [], begun: performance.now(), caption: 0, word: null,
   };
   const limit = facts?.bounds?.image_bytes ?? Infinity;
   if (blob.size > limit) {
@@ -75,8 +76,7 @@ async function next() {
   working = new AbortController();
   // Who waited for others has not waited for the service.
   if (entry !== current) entry.begun = performance.now();
-  entry.state = "working";
-  entry.text = "";
+  Object.assign(entry, { state: "working", text: "", steps: [] });
   entry.asked = { options: { ...options.values }, ...regions.framing() };
   options.showFaults({});
   render(entry);
@@ -85,19 +85,21 @@ async function next() {
     for await (const event of captions(entry.asked, entry.blob, working.signal)) {
       if (event.text !== undefined) {
         entry.text += event.text;
-        entry.firstWords ??= performance.now() - entry.begun;
-        if (entry === current) showText(entry);
+        entry.steps.push(...event.beam_steps);
+        if (event.text) entry.firstWords ??= performance.now() - entry.begun;
+        if (entry === current) showGrowth(entry);
       } else if (event.error) {
         throw new Failed(event.error);
       } else {
+        const inAll = performance.now() - entry.begun;
         Object.assign(entry, {
-          result: event.result, seconds: event.seconds, inAll: performance.now() - entry.begun, state: "done", caption: 0, word: null,
+          result: event.result, seconds: event.seconds, inAll, firstWords: entry.firstWords ?? inAll, state: "done", steps: [], caption: 0, word: null,
         });
       }
     }
   } catch (error) {
     if (error.name === "AbortError") entry.state = "stopped";
-    else if (error instanceof Failed) Object.assign(entry, { state: "error", error: error.error });
+    else if (error instanceof Failed) Object.assign(entry, { state: "error", error: error.error, steps: [] });
     else throw error;
   } finally {
     working = null;
@@ -146,11 +148,21 @@ function show(entry) {
   }, () => {});
 }
 
-function showText(entry) {
-  const caption = byId("caption");
-  caption.className = "caption growing";
-  caption.textContent = entry.text;
-  byId("doing").textContent = "";
+function showGrowth(entry) {
+  if (entry.text) {
+    const caption = byId("caption");
+    caption.className = "caption growing";
+    caption.textContent = entry.text;
+    byId("doing").textContent = "";
+  }
+  if (!entry.steps.length) return;
+  // Once a frame: several steps may have come since the last.
+  drawing ||= requestAnimationFrame(() => {
+    drawing = 0;
+    if (!current.steps.length) return;
+    if (byId("beams")) grow(byId("beams"), current.steps, view);
+    else renderPanels(current, null);
+  });
 }
 
 function render(entry) {
@@ -194,17 +206,26 @@ function factsOf(entry, caption) {
   return facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)));
 }
 
-function renderPanels(entry, caption) {
-  if (!caption) return replace(byId("panels"));
+function renderPanels(entry, caption, focused = focusIn(byId("panels"))) {
+  const redraw = (id) => renderPanels(entry, caption, id);
+  replace(byId("panels"), caption ? panelsOf(entry, caption, redraw) : entry.steps.length ? growingPanel(view, redraw) : null);
+  if (!caption && entry.steps.length) grow(byId("beams"), entry.steps, view);
+  // What was being looked at is drawn anew when the search has ended, too.
+  byId(focused)?.focus({ preventScroll: true });
+}
+
+const focusIn = (element) => (element.contains(document.activeElement) ? document.activeElement.id : "");
+
+function panelsOf(entry, caption, redraw) {
   const { result } = entry;
-  const redraw = (focused) => { renderPanels(entry, caption); byId(focused)?.focus(); };
-  replace(byId("panels"),
+  return [
     captionsPanel(result.captions, entry.caption, chooseCaption),
     result.regions?.length ? regionsPanel(result.regions) : null,
     altTextPanel(entry, caption, view),
     result.beams ? beamsPanel(result.beams, entry.caption, view, redraw) : null,
     timingPanel(result, entry.seconds),
-    codePanel(entry, facts, options.described, view, redraw));
+    codePanel(entry, facts, options.described, view, redraw),
+  ];
 }
 
 function regionsPanel(found) {
