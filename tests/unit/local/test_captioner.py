@@ -320,7 +320,7 @@ def test_a_stream_is_the_result_piece_by_piece(
     captioner: LocalCaptioner, options: Any, output_beams: bool
 ) -> None:
     asked = {"max_length": 16, "output_beams": output_beams, **options}
-    *updates, last = captioner.stream(PICTURES[0], **asked)
+    *updates, last = captioner.caption_stream(PICTURES[0], **asked)
     result = captioner.caption(PICTURES[0], **asked)
     assert last == LocalUpdate("", (), result)
     assert all(update.result is None for update in updates)
@@ -347,7 +347,7 @@ def test_words_are_given_out_before_the_caption_is_complete(
         return step(self)
 
     monkeypatch.setattr(Scheduler, "step", held)
-    updates = captioner.stream(PICTURES[0], max_length=10, min_length=10)
+    updates = captioner.caption_stream(PICTURES[0], max_length=10, min_length=10)
     for _ in range(8):
         may_step.release()
         update = next(updates)
@@ -375,7 +375,7 @@ def test_who_leaves_a_stream_is_not_captioned_for(
         abandon(self, key)
 
     monkeypatch.setattr(Scheduler, "abandon", recorded)
-    updates = captioner.stream(PICTURES[0], max_length=40, min_length=40)
+    updates = captioner.caption_stream(PICTURES[0], max_length=40, min_length=40)
     next(updates)
     leave(updates)
     del updates
@@ -385,7 +385,7 @@ def test_who_leaves_a_stream_is_not_captioned_for(
 
 
 def test_a_closed_stream_gives_no_more(captioner: LocalCaptioner) -> None:
-    updates = captioner.stream(PICTURES[0], max_length=40, min_length=40)
+    updates = captioner.caption_stream(PICTURES[0], max_length=40, min_length=40)
     next(updates)
     # More is waiting there to be taken.
     wait_until(lambda: updates._begun.news.qsize() > 0)
@@ -404,7 +404,7 @@ def test_closing_a_stream_wakes_who_waits_for_it(
         return step(self)
 
     monkeypatch.setattr(Scheduler, "step", held)
-    updates = captioner.stream(PICTURES[0], num_beams=2, max_length=40, min_length=40)
+    updates = captioner.caption_stream(PICTURES[0], num_beams=2, max_length=40, min_length=40)
     waiting: Future[LocalUpdate] = Future()
 
     def wait() -> None:
@@ -424,16 +424,20 @@ def test_closing_a_stream_wakes_who_waits_for_it(
 
 def test_a_stream_raises_what_a_caption_raises(captioner: LocalCaptioner, tmp_path: Path) -> None:
     with pytest.raises(InvalidOptionsError):
-        captioner.stream(PICTURES[0], num_beams=99)
+        captioner.caption_stream(PICTURES[0], num_beams=99)
     with pytest.raises(TypeError):
-        captioner.stream(3)  # type: ignore[arg-type]
+        captioner.caption_stream(3)  # type: ignore[arg-type]
     for image, expected in ((b"no image", CaptionServeError), (tmp_path / "no", OSError)):
-        updates = captioner.stream(image)
+        updates = captioner.caption_stream(image)
         with pytest.raises(expected):
             next(updates)
         assert next(updates, None) is None
     with pytest.raises(InvalidOptionsError, match="force_words"):
-        list(captioner.stream(PICTURES[0], num_beams=2, max_length=4, force_words=["a dog barks"]))
+        list(
+            captioner.caption_stream(
+                PICTURES[0], num_beams=2, max_length=4, force_words=["a dog barks"]
+            )
+        )
 
 
 def test_a_caption_is_given_out_before_the_next_image_comes(captioner: LocalCaptioner) -> None:

@@ -25,7 +25,7 @@ class OneWord:
         self.waited_for = threading.Event()
         self.closed = threading.Event()
 
-    def stream(self, *image_and_options: object, **framing: object) -> OneWord:
+    def caption_stream(self, *image_and_options: object, **framing: object) -> OneWord:
         self.asked = [*image_and_options, framing]
         return self
 

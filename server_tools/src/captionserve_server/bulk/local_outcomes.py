@@ -68,7 +68,10 @@ def local_updates(
         CaptionError: if there are none.
         OSError: if the file cannot be read.
     """
-    with errors_as_called(), closing(captioner.stream(image, options, **framing)) as updates:
+    with (
+        errors_as_called(),
+        closing(captioner.caption_stream(image, options, **framing)) as updates,
+    ):
         yield from map(as_told, updates)
 
 

@@ -248,7 +248,7 @@ class LocalCaptioner:
         asked = self._asked(options, named)
         return self._result(self._begin(image, asked), asked)
 
-    def stream(
+    def caption_stream(
         self,
         image: ImageInput,
         options: DataclassInstance | None = None,

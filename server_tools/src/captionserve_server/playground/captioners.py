@@ -88,7 +88,9 @@ class Local:
 
         with errors_as_called():
             # A stream that is not waited for any more closes itself.
-            updates = await asyncio.to_thread(self._captioner.stream, image, options, **framing)
+            updates = await asyncio.to_thread(
+                self._captioner.caption_stream, image, options, **framing
+            )
             with closing(updates):
                 while (update := await asyncio.to_thread(next, updates, None)) is not None:
                     yield as_told(update)
