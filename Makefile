@@ -30,8 +30,9 @@ demo: setup  ## Caption the bundled images through the whole stack.
 test: setup  ## Every test, against a real Triton and a real gateway.
 	$(BIN)/python -m pytest
 
-test-wheels: setup  ## The wheels installed outside the checkout, without constraints, in work.
+test-wheels: setup  ## The wheels installed outside the checkout, and what images hold, in work.
 	.ci/wheels
+	TEST_WHEELS=1 $(BIN)/python -m pytest tests/deploy/test_images.py
 
 # Its packages are not among the others: who runs a service does without them, and so do its tests.
 RAY := build/ray

@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-faults",
         type=float,
-        default=20.0,
+        default=10.0,
         help="seconds of tests/faults/test_heals_under_load.py",
     )
     parser.addoption(

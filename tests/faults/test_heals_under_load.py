@@ -95,9 +95,16 @@ def harm(load: Load, chance: random.Random) -> tuple[str, float]:
     begin = time.monotonic()
     process.send_signal(number)
     # A front's death is nobody's who asks the gateway: what counts is that all is there again.
-    wait_until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: has_ended(process))
     wait_until(lambda: load.newest > begin and all_there(load.served))
     return kind, time.monotonic() - begin
+
+
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # Between the two questions.
+        return True
 
 
 def all_there(served: Served) -> bool:

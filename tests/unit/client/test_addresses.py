@@ -8,7 +8,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -103,6 +103,7 @@ def resetting() -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         host, port = listener.getsockname()
+        accepted: list[socket.socket] = []
 
         def serve() -> None:
             while True:
@@ -110,6 +111,7 @@ def resetting() -> Iterator[str]:
                     raw, _ = listener.accept()
                 except OSError:
                     return
+                accepted.append(raw)
                 with raw:
                     raw.recv(len(http2.PREFACE), socket.MSG_WAITALL)
                     connection = http2.Connection(raw)
@@ -123,7 +125,12 @@ def resetting() -> Iterator[str]:
         thread.start()
         yield f"{host}:{port}"
         listener.shutdown(socket.SHUT_RDWR)
+        # A client that has closed its channel may keep the connection.
+        for raw in accepted:
+            with suppress(OSError):
+                raw.shutdown(socket.SHUT_RDWR)
         thread.join(WAIT_SECONDS)
+        assert not thread.is_alive()
 
 
 def test_a_service_that_a_proxy_has_lost_is_waited_for() -> None:
