@@ -18,6 +18,7 @@ from typing import Any
 from captionserve_server.bench.images import bench_images
 from captionserve_server.local import LocalCaptioner
 
+_COMMAND = "python -m captionserve_server.bench.grounding_cost MODEL_REPOSITORY"
 PLAIN = "plain"
 CASES: dict[str, dict[str, Any]] = {
     PLAIN: {"num_beams": 4},
@@ -55,7 +56,7 @@ def main() -> None:
                 seconds["one at a time"][name].append(alone - begin)
                 seconds["together"][name].append(time.perf_counter() - alone)
     report: dict[str, Any] = {
-        "command": " ".join(["python -m captionserve_server.bench.grounding_cost", *sys.argv[1:]]),
+        "command": f"{_COMMAND} --images {given.images} --rounds {given.rounds}",
         "images": given.images,
         "rounds": given.rounds,
     }

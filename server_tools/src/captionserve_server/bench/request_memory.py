@@ -29,6 +29,7 @@ from captionserve_server.bench.machine import machine_facts
 from captionserve_server.bench.processes import family_pss_mib
 from captionserve_server.serving.launch import launched_service
 
+_COMMAND = "python -m captionserve_server.bench.request_memory MODEL_REPOSITORY"
 _SAMPLE_SECONDS = 0.05
 _REQUESTS_EACH = 3
 _TIMEOUT_SECONDS = 60.0
@@ -158,9 +159,8 @@ def main() -> None:
         sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()
     if given.json:
-        command = " ".join(["python -m captionserve_server.bench.request_memory", *sys.argv[1:]])
         report = {
-            "command": command,
+            "command": f"{_COMMAND} --rounds {given.rounds}",
             "machine": machine_facts(),
             "rounds": given.rounds,
             "cases": cases,
