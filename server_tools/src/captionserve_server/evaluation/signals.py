@@ -110,7 +110,7 @@ class Judged:
         """The best caption of each scene, given a record of words for each."""
         observations = [
             Observation(signals_of(scene, record), scene.judged.right)
-            for scene, record in zip(scenes, records, strict=False)
+            for scene, record in zip(scenes, records, strict=True)
         ]
         return cls(observations, np.array([each.judged.evidence.image_state for each in scenes]))
 
@@ -118,7 +118,7 @@ class Judged:
     def words(cls, scenes: Sequence[JudgedScene], records: Iterable[Record]) -> Judged:
         """The words of the best caption of each scene, likewise."""
         found, states = [], []
-        for scene, record in zip(scenes, records, strict=False):
+        for scene, record in zip(scenes, records, strict=True):
             evidence = scene.judged.evidence
             for word, right in zip(evidence.words, scene.judged.right_words, strict=True):
                 found.append(Observation(word_signals(evidence, word, record), right))
@@ -334,7 +334,10 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=1000)
     given = parser.parse_args()
     report = {
-        "command": " ".join(["python -m captionserve_server.evaluation.signals", *sys.argv[1:]]),
+        "command": (
+            "python -m captionserve_server.evaluation.signals MODEL_REPOSITORY"
+            f" --fit-scenes {given.fit_scenes} --scenes {given.scenes}"
+        ),
         "fit_scenes": given.fit_scenes,
         "scenes": given.scenes,
         **measure(given.model_repository, given.fit_scenes, given.scenes),
